@@ -1,0 +1,166 @@
+//! Address families. Everything that differs between IPv4 and IPv6 in a table or a header is said here, once.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, Side},
+    service::{FrontendKey4, FrontendKey6, Scope},
+};
+
+/// Layer 4 protocol numbers (IANA).
+pub mod proto {
+    pub const ICMP: u8 = 1;
+    pub const TCP: u8 = 6;
+    pub const UDP: u8 = 17;
+    pub const ICMPV6: u8 = 58;
+    pub const SCTP: u8 = 132;
+}
+
+/// IEEE 802 numbers, host byte order.
+pub mod ethertype {
+    pub const IPV4: u16 = 0x0800;
+    pub const IPV6: u16 = 0x86dd;
+}
+
+/// An address of either family, as shared arrays store it: network byte order, IPv4 in the first word.
+pub type AnyAddr = [u32; 4];
+
+/// The addresses and ports of a packet, in network byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Tuple<A> {
+    pub src: A,
+    pub dst: A,
+    pub sport_be: u16,
+    pub dport_be: u16,
+}
+
+impl<A: Copy> Tuple<A> {
+    /// The tuple of a packet in the other direction.
+    #[inline(always)]
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self {
+            src: self.dst,
+            dst: self.src,
+            sport_be: self.dport_be,
+            dport_be: self.sport_be,
+        }
+    }
+}
+
+/// IPv4 or IPv6: the types of the family's tables and the conversions into them.
+pub trait Family: Copy + 'static {
+    /// 4 or 6.
+    const VERSION: u8;
+    /// Bytes of the fixed part of the IP header.
+    const HEADER_LEN: usize;
+    /// The family's ICMP.
+    const ICMP: u8;
+
+    /// Network byte order.
+    type Addr: Pod + Copy + Eq + Default + core::fmt::Debug + core::hash::Hash;
+    type FrontendKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
+    type FlowKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
+    type Flow: Pod + Copy + core::fmt::Debug;
+
+    fn frontend_key(addr: Self::Addr, port_be: u16, proto: u8, scope: Scope) -> Self::FrontendKey;
+    fn flow_key(tuple: &Tuple<Self::Addr>, proto: u8, side: Side) -> Self::FlowKey;
+    fn flow(rewrite: &Tuple<Self::Addr>, meta: FlowMeta) -> Self::Flow;
+    /// The tuple that a packet of the flow gets.
+    fn rewrite(flow: &Self::Flow) -> Tuple<Self::Addr>;
+    fn meta(flow: &Self::Flow) -> FlowMeta;
+    fn to_any(addr: Self::Addr) -> AnyAddr;
+    fn from_any(addr: AnyAddr) -> Self::Addr;
+    /// The address as 32-bit words in network byte order, for checksums and hashing.
+    fn words(addr: &Self::Addr) -> &[u32];
+}
+
+/// Internet Protocol version 4.
+#[derive(Clone, Copy, Debug)]
+pub struct V4;
+/// Internet Protocol version 6.
+#[derive(Clone, Copy, Debug)]
+pub struct V6;
+
+macro_rules! family {
+    ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
+     $frontend:ident, $key:ident, $flow:ident,
+     to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr) => {
+        impl Family for $family {
+            const VERSION: u8 = $version;
+            const HEADER_LEN: usize = $header;
+            const ICMP: u8 = $icmp;
+            type Addr = $addr;
+            type FrontendKey = $frontend;
+            type FlowKey = $key;
+            type Flow = $flow;
+
+            #[inline(always)]
+            fn frontend_key(addr: $addr, port_be: u16, proto: u8, scope: Scope) -> $frontend {
+                $frontend {
+                    addr_be: addr,
+                    port_be,
+                    proto,
+                    scope: scope as u8,
+                }
+            }
+            #[inline(always)]
+            fn flow_key(tuple: &Tuple<$addr>, proto: u8, side: Side) -> $key {
+                $key {
+                    src_be: tuple.src,
+                    dst_be: tuple.dst,
+                    sport_be: tuple.sport_be,
+                    dport_be: tuple.dport_be,
+                    proto,
+                    side: side as u8,
+                    unused: [0; 2],
+                }
+            }
+            #[inline(always)]
+            fn flow(rewrite: &Tuple<$addr>, meta: FlowMeta) -> $flow {
+                $flow {
+                    src_be: rewrite.src,
+                    dst_be: rewrite.dst,
+                    sport_be: rewrite.sport_be,
+                    dport_be: rewrite.dport_be,
+                    meta,
+                }
+            }
+            #[inline(always)]
+            fn rewrite(flow: &$flow) -> Tuple<$addr> {
+                Tuple {
+                    src: flow.src_be,
+                    dst: flow.dst_be,
+                    sport_be: flow.sport_be,
+                    dport_be: flow.dport_be,
+                }
+            }
+            #[inline(always)]
+            fn meta(flow: &$flow) -> FlowMeta {
+                flow.meta
+            }
+            #[inline(always)]
+            fn to_any($a: $addr) -> AnyAddr {
+                $to_any
+            }
+            #[inline(always)]
+            fn from_any($b: AnyAddr) -> $addr {
+                $from_any
+            }
+            #[inline(always)]
+            fn words($c: &$addr) -> &[u32] {
+                $words
+            }
+        }
+    };
+}
+
+family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4,
+    to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c));
+family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6,
+    to_any: |a| a, from_any: |b| b, words: |c| c);
+
+/// A link-layer address.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct Mac(pub [u8; 6]);

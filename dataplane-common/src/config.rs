@@ -1,0 +1,76 @@
+//! `CONFIG`: constants that the agent sets in the object's read-only data before it is loaded. The verifier knows
+//! their values, so a branch that they rule out is not even verified.
+
+use bytemuck::{Pod, Zeroable};
+
+/// The symbol of the constant in the object.
+pub const SYMBOL: &str = "CONFIG";
+
+/// Bits of [`Config::flags`].
+pub mod config_flags {
+    /// `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16).
+    pub const CSUM_IPV6: u32 = 1;
+    /// `bpf_ktime_get_coarse_ns` exists (5.11).
+    pub const COARSE_CLOCK: u32 = 2;
+    /// Pods of this node reach each other by `bpf_redirect_peer`.
+    pub const FAST_PATH: u32 = 4;
+    /// Socket hooks translate for host processes only.
+    pub const SOCKET_HOST_ONLY: u32 = 8;
+    /// Write a debug line for every new flow and every drop (aya-log).
+    pub const DEBUG: u32 = 16;
+}
+
+/// Constants for one load of the object.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Config {
+    /// `SO_NETNS_COOKIE` of the host's network namespace.
+    pub host_netns_cookie: u64,
+    /// [`config_flags`].
+    pub flags: u32,
+    /// First source port used for translation, host byte order.
+    pub snat_port_min: u16,
+    /// Last source port used for translation, host byte order.
+    pub snat_port_max: u16,
+    /// Idle timeouts in ticks of 2^30 ns.
+    pub tcp_ticks: u32,
+    pub tcp_closing_ticks: u32,
+    pub udp_ticks: u32,
+    pub half_open_ticks: u32,
+    /// Elements of `SERVICES`, `BACKENDS` and `MAGLEV`.
+    pub services: u32,
+    pub backends: u32,
+    pub maglev: u32,
+    /// Refusals (RST, ICMP unreachable) that one CPU sends in a tick at the most.
+    pub refusals_per_tick: u32,
+}
+
+const _: () = assert!(size_of::<Config>() == 48);
+
+impl Config {
+    /// Ticks for a duration in seconds.
+    pub const fn ticks(seconds: u32) -> u32 {
+        ((seconds as u64 * 1_000_000_000) >> 30) as u32 + 1
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            host_netns_cookie: 0,
+            flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
+            // Above the default of ip_local_port_range (32768-60999), beside the node ports (30000-32767).
+            snat_port_min: 61000,
+            snat_port_max: 65535,
+            // What kube-proxy sets for conntrack, and conntrack's own for the rest.
+            tcp_ticks: Self::ticks(86_400),
+            tcp_closing_ticks: Self::ticks(120),
+            udp_ticks: Self::ticks(180),
+            half_open_ticks: Self::ticks(60),
+            services: 65_536,
+            backends: 65_536,
+            maglev: 4_194_304,
+            refusals_per_tick: 1000,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! `FLOWS_V4`, `FLOWS_V6`, `HALF_OPEN_V4` and `HALF_OPEN_V6`: what is remembered of a translated flow.
+//!
+//! A flow has two entries, one for each direction, each keyed by the packet as its hook sees it before translation.
+//! A first packet enters only the reply's entry, into `HALF_OPEN`; the reply enters both into `FLOWS`.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::addr::Mac;
+
+/// Where a packet is seen: part of the key, so that each direction of a flow is translated at just one place.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// `xdp`, `from_netdev`, `from_pod`: before the kernel's stack.
+    Ingress = 0,
+    /// `to_netdev`, `to_lo`, `to_pod`: behind it.
+    Egress = 1,
+}
+
+/// Key of `FLOWS_V4` and `HALF_OPEN_V4`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FlowKey4 {
+    pub src_be: u32,
+    pub dst_be: u32,
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub proto: u8,
+    /// [`Side`].
+    pub side: u8,
+    pub unused: [u8; 2],
+}
+
+/// Key of `FLOWS_V6` and `HALF_OPEN_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FlowKey6 {
+    pub src_be: [u32; 4],
+    pub dst_be: [u32; 4],
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub proto: u8,
+    /// [`Side`].
+    pub side: u8,
+    pub unused: [u8; 2],
+}
+
+/// Bits of [`FlowMeta::flags`].
+pub mod flow_flags {
+    /// This entry is for packets from the backend to the client.
+    pub const REPLY: u8 = 1;
+    /// The source is translated too.
+    pub const SNAT: u8 = 2;
+}
+
+/// Values of [`FlowMeta::state`].
+pub mod flow_state {
+    pub const OPEN: u8 = 0;
+    /// A FIN or RST has passed in this direction and no data after it.
+    pub const CLOSING: u8 = 1;
+}
+
+/// How a translated packet leaves the hook.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// On to the kernel's stack, or out of the device that the stack chose.
+    Pass = 0,
+    /// Into the pod behind the host-side interface [`FlowMeta::ifindex`] (forward: the backend's).
+    Pod = 1,
+    /// Into this host's stack, as if it had arrived at [`FlowMeta::ifindex`].
+    Host = 2,
+    /// Out by the route to its new destination.
+    Route = 3,
+}
+
+/// What both families remember of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct FlowMeta {
+    /// Index into `BACKENDS`; the entry holds only while the generation there is [`Self::backend_generation`].
+    pub backend: u32,
+    pub backend_generation: u32,
+    /// Index into `SERVICES`; the entry holds only while the generation there is [`Self::service_generation`].
+    pub service: u32,
+    pub service_generation: u16,
+    /// [`flow_flags`].
+    pub flags: u8,
+    /// [`Exit`].
+    pub exit: u8,
+    /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
+    pub seen_ticks: u32,
+    /// The device of [`Exit::Pod`] and [`Exit::Host`].
+    pub ifindex: u32,
+    /// [`flow_state`].
+    pub state: u8,
+    pub unused: [u8; 3],
+    /// Link-layer addresses of a packet that leaves by [`Exit::Pod`] or [`Exit::Host`].
+    pub mac_dst: Mac,
+    pub mac_src: Mac,
+}
+
+/// Value of `FLOWS_V4` and `HALF_OPEN_V4`: the tuple that the packet gets, and the rest.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Flow4 {
+    pub src_be: u32,
+    pub dst_be: u32,
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub meta: FlowMeta,
+}
+
+/// Value of `FLOWS_V6` and `HALF_OPEN_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Flow6 {
+    pub src_be: [u32; 4],
+    pub dst_be: [u32; 4],
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub meta: FlowMeta,
+}
+
+const _: () = assert!(size_of::<FlowKey4>() == 16);
+const _: () = assert!(size_of::<FlowKey6>() == 40);
+const _: () = assert!(size_of::<FlowMeta>() == 40);
+const _: () = assert!(size_of::<Flow4>() == 52);
+const _: () = assert!(size_of::<Flow6>() == 76);

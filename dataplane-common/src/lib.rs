@@ -1,0 +1,15 @@
+//! What the kernel side and the user side share: the layouts of map keys and values, and the datapath itself.
+//!
+//! The datapath ([`pipeline`]) is ordinary safe Rust, generic over the packet ([`packet::Packet`]), the tables
+//! ([`tables::Tables`]) and the address family ([`addr::Family`]). The kernel side compiles it for BPF; the host
+//! compiles the same source for unit tests, property tests and `explain`.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod backend;
+pub mod config;
+pub mod device;
+pub mod flow;
+pub mod reason;
+pub mod service;

@@ -1,0 +1,65 @@
+//! Why a packet was dropped, or passed without what one might have expected: return value, metric label and
+//! documentation in one. `COUNTERS` is a per-CPU array by this number.
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
+
+        impl Reason {
+            /// Every reason, in the order of `COUNTERS`.
+            pub const ALL: &[Reason] = &[$(Reason::$name,)+];
+
+            /// The label in metrics and on the command line.
+            pub const fn label(self) -> &'static str {
+                match self { $(Reason::$name => $label,)+ }
+            }
+
+            /// What it means, for people.
+            pub const fn text(self) -> &'static str {
+                match self { $(Reason::$name => concat!($($doc,)+),)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Passed: the packet is shorter than its headers say.
+    Truncated = "truncated",
+    /// Passed: a header field contradicts another.
+    Malformed = "malformed",
+    /// Passed: more IPv6 extension headers than are followed.
+    ExtensionHeaders = "extension-headers",
+    /// Passed: a fragment without a layer 4 header.
+    FragmentPassed = "fragment-passed",
+    /// Dropped: a first fragment for a service, whose others could not follow it.
+    FragmentService = "fragment-service",
+    /// Refused: the service has no endpoint (RST or ICMP unreachable sent).
+    NoEndpoints = "no-endpoints",
+    /// Dropped: the service has no endpoint here and its traffic policy is Local.
+    NoLocalEndpoints = "no-local-endpoints",
+    /// Dropped: a refusal was due and the rate limit was reached.
+    RefusalRateLimited = "refusal-rate-limited",
+    /// Dropped: a service or backend index was out of range.
+    BadIndex = "bad-index",
+    /// Dropped: no free source port for translation towards this backend.
+    SnatPortsExhausted = "snat-ports-exhausted",
+    /// Dropped: no address of this node fits the device by which the packet would leave.
+    NoSnatAddress = "no-snat-address",
+    /// Dropped: a flow could not be remembered (the table refused the insert).
+    FlowInsertFailed = "flow-insert-failed",
+    /// Dropped: a late answer of a backend that is not the flow's any more.
+    FlowSuperseded = "flow-superseded",
+    /// Dropped: no route to the backend or back to the client.
+    NoRoute = "no-route",
+    /// Dropped: time to live ran out.
+    TtlExceeded = "ttl-exceeded",
+    /// Answered: larger than the path's MTU (fragmentation needed or packet too big sent).
+    FragmentationNeeded = "fragmentation-needed",
+    /// Dropped: the packet could not be rewritten.
+    RewriteFailed = "rewrite-failed",
+}
+
+/// Elements of `COUNTERS`.
+pub const REASONS: u32 = Reason::ALL.len() as u32;

@@ -1,0 +1,137 @@
+//! `FRONTENDS_V4`, `FRONTENDS_V6`, `SERVICES`, `MAGLEV` and `PORTS`: from an address and port to a backend id.
+//!
+//! A frontend maps to a service index that never changes while the frontend exists. What changes, the slice of
+//! `MAGLEV`, is [`ServiceHead`]: one aligned 64-bit word, written and read at once.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::addr::AnyAddr;
+
+/// Who may use a frontend. Traffic policies are two slices, one for each scope, so they cost no branch.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    /// Pods and host processes of this node.
+    Internal = 0,
+    /// Packets that arrive from outside the node.
+    External = 1,
+}
+
+/// Key of `FRONTENDS_V4`. A frontend on every node address (NodePort) has the unspecified address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FrontendKey4 {
+    pub addr_be: u32,
+    pub port_be: u16,
+    pub proto: u8,
+    /// [`Scope`].
+    pub scope: u8,
+}
+
+/// Key of `FRONTENDS_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FrontendKey6 {
+    pub addr_be: [u32; 4],
+    pub port_be: u16,
+    pub proto: u8,
+    /// [`Scope`].
+    pub scope: u8,
+}
+
+/// Value of `FRONTENDS_V4` and `FRONTENDS_V6`. Never changed in place: hash values are not read atomically.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Frontend {
+    /// Index into `SERVICES`.
+    pub service: u32,
+}
+
+/// The changing part of a [`Service`], one 64-bit word: always stored and loaded at once, relaxed.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct ServiceHead {
+    /// Index into `MAGLEV` of the element that holds slots 0 to 3. The backend ids stand before it, see [`Service`].
+    pub slots_offset: u32,
+    /// Bumped when the index is given to another service, never by a change of backends.
+    pub generation: u16,
+    /// Index into [`TABLE_SIZES`]; 0 is a service without endpoints.
+    pub size_class: u8,
+    /// Bits of [`service_flags`].
+    pub flags: u8,
+}
+
+/// Bits of [`ServiceHead::flags`].
+pub mod service_flags {
+    /// The service is gone; its index has not been reused. Established TCP flows may live on.
+    pub const DELETED: u8 = 1;
+    /// A service without endpoints drops instead of refusing (a Local traffic policy with endpoints elsewhere).
+    pub const DROP_WHEN_EMPTY: u8 = 2;
+    /// `ClientIP` session affinity.
+    pub const AFFINITY: u8 = 4;
+}
+
+/// Value of `SERVICES`, an array by service index.
+///
+/// # The slice in `MAGLEV`
+/// With `o = slots_offset`: slot `i` is the 16-bit lane `i % 4` (lane 0 lowest) of element `o + i / 4`, a number `b`
+/// into the list of backend ids; id `b` is the 32-bit lane `b % 2` (lane 0 lowest) of element `o - 1 - b / 2`.
+/// So the ids come first and the slots follow, and one offset finds both.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Service {
+    pub head: ServiceHead,
+    /// The frontend's address, so that a reader can tell an index that was reused. Unspecified for node ports.
+    pub addr_be: AnyAddr,
+    pub port_be: u16,
+    pub proto: u8,
+    /// 4 or 6.
+    pub family: u8,
+    pub affinity_timeout_s: u32,
+}
+
+const _: () = assert!(size_of::<FrontendKey4>() == 8);
+const _: () = assert!(size_of::<FrontendKey6>() == 20);
+const _: () = assert!(size_of::<ServiceHead>() == 8);
+const _: () = assert!(size_of::<Service>() == 32);
+
+/// Sizes of Maglev tables: primes, about doubling. Index 0 means no table.
+pub const TABLE_SIZES: [u32; 16] = [
+    0, 101, 211, 503, 1009, 2003, 4001, 8009, 16381, 32749, 65521, 131_071, 262_139, 524_287, 1_048_573, 2_097_143,
+];
+
+/// Slots a table has at least for each backend (Maglev, section 5.3: 1 % imbalance).
+pub const SLOTS_PER_BACKEND: u32 = 100;
+
+/// The size class of the table for `backends` backends.
+pub fn size_class(backends: usize) -> u8 {
+    if backends == 0 {
+        return 0;
+    }
+    let wanted = backends as u64 * u64::from(SLOTS_PER_BACKEND);
+    let mut class = 1;
+    while class < TABLE_SIZES.len() - 1 && u64::from(TABLE_SIZES[class]) < wanted {
+        class += 1;
+    }
+    class as u8
+}
+
+/// Element of `PORTS`, an array by `udp << 10 | port >> 6` (host byte order): which ports any frontend uses, so that
+/// most packets that are not for a service are told by one array lookup.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PortSet {
+    /// Bit `port & 63`: a frontend of any address has this port.
+    pub any: u64,
+    /// Bit `port & 63`: a frontend on the unspecified address has this port.
+    pub wildcard: u64,
+}
+
+/// Elements of `PORTS`.
+pub const PORT_SETS: u32 = 2048;
+
+/// The index into `PORTS` for a port in host byte order.
+#[inline(always)]
+pub fn port_set_index(proto: u8, port: u16) -> u32 {
+    (if proto == crate::addr::proto::UDP { 1024 } else { 0 }) | u32::from(port >> 6)
+}

@@ -1,1 +1,74 @@
-fn main() {}
+//! `cargo xtask …`: set-up, builds, demo, tests, scenarios and benchmarks, each one command that does what it needs first.
+
+mod bench;
+mod build;
+mod demo;
+mod ebpf;
+mod lint;
+mod needs;
+mod paths;
+mod process;
+mod progress;
+mod scenarios;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Development commands of the dataplane",
+    version
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Find or install what building, testing and measuring need; instant when nothing is missing
+    Setup(setup::Args),
+    /// Build the kernel side to target/ebpf/dataplane.o
+    BuildEbpf(ebpf::Args),
+    /// Build the kernel side, the agent and the test programs (release)
+    Build,
+    /// Two nodes and a client in network namespaces, real traffic, one screen
+    Demo(demo::Args),
+    /// All unit, property and end-to-end tests of the workspace
+    Test(test::Args),
+    /// Formatting and lints of the user side and the kernel side
+    Lint,
+    /// Run scenario files against a test cluster with real packets
+    Scenarios(scenarios::Args),
+    /// Measure the datapath, or connections through it beside its peers
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Setup(args) => setup::run(&args),
+        Command::BuildEbpf(args) => ebpf::run(&args),
+        Command::Build => build::run(),
+        Command::Demo(args) => demo::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Lint => lint::run(),
+        Command::Scenarios(args) => scenarios::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    }
+}

@@ -1,0 +1,276 @@
+//! `cargo xtask scenarios …`: builds, then runs the scenario runner: once, once for every configuration, or each
+//! scenario once with the configuration rotated.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+
+use crate::test::Counts;
+use crate::{build, paths, process, progress, setup};
+
+/// The tag of what this version promises; `--rotate` runs these.
+const PROMISED: &str = "first-light";
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run with every combination of socket load balancing, datapath and network
+    #[arg(long, conflicts_with = "rotate")]
+    matrix: bool,
+
+    /// Run each scenario tagged first-light once, with the combination rotated by its place in the order of ids
+    #[arg(long)]
+    rotate: bool,
+
+    /// Folders or files, then the runner's own options: --filter EXPR, --socket-lb off|all, --datapath xdp|tc,
+    /// --network routed|bridge|vxlan, --source folder|api, --agent PATH, --jobs N, -o json
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    passed_on: Vec<String>,
+}
+
+/// One configuration of the datapath under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Configuration {
+    socket_lb: &'static str,
+    datapath: &'static str,
+    network: &'static str,
+}
+
+impl Configuration {
+    /// All of them, in an order where neighbours differ in every part that allows it.
+    fn all() -> Vec<Self> {
+        let (socket, datapath, network) = (["off", "all"], ["xdp", "tc"], ["routed", "bridge", "vxlan"]);
+        (0..12)
+            .map(|index| Self {
+                socket_lb: socket[index % 2],
+                datapath: datapath[(index / 6 + index) % 2],
+                network: network[index % 3],
+            })
+            .collect()
+    }
+
+    fn args(self) -> [&'static str; 6] {
+        [
+            "--socket-lb",
+            self.socket_lb,
+            "--datapath",
+            self.datapath,
+            "--network",
+            self.network,
+        ]
+    }
+}
+
+/// The command.
+pub fn run(args: &Args) -> Result<()> {
+    let mut passed_on = args.passed_on.clone();
+    // Options before the folders are ours; those after them went to the runner's list, and mean the same.
+    let matrix = args.matrix | take(&mut passed_on, "--matrix");
+    let rotate = args.rotate | take(&mut passed_on, "--rotate");
+    if (matrix || rotate) && passed_on.iter().any(|arg| is_chosen_by_us(arg)) {
+        bail!(
+            "--matrix and --rotate choose --socket-lb, --datapath and --network themselves, and add up text, not json"
+        );
+    }
+    setup::programs()?;
+    build::run()?;
+    if rotate {
+        return finish(rotated(&passed_on)?);
+    }
+    if matrix {
+        let mut total = Counts::default();
+        for configuration in Configuration::all() {
+            total.add(run_with(configuration, &passed_on)?);
+        }
+        return finish(total);
+    }
+    let status = runner(&passed_on)?
+        .status()
+        .context("failed to start the scenario runner")?;
+    process::finish_with(status)
+}
+
+fn take(args: &mut Vec<String>, flag: &str) -> bool {
+    let before = args.len();
+    args.retain(|arg| arg != flag);
+    args.len() != before
+}
+
+fn is_chosen_by_us(arg: &str) -> bool {
+    ["--socket-lb", "--datapath", "--network", "-o", "--output"]
+        .iter()
+        .any(|flag| arg.split('=').next() == Some(flag))
+}
+
+fn runner(args: &[String]) -> Result<std::process::Command> {
+    let mut command = process::as_root(&paths::release("dataplane-scenarios"))?;
+    if !args
+        .iter()
+        .any(|arg| arg == "--agent" || arg.starts_with("--agent="))
+    {
+        command.arg("--agent").arg(paths::release("dataplane-agent"));
+    }
+    command.args(args);
+    Ok(command)
+}
+
+/// Each promised scenario once: as many runs as there are configurations, each with its share of the ids.
+fn rotated(args: &[String]) -> Result<Counts> {
+    let (folders, options): (Vec<_>, Vec<_>) = args.iter().cloned().partition(|arg| Path::new(arg).exists());
+    if options.iter().any(|arg| arg.starts_with("--filter")) {
+        bail!("--rotate chooses the scenarios by the tag {PROMISED}: leave --filter out");
+    }
+    let folders = if folders.is_empty() {
+        default_folders()
+    } else {
+        folders
+    };
+    let ids = ids_with_tag(&folders, PROMISED)?;
+    if ids.is_empty() {
+        bail!("no scenario of {} has the tag {PROMISED}", folders.join(" "));
+    }
+    let configurations = Configuration::all();
+    let mut total = Counts::default();
+    for (index, configuration) in configurations.iter().enumerate() {
+        let share: Vec<&str> = ids
+            .iter()
+            .skip(index)
+            .step_by(configurations.len())
+            .map(String::as_str)
+            .collect();
+        if share.is_empty() {
+            continue;
+        }
+        let mut args = folders.clone();
+        args.extend(options.iter().cloned());
+        args.extend(["--filter".to_owned(), share.join(",")]);
+        total.add(run_with(*configuration, &args)?);
+    }
+    Ok(total)
+}
+
+fn default_folders() -> Vec<String> {
+    vec![
+        paths::root()
+            .join("tests/scenarios/services")
+            .display()
+            .to_string(),
+    ]
+}
+
+/// One run of the runner: its lines are ours, but for the last, which is counted.
+fn run_with(configuration: Configuration, args: &[String]) -> Result<Counts> {
+    progress::note(&format!("scenarios with {}", configuration.args().join(" ")));
+    let mut command = runner(args)?;
+    let mut child = command
+        .args(configuration.args())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("failed to start the scenario runner")?;
+    let stdout = child.stdout.take().context("the scenario runner has no output")?;
+    let mut counts = None;
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("failed to read the scenario runner's output")?;
+        match summary_line(&line) {
+            Some(found) => counts = Some(found),
+            None => println!("{line}"),
+        }
+    }
+    let status = child.wait().context("failed to wait for the scenario runner")?;
+    let Some(counts) = counts else {
+        bail!("the scenario runner ended without its summary: {status}");
+    };
+    if !status.success() && counts.failed == 0 {
+        bail!("the scenario runner failed: {status}");
+    }
+    Ok(counts)
+}
+
+fn finish(total: Counts) -> Result<()> {
+    println!("{total}");
+    if total.failed > 0 {
+        std::process::exit(1);
+    }
+    if total.passed == 0 {
+        bail!("no scenario was run");
+    }
+    Ok(())
+}
+
+fn summary_line(line: &str) -> Option<Counts> {
+    let mut parts = line.split(", ");
+    let mut number = |word: &str| parts.next()?.strip_suffix(word)?.trim().parse().ok();
+    Some(Counts {
+        passed: number("passed")?,
+        failed: number("failed")?,
+        skipped: number("skipped")?,
+    })
+}
+
+/// Ids, sorted, of the scenario files that carry a tag.
+fn ids_with_tag(folders: &[String], tag: &str) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for folder in folders {
+        collect(Path::new(folder), &mut files)?;
+    }
+    let mut ids = Vec::new();
+    for file in files {
+        let text = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
+        let scenario: serde_json::Value =
+            serde_json::from_slice(&text).with_context(|| format!("failed to decode {}", file.display()))?;
+        let tagged = scenario["tags"]
+            .as_array()
+            .is_some_and(|tags| tags.iter().any(|each| each == tag));
+        if let (true, Some(id)) = (tagged, scenario["id"].as_str()) {
+            ids.push(id.to_owned());
+        }
+    }
+    ids.sort();
+    Ok(ids)
+}
+
+fn collect(place: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    if place.is_dir() {
+        let entries = fs::read_dir(place).with_context(|| format!("failed to list {}", place.display()))?;
+        for entry in entries {
+            collect(
+                &entry
+                    .with_context(|| format!("failed to list {}", place.display()))?
+                    .path(),
+                files,
+            )?;
+        }
+    } else if place.extension().is_some_and(|extension| extension == "json") {
+        files.push(place.to_owned());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_combination_is_there_once() {
+        let all = Configuration::all();
+        for (index, configuration) in all.iter().enumerate() {
+            assert!(!all[..index].contains(configuration), "{configuration:?} twice");
+        }
+        assert_eq!(all.len(), 12);
+    }
+
+    #[test]
+    fn only_the_summary_is_taken_for_one() {
+        assert_eq!(
+            summary_line("12 passed, 1 failed, 3 skipped"),
+            Some(Counts {
+                passed: 12,
+                failed: 1,
+                skipped: 3
+            })
+        );
+        assert_eq!(summary_line("s018 passed, nodeport-cluster"), None);
+    }
+}

@@ -1,0 +1,101 @@
+//! `cargo xtask test`: every test of the workspace, with the programs they run built first.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use anyhow::{Context, Result};
+
+use crate::{build, process, progress, setup};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Passed to `cargo test`: a name filter, `--package NAME`, or after `--` the test binary's own options
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// Counts of one run, as cargo's test runner prints them.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub passed: u64,
+    pub failed: u64,
+    pub skipped: u64,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.skipped
+        )
+    }
+}
+
+/// The command. Its last line on stdout counts all tests of all packages.
+pub fn run(args: &Args) -> Result<()> {
+    setup::programs()?;
+    build::run()?;
+    if !process::is_root() {
+        progress::note("not root: tests on real packets need it, and skip themselves saying so");
+        progress::note("to run them too: sudo -E env PATH=\"$PATH\" cargo xtask test");
+    }
+    let mut command = process::cargo("test");
+    command
+        .args(["--workspace", "--no-fail-fast"])
+        .args(&args.args)
+        .stdout(Stdio::piped());
+    progress::note("cargo test --workspace …");
+    let mut child = command.spawn().context("failed to start cargo test")?;
+    let stdout = child.stdout.take().context("cargo test has no output")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("failed to read the output of cargo test")?;
+        println!("{line}");
+        counts.add(result_line(&line).unwrap_or_default());
+    }
+    let status = child.wait().context("failed to wait for cargo test")?;
+    println!("{counts}");
+    process::finish_with(status)
+}
+
+/// `test result: ok. 3 passed; 0 failed; 1 ignored; …`
+fn result_line(line: &str) -> Option<Counts> {
+    let rest = line.strip_prefix("test result: ")?;
+    let number = |word: &str| {
+        rest.split([';', '.'])
+            .find_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u64>().ok())
+    };
+    Some(Counts {
+        passed: number("passed")?,
+        failed: number("failed")?,
+        skipped: number("ignored")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_are_counted_and_others_are_not() {
+        let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s";
+        assert_eq!(
+            result_line(line),
+            Some(Counts {
+                passed: 3,
+                failed: 2,
+                skipped: 1
+            })
+        );
+        assert_eq!(result_line("test pipeline::tests::passes ... ok"), None);
+    }
+}

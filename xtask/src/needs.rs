@@ -39,8 +39,6 @@ pub const PROGRAMS: &[Need] = &[
         why: "the demo's examples",
     },
     Need {
-        program: "ethtool",
-        package: "ethtool",
         why: "tests with and without checksum offload",
     },
     Need {

@@ -1,1 +1,25 @@
-//! Test cluster.
+//! A Kubernetes-like cluster on one machine, made of network namespaces, and the runner that sends real packets
+//! through it.
+//!
+//! * [`cluster`] builds nodes, pods, a router and clients outside, and removes them again.
+//! * [`worker`] is a process in one of those namespaces that answers, connects and keeps flows.
+//! * [`scenario`] reads scenario files, drives a cluster by them and judges what was seen.
+//!
+//! Everything made here carries its owner's process id in its name ([`places`]), so that what a killed run left behind
+//! is found and removed by the next one.
+
+pub mod agent;
+pub mod cgroup;
+pub mod cluster;
+pub mod ethtool;
+pub mod links;
+pub mod manifests;
+pub mod netlink;
+pub mod netns;
+pub mod places;
+pub mod pod_network;
+pub mod process;
+pub mod scenario;
+pub mod shape;
+pub mod underlay;
+pub mod worker;

@@ -1,0 +1,248 @@
+//! Agent processes: one a node, in its namespace and cgroup.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::cluster::Cluster;
+
+/// How long an agent may take to open its socket.
+const START: Duration = Duration::from_secs(10);
+/// How long the agent may take to program what was written.
+const SETTLE: Duration = Duration::from_secs(10);
+const STEP: Duration = Duration::from_millis(20);
+
+/// How agents are started.
+#[derive(Debug, Clone)]
+pub struct AgentOptions {
+    pub program: PathBuf,
+    /// Flags the same for all nodes (`--socket-lb off`).
+    pub flags: Vec<String>,
+}
+
+/// The agents of a cluster. Dropping them kills them and removes what they attached.
+#[derive(Debug)]
+pub struct Agents {
+    nodes: Vec<Agent>,
+    options: AgentOptions,
+}
+
+#[derive(Debug)]
+struct Agent {
+    node: String,
+    child: Option<Child>,
+    /// Everything that goes before the program's own arguments.
+    enter: (PathBuf, PathBuf),
+    helper: crate::process::Helper,
+    manifests: PathBuf,
+    bpffs: PathBuf,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Agents {
+    /// Starts an agent on every node.
+    pub fn start(cluster: &Cluster, manifests: &Path, options: AgentOptions) -> Result<Self> {
+        let places = cluster.places();
+        let mut agents = Self {
+            nodes: Vec::new(),
+            options,
+        };
+        for node in &cluster.shape().nodes {
+            let name = &node.name;
+            let bpffs = places.bpffs.join(name);
+            fs::create_dir_all(&bpffs).with_context(|| format!("failed to create {}", bpffs.display()))?;
+            agents.nodes.push(Agent {
+                node: name.clone(),
+                child: None,
+                enter: (
+                    cluster.node_netns(name)?.path().to_path_buf(),
+                    cluster.node_cgroup(name)?.clone(),
+                ),
+                helper: cluster.helper().clone(),
+                manifests: manifests.to_path_buf(),
+                bpffs,
+                socket: places.work.join(format!("{name}.sock")),
+                log: places.work.join(format!("{name}.log")),
+            });
+        }
+        agents.start_all()?;
+        Ok(agents)
+    }
+
+    /// Starts every agent that does not run and waits until their sockets are there.
+    pub fn start_all(&mut self) -> Result<()> {
+        for agent in &mut self.nodes {
+            agent.start(&self.options)?;
+        }
+        let end = Instant::now() + START;
+        for agent in &mut self.nodes {
+            while !agent.socket.exists() && agent.exit().is_none() && Instant::now() < end {
+                sleep(STEP);
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills every agent at once, as a crash would.
+    pub fn kill_all(&mut self) {
+        for agent in &mut self.nodes {
+            agent.kill();
+        }
+    }
+
+    /// Waits until every agent has programmed what the folder holds now. Returns what went wrong: a run goes on with it,
+    /// and its probes show the effect.
+    pub fn settle(&mut self) -> Vec<String> {
+        let waits: Vec<_> = self
+            .nodes
+            .iter()
+            .map(|agent| agent.wait_command(&self.options).spawn())
+            .collect();
+        let end = Instant::now() + SETTLE + Duration::from_secs(2);
+        let mut problems = Vec::new();
+        for (agent, wait) in self.nodes.iter_mut().zip(waits) {
+            let reason = match wait {
+                Ok(mut wait) => outcome(&mut wait, end),
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(exit) = agent.exit() {
+                problems.push(format!(
+                    "the agent of {} has ended ({exit}){}",
+                    agent.node,
+                    agent.last_words()
+                ));
+            } else if let Some(reason) = reason {
+                problems.push(format!(
+                    "waiting for the agent of {} failed: {reason}{}",
+                    agent.node,
+                    agent.last_words()
+                ));
+            }
+        }
+        problems
+    }
+
+    /// Agents that ended without being asked to.
+    pub fn ended(&mut self) -> Vec<String> {
+        let ended = |agent: &mut Agent| {
+            let exit = agent.exit()?;
+            Some(format!(
+                "the agent of {} has ended ({exit}){}",
+                agent.node,
+                agent.last_words()
+            ))
+        };
+        self.nodes.iter_mut().filter_map(ended).collect()
+    }
+
+    /// Log files by node.
+    pub fn logs(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.nodes
+            .iter()
+            .map(|agent| (agent.node.as_str(), agent.log.as_path()))
+    }
+}
+
+impl Drop for Agents {
+    fn drop(&mut self) {
+        self.kill_all();
+        for agent in &self.nodes {
+            // Pins keep programs attached; the namespaces go, but cgroups and bpffs are the machine's.
+            let _ = fs::remove_dir_all(&agent.bpffs);
+        }
+    }
+}
+
+impl Agent {
+    fn start(&mut self, options: &AgentOptions) -> Result<()> {
+        if self.child.is_some() {
+            return Ok(());
+        }
+        // The socket of an agent that was killed would look like that of the new one.
+        let _ = fs::remove_file(&self.socket);
+        let log = File::options().create(true).append(true).open(&self.log)?;
+        let (netns, cgroup) = &self.enter;
+        let mut command = self.helper.enter(netns, &cgroup.join("host"), &options.program);
+        command.arg("run").arg("--manifests").arg(&self.manifests);
+        command.args(["--node-name", &self.node]);
+        command
+            .arg("--bpffs")
+            .arg(&self.bpffs)
+            .arg("--cgroup")
+            .arg(cgroup);
+        command
+            .args(["--health-addr", "127.0.0.1:10256"])
+            .arg("--socket")
+            .arg(&self.socket);
+        command.args(&options.flags);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        self.child = Some(
+            command
+                .spawn()
+                .with_context(|| format!("failed to start the agent of {}", self.node))?,
+        );
+        Ok(())
+    }
+
+    fn wait_command(&self, options: &AgentOptions) -> Command {
+        let (netns, cgroup) = &self.enter;
+        let mut command = self.helper.enter(netns, &cgroup.join("host"), &options.program);
+        command.arg("wait").arg("--socket").arg(&self.socket);
+        command.args(["--timeout", &format!("{}s", SETTLE.as_secs())]);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// How the agent ended, if it did so by itself.
+    fn exit(&mut self) -> Option<String> {
+        let status = self.child.as_mut()?.try_wait().ok()??;
+        Some(status.to_string())
+    }
+
+    fn last_words(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        log.lines()
+            .rev()
+            .find(|line| !line.trim().is_empty())
+            .map_or_else(String::new, |line| format!(": {line}"))
+    }
+}
+
+/// Waits for a child until `end`; the reason if it failed.
+fn outcome(child: &mut Child, end: Instant) -> Option<String> {
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return None,
+            Ok(Some(status)) => {
+                let text = child
+                    .stderr
+                    .take()
+                    .and_then(|pipe| std::io::read_to_string(pipe).ok())
+                    .unwrap_or_default();
+                return Some(format!("{status} {}", text.trim()));
+            }
+            Ok(None) if Instant::now() < end => sleep(Duration::from_millis(5)),
+            Ok(None) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Some("it did not end".to_owned());
+            }
+            Err(error) => return Some(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! The test cluster: nodes, pods, router and clients outside, each in a namespace with a worker.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cgroup;
+use crate::links::{Links, Route, host};
+use crate::netns::{NetNs, set_sysctls};
+use crate::places::Places;
+use crate::pod_network;
+use crate::process::Helper;
+use crate::shape::{PodShape, Shape};
+use crate::underlay::{FORWARD, NO_DAD, UPLINK, Underlay};
+use crate::worker::Worker;
+use crate::worker::protocol::{Proto, Request};
+
+const CALL: Duration = Duration::from_secs(10);
+
+/// A running cluster. Dropping it removes everything it made.
+#[derive(Debug)]
+pub struct Cluster {
+    shape: Shape,
+    workers: HashMap<String, Worker>,
+    nodes: Vec<Node>,
+    /// Namespaces of pods and clients, held open while their workers run.
+    namespaces: Vec<NetNs>,
+    underlay: Underlay,
+    helper: Helper,
+    places: Owned,
+}
+
+/// Removes the places last, after workers and namespaces.
+#[derive(Debug)]
+struct Owned(Places);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.remove();
+    }
+}
+
+#[derive(Debug)]
+struct Node {
+    netns: NetNs,
+    links: Links,
+    cgroup: PathBuf,
+    /// Next hops put for single destinations.
+    hops: HashMap<IpAddr, IpAddr>,
+}
+
+impl Cluster {
+    /// Builds a cluster called `name` (unique within this process).
+    pub fn build(name: &str, shape: Shape, helper: &Helper) -> Result<Self> {
+        check_names(&shape)?;
+        let places = Owned(Places::create(name)?);
+        let underlay = Underlay::create(&places.0, &shape.nodes)?;
+        let mut cluster = Self {
+            shape,
+            workers: HashMap::new(),
+            nodes: Vec::new(),
+            namespaces: Vec::new(),
+            underlay,
+            helper: helper.clone(),
+            places,
+        };
+        for index in 0..cluster.shape.nodes.len() {
+            cluster.add_node(index)?;
+        }
+        for index in 0..cluster.shape.externals.len() {
+            cluster.add_external(index)?;
+        }
+        for index in 0..cluster.shape.pods.len() {
+            cluster.add_pod(index)?;
+        }
+        Ok(cluster)
+    }
+
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    pub fn places(&self) -> &Places {
+        &self.places.0
+    }
+
+    pub fn helper(&self) -> &Helper {
+        &self.helper
+    }
+
+    /// The namespace of a node.
+    pub fn node_netns(&self, name: &str) -> Result<&NetNs> {
+        Ok(&self.nodes[self.node_index(name)?].netns)
+    }
+
+    /// The cgroup that holds all processes of a node, those of its pods included.
+    pub fn node_cgroup(&self, name: &str) -> Result<&PathBuf> {
+        Ok(&self.nodes[self.node_index(name)?].cgroup)
+    }
+
+    /// The worker of a node, pod or client outside.
+    pub fn worker(&self, name: &str) -> Result<&Worker> {
+        self.workers
+            .get(name)
+            .with_context(|| format!("there is no node, pod or client {name}"))
+    }
+
+    /// Lets a pod (or any other member) answer at a port.
+    pub fn listen(&self, name: &str, proto: Proto, port: u16) -> Result<()> {
+        self.worker(name)?.call(Request::Listen { proto, port }, CALL)?;
+        Ok(())
+    }
+
+    /// Makes `via` the node that receives what `client` sends to `to`. Without it the packet goes to the client's own
+    /// node, or to the node that has the address.
+    pub fn set_route(&mut self, client: &str, to: IpAddr, via: Option<&str>) -> Result<()> {
+        let owner = self.shape.owner(to).map(|node| node.name.as_str());
+        let hop = match via {
+            Some(node) if Some(node) != owner => Some(
+                self.shape
+                    .node(node)?
+                    .address(to)
+                    .with_context(|| format!("{node} has no address like {to}"))?,
+            ),
+            _ => None,
+        };
+        let Some(own) = self.shape.node_of(client) else {
+            return self.underlay.set_next_hop(client, to, hop);
+        };
+        let hop = hop.filter(|_| via != Some(own));
+        let index = self.node_index(own)?;
+        let node = &mut self.nodes[index];
+        if node.hops.get(&to).copied() == hop {
+            return Ok(());
+        }
+        let route = |via| Route {
+            via: Some(via),
+            device: Some(UPLINK),
+            ..Route::default()
+        };
+        if let Some(hop) = hop {
+            node.links.add_route(host(to), route(hop))?;
+            node.hops.insert(to, hop);
+        } else if let Some(old) = node.hops.remove(&to) {
+            node.links.delete_route(host(to), route(old))?;
+        }
+        Ok(())
+    }
+
+    fn node_index(&self, name: &str) -> Result<usize> {
+        self.shape
+            .nodes
+            .iter()
+            .position(|node| node.name == name)
+            .with_context(|| format!("there is no node {name}"))
+    }
+
+    fn add_node(&mut self, index: usize) -> Result<()> {
+        let shape = &self.shape.nodes[index];
+        let netns = NetNs::create(&self.places.0.netns(&shape.name))?;
+        netns.enter(|| {
+            set_sysctls(&NO_DAD)?;
+            set_sysctls(&FORWARD)
+        })?;
+        let mut links = Links::open(&netns)?;
+        links.set_up("lo")?;
+        self.underlay
+            .connect_node(index, shape, &netns, &mut links, self.shape.network)?;
+        pod_network::prepare_node(&self.shape, index, &netns, &mut links)?;
+        let cgroup = self.places.0.cgroup.join(&shape.name);
+        let host = cgroup.join("host");
+        cgroup::create(&host)?;
+        let worker = Worker::start(
+            &shape.name,
+            self.helper.worker(&shape.name, netns.path(), Some(&host)),
+        )?;
+        self.workers.insert(shape.name.clone(), worker);
+        self.nodes.push(Node {
+            netns,
+            links,
+            cgroup,
+            hops: HashMap::new(),
+        });
+        Ok(())
+    }
+
+    fn add_external(&mut self, index: usize) -> Result<()> {
+        let external = &self.shape.externals[index];
+        let netns = NetNs::create(&self.places.0.netns(&external.name))?;
+        self.underlay.connect_external(index, external, &netns)?;
+        let worker = Worker::start(
+            &external.name,
+            self.helper.worker(&external.name, netns.path(), None),
+        )?;
+        self.workers.insert(external.name.clone(), worker);
+        self.namespaces.push(netns);
+        Ok(())
+    }
+
+    fn add_pod(&mut self, number: usize) -> Result<()> {
+        let pod = &self.shape.pods[number];
+        let PodShape {
+            name,
+            node,
+            host_network,
+            ..
+        } = pod;
+        let index = self.node_index(node)?;
+        let cgroup = self.nodes[index].cgroup.join("pods").join(name);
+        cgroup::create(&cgroup)?;
+        let worker = if *host_network {
+            Worker::start(
+                name,
+                self.helper
+                    .worker(name, self.nodes[index].netns.path(), Some(&cgroup)),
+            )?
+        } else {
+            let netns = NetNs::create(&self.places.0.netns(&format!("pod-{name}")))?;
+            pod_network::connect_pod(&self.shape, number, pod, &mut self.nodes[index].links, &netns)?;
+            let worker = Worker::start(name, self.helper.worker(name, netns.path(), Some(&cgroup)))?;
+            self.namespaces.push(netns);
+            worker
+        };
+        self.workers.insert(name.clone(), worker);
+        Ok(())
+    }
+}
+
+/// Clients are found by name alone, so no two members may share one.
+fn check_names(shape: &Shape) -> Result<()> {
+    let nodes = shape.nodes.iter().map(|node| &node.name);
+    let pods = shape.pods.iter().map(|pod| &pod.name);
+    let externals = shape.externals.iter().map(|external| &external.name);
+    let mut seen = HashSet::new();
+    for name in nodes.chain(pods).chain(externals) {
+        ensure!(
+            !name.is_empty() && !name.contains('/'),
+            "{name:?} is no name for a node, pod or client"
+        );
+        if !seen.insert(name) {
+            bail!("two nodes, pods or clients are called {name}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,340 @@
+//! Devices, addresses, routes, neighbours and rules of one namespace, in the words of `ip`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::RawFd;
+
+use anyhow::{Context, Result, bail};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use crate::netlink::Netlink;
+use crate::netns::NetNs;
+
+/// An address with the length of its network.
+pub type Prefix = (IpAddr, u8);
+
+/// Every destination of the family of `like`.
+pub fn everywhere(like: IpAddr) -> Prefix {
+    match like {
+        IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), 0),
+        IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED.into(), 0),
+    }
+}
+
+/// The address alone, as a network.
+pub fn host(ip: IpAddr) -> Prefix {
+    (ip, if ip.is_ipv4() { 32 } else { 128 })
+}
+
+/// How a route sends its packets on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Route<'a> {
+    pub via: Option<IpAddr>,
+    pub device: Option<&'a str>,
+    /// The gateway is taken as a neighbour on the device, whatever the addresses say.
+    pub onlink: bool,
+    /// A table of its own; the main one if absent.
+    pub table: Option<u32>,
+    /// Discard silently.
+    pub blackhole: bool,
+}
+
+/// The devices of a namespace.
+#[derive(Debug)]
+pub struct Links {
+    netlink: Netlink,
+}
+
+impl Links {
+    pub fn open(netns: &NetNs) -> Result<Self> {
+        Ok(Self {
+            netlink: Netlink::open(netns)?,
+        })
+    }
+
+    /// The index of a device.
+    pub fn index(&mut self, name: &str) -> Result<u32> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let answers = self
+            .netlink
+            .request(RouteNetlinkMessage::GetLink(message), 0)
+            .with_context(|| format!("failed to find device {name}"))?;
+        match answers.first() {
+            Some(RouteNetlinkMessage::NewLink(link)) => Ok(link.header.index),
+            _ => bail!("the kernel did not describe device {name}"),
+        }
+    }
+
+    /// A veth pair: `name` here, `peer` in another namespace.
+    pub fn add_veth(&mut self, name: &str, peer: &str, peer_netns: RawFd, mtu: Option<u32>) -> Result<()> {
+        let mut other = LinkMessage::default();
+        other.attributes.push(LinkAttribute::IfName(peer.to_owned()));
+        other.attributes.push(LinkAttribute::NetNsFd(peer_netns));
+        other.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        self.add(
+            name,
+            InfoKind::Veth,
+            Some(InfoData::Veth(InfoVeth::Peer(other))),
+            mtu,
+            None,
+        )
+    }
+
+    /// A bridge that forwards at once and floods multicast (neighbour discovery) to every port.
+    pub fn add_bridge(&mut self, name: &str, mtu: Option<u32>) -> Result<()> {
+        let data = InfoData::Bridge(vec![InfoBridge::MulticastSnooping(false)]);
+        self.add(name, InfoKind::Bridge, Some(data), mtu, None)
+    }
+
+    /// A VXLAN device with static entries only, as an overlay network's agent makes it.
+    pub fn add_vxlan(
+        &mut self,
+        name: &str,
+        under: &str,
+        local: IpAddr,
+        mac: [u8; 6],
+        mtu: u32,
+    ) -> Result<()> {
+        let own = match local {
+            IpAddr::V4(ip) => InfoVxlan::Local(ip),
+            IpAddr::V6(ip) => InfoVxlan::Local6(ip),
+        };
+        let under = self.index(under)?;
+        let data = vec![
+            InfoVxlan::Id(1),
+            InfoVxlan::Link(under),
+            own,
+            InfoVxlan::Port(8472),
+            InfoVxlan::Learning(false),
+        ];
+        self.add(
+            name,
+            InfoKind::Vxlan,
+            Some(InfoData::Vxlan(data)),
+            Some(mtu),
+            Some(mac),
+        )
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        kind: InfoKind,
+        data: Option<InfoData>,
+        mtu: Option<u32>,
+        mac: Option<[u8; 6]>,
+    ) -> Result<()> {
+        let mut info = vec![LinkInfo::Kind(kind)];
+        info.extend(data.map(LinkInfo::Data));
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        message.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        message
+            .attributes
+            .extend(mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
+        message.attributes.push(LinkAttribute::LinkInfo(info));
+        self.netlink
+            .request(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+            .with_context(|| format!("failed to add device {name}"))?;
+        Ok(())
+    }
+
+    pub fn set_up(&mut self, name: &str) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(name)?;
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        self.set_link(message)
+            .with_context(|| format!("failed to set {name} up"))
+    }
+
+    /// Makes a device a port of a bridge; `hairpin` lets a frame leave by the port it came in.
+    pub fn set_bridge(&mut self, name: &str, bridge: &str, hairpin: bool) -> Result<()> {
+        let index = self.index(name)?;
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message
+            .attributes
+            .push(LinkAttribute::Controller(self.index(bridge)?));
+        self.set_link(message)
+            .with_context(|| format!("failed to put {name} on {bridge}"))?;
+        if !hairpin {
+            return Ok(());
+        }
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+        ]));
+        self.netlink
+            .request(RouteNetlinkMessage::NewLink(message), 0)
+            .with_context(|| format!("failed to let {name} hairpin"))?;
+        Ok(())
+    }
+
+    fn set_link(&mut self, message: LinkMessage) -> Result<()> {
+        self.netlink.request(RouteNetlinkMessage::SetLink(message), 0)?;
+        Ok(())
+    }
+
+    /// Gives a device an address, usable at once (no duplicate address detection).
+    pub fn add_address(&mut self, device: &str, (ip, length): Prefix) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(ip);
+        message.header.prefix_len = length;
+        message.header.index = self.index(device)?;
+        message.header.flags = AddressHeaderFlags::Nodad;
+        message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        self.netlink
+            .request(
+                RouteNetlinkMessage::NewAddress(message),
+                NLM_F_CREATE | NLM_F_REPLACE,
+            )
+            .with_context(|| format!("failed to add address {ip}/{length} to {device}"))?;
+        Ok(())
+    }
+
+    /// Adds or replaces a route.
+    pub fn add_route(&mut self, to: Prefix, route: Route<'_>) -> Result<()> {
+        let message = self.route_message(to, route)?;
+        self.netlink
+            .request(
+                RouteNetlinkMessage::NewRoute(message),
+                NLM_F_CREATE | NLM_F_REPLACE,
+            )
+            .with_context(|| format!("failed to add route {}/{} ({route:?})", to.0, to.1))?;
+        Ok(())
+    }
+
+    pub fn delete_route(&mut self, to: Prefix, route: Route<'_>) -> Result<()> {
+        let message = self.route_message(to, route)?;
+        self.netlink
+            .request(RouteNetlinkMessage::DelRoute(message), 0)
+            .with_context(|| format!("failed to delete route {}/{} ({route:?})", to.0, to.1))?;
+        Ok(())
+    }
+
+    fn route_message(&mut self, (to, length): Prefix, route: Route<'_>) -> Result<RouteMessage> {
+        let Route {
+            via,
+            device,
+            onlink,
+            table,
+            blackhole,
+        } = route;
+        let mut message = RouteMessage::default();
+        message.header = RouteHeader {
+            address_family: family(to),
+            destination_prefix_length: length,
+            table: table.map_or(RouteHeader::RT_TABLE_MAIN, |table| table as u8),
+            protocol: RouteProtocol::Static,
+            scope: if via.is_none() && !blackhole && to.is_ipv4() {
+                RouteScope::Link
+            } else {
+                RouteScope::Universe
+            },
+            kind: if blackhole {
+                RouteType::BlackHole
+            } else {
+                RouteType::Unicast
+            },
+            flags: if onlink {
+                RouteFlags::Onlink
+            } else {
+                RouteFlags::empty()
+            },
+            ..RouteHeader::default()
+        };
+        if length > 0 {
+            message.attributes.push(RouteAttribute::Destination(to.into()));
+        }
+        message
+            .attributes
+            .extend(via.map(|ip| RouteAttribute::Gateway(ip.into())));
+        if let Some(device) = device {
+            message.attributes.push(RouteAttribute::Oif(self.index(device)?));
+        }
+        Ok(message)
+    }
+
+    /// Packets that came in by `device` are looked up in `table` before the main one.
+    pub fn add_rule(&mut self, device: &str, table: u8, like: IpAddr) -> Result<()> {
+        let mut message = RuleMessage::default();
+        message.header.family = family(like);
+        message.header.table = table;
+        message.header.action = RuleAction::ToTable;
+        message.attributes = vec![
+            RuleAttribute::Iifname(device.to_owned()),
+            RuleAttribute::Priority(100 + u32::from(table)),
+        ];
+        self.netlink
+            .request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
+            .with_context(|| format!("failed to add a rule for {device}"))?;
+        Ok(())
+    }
+
+    /// A permanent neighbour.
+    pub fn add_neighbour(&mut self, device: &str, ip: IpAddr, mac: [u8; 6]) -> Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(ip);
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(neighbour_address(ip)));
+        self.neighbour(message, device, mac)
+            .with_context(|| format!("failed to add neighbour {ip} at {device}"))
+    }
+
+    /// A permanent forwarding entry of a VXLAN device: frames to `mac` go to the node `at`.
+    pub fn add_forwarding(&mut self, device: &str, mac: [u8; 6], at: IpAddr) -> Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.header.flags = NeighbourFlags::Own;
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(neighbour_address(at)));
+        self.neighbour(message, device, mac)
+            .with_context(|| format!("failed to add forwarding to {at} at {device}"))
+    }
+
+    fn neighbour(&mut self, mut message: NeighbourMessage, device: &str, mac: [u8; 6]) -> Result<()> {
+        message.header.ifindex = self.index(device)?;
+        message.header.state = NeighbourState::Permanent;
+        message
+            .attributes
+            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        self.netlink.request(
+            RouteNetlinkMessage::NewNeighbour(message),
+            NLM_F_CREATE | NLM_F_REPLACE,
+        )?;
+        Ok(())
+    }
+}
+
+fn family(ip: IpAddr) -> AddressFamily {
+    if ip.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    }
+}
+
+fn neighbour_address(ip: IpAddr) -> NeighbourAddress {
+    match ip {
+        IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
+        IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+    }
+}

@@ -1,0 +1,84 @@
+//! Child processes inside a namespace and a cgroup of the cluster.
+//!
+//! A child enters both itself, through the helper binary, before it becomes what was asked for: nothing runs between a
+//! fork and an exec in this process.
+
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+
+use crate::{cgroup, netns};
+
+/// The binary that offers `worker` and `enter`.
+#[derive(Debug, Clone)]
+pub struct Helper(PathBuf);
+
+impl Helper {
+    const NAME: &str = "dataplane-scenarios";
+
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// This program if it is the helper, else the helper that was built beside it.
+    pub fn find() -> Result<Self> {
+        let own = std::env::current_exe().context("failed to find this program")?;
+        if own.file_name() == Some(OsStr::new(Self::NAME)) {
+            return Ok(Self(own));
+        }
+        let beside = [
+            own.with_file_name(Self::NAME),
+            own.parent().unwrap_or(&own).with_file_name(Self::NAME),
+        ];
+        let found = beside.into_iter().find(|path| path.exists());
+        found
+            .map(Self)
+            .with_context(|| format!("{} is not built beside {}", Self::NAME, own.display()))
+    }
+
+    /// A command that runs `program` in a namespace and a cgroup, and dies with the thread that starts it.
+    pub fn enter(&self, netns: &Path, cgroup: &Path, program: &Path) -> Command {
+        let mut command = self.place("enter", netns, Some(cgroup));
+        command.arg("--").arg(program);
+        command
+    }
+
+    /// A command that runs the worker `name`.
+    pub fn worker(&self, name: &str, netns: &Path, cgroup: Option<&Path>) -> Command {
+        let mut command = self.place("worker", netns, cgroup);
+        command.arg("--name").arg(name);
+        command
+    }
+
+    fn place(&self, verb: &str, netns: &Path, cgroup: Option<&Path>) -> Command {
+        let mut command = Command::new(&self.0);
+        command.arg(verb).arg("--netns").arg(netns);
+        if let Some(cgroup) = cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        command
+    }
+}
+
+/// Moves this process, before it has a second thread, to where it shall run.
+pub fn settle(netns: &Path, cgroup: Option<&Path>) -> Result<()> {
+    if let Some(cgroup) = cgroup {
+        cgroup::join(cgroup)?;
+    }
+    netns::join(netns)
+}
+
+/// Becomes another program after [`settle`]. Returns only on failure.
+pub fn become_program(command: &[String]) -> Result<()> {
+    let [program, args @ ..] = command else {
+        bail!("no program was named")
+    };
+    set_pdeathsig(Signal::SIGKILL).context("failed to ask for the parent's death signal")?;
+    let error = Command::new(program).args(args).exec();
+    Err(anyhow!(error)).with_context(|| format!("failed to run {program}"))
+}

@@ -1,0 +1,12 @@
+//! One process in one namespace that answers, connects and keeps flows, driven over its standard input and output by a
+//! JSON document a line.
+
+pub mod flow;
+mod handle;
+pub mod probe;
+pub mod protocol;
+mod responder;
+mod serve;
+
+pub use handle::Worker;
+pub use serve::serve;

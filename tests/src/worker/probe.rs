@@ -1,0 +1,203 @@
+//! New connections: who answers, or how it fails.
+
+use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::libc;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::protocol::{Attempt, Probe, Proto, Reply, Response};
+
+const LINE: &str = "who are you";
+
+/// Makes the connections of a probe, in order or all at once.
+pub fn run(probe: &Probe) -> Vec<Attempt> {
+    if probe.parallel {
+        return thread::scope(|scope| {
+            let threads: Vec<_> = (0..probe.connections)
+                .map(|_| scope.spawn(|| connect_once(probe)))
+                .collect();
+            threads
+                .into_iter()
+                .filter_map(|thread| thread.join().ok())
+                .collect()
+        });
+    }
+    let mut attempts: Vec<Attempt> = Vec::new();
+    let mut failures = 0;
+    for number in 0..probe.connections {
+        if number > 0 {
+            thread::sleep(Duration::from_millis(probe.interval_ms));
+        }
+        let attempt = connect_once(probe);
+        failures += u32::from(attempt.backend().is_none());
+        let changed = attempts
+            .first()
+            .is_some_and(|first| first.backend() != attempt.backend());
+        attempts.push(attempt);
+        if failures >= probe.stop_after_failures || (probe.until_backend_changes && changed) {
+            break;
+        }
+    }
+    attempts
+}
+
+fn connect_once(probe: &Probe) -> Attempt {
+    let start = Instant::now();
+    let timeout = Duration::from_millis(probe.timeout_ms);
+    match probe.proto {
+        Proto::Udp => datagram(probe, timeout, start),
+        proto => match connect(proto, probe.source_port, probe.to, timeout) {
+            Ok(stream) => {
+                // The port is free again at once: a probe may use it for its next connection.
+                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                exchange(&stream, LINE, timeout, start)
+            }
+            Err(error) => failure(&error, start, true),
+        },
+    }
+}
+
+/// Opens a connection, from a fixed port if one is given.
+pub fn connect(
+    proto: Proto,
+    port: Option<u16>,
+    to: SocketAddr,
+    timeout: Duration,
+) -> std::io::Result<TcpStream> {
+    let protocol = if proto == Proto::Sctp {
+        Protocol::from(libc::IPPROTO_SCTP)
+    } else {
+        Protocol::TCP
+    };
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
+    if let Some(port) = port {
+        socket.set_reuse_address(true)?;
+        socket.bind(&any(to, port).into())?;
+    }
+    socket.connect_timeout(&to.into(), timeout)?;
+    socket
+        .set_tcp_nodelay(true)
+        .or_else(|error| if proto == Proto::Sctp { Ok(()) } else { Err(error) })?;
+    Ok(socket.into())
+}
+
+/// The unspecified address of the family of `like`.
+pub fn any(like: SocketAddr, port: u16) -> SocketAddr {
+    let ip: IpAddr = if like.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    SocketAddr::new(ip, port)
+}
+
+/// One question and its answer on an open connection.
+pub fn exchange(stream: &TcpStream, line: &str, timeout: Duration, start: Instant) -> Attempt {
+    let talk = || -> std::io::Result<String> {
+        stream.set_read_timeout(Some(timeout))?;
+        let mut writer = stream;
+        writer.write_all(format!("{line}\n").as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(answer)
+    };
+    match talk() {
+        Ok(answer) => identify(answer.as_bytes(), line, start),
+        Err(error) => failure(&error, start, false),
+    }
+}
+
+/// Decodes a responder's answer to `line`.
+pub fn identify(answer: &[u8], line: &str, start: Instant) -> Attempt {
+    match serde_json::from_slice::<Reply>(answer) {
+        Ok(reply) if reply.echo == line => Attempt::Answered {
+            by: reply.identity,
+            ms: elapsed(start),
+        },
+        Ok(reply) => Attempt::Broken {
+            how: format!("the answer repeats {:?}", reply.echo),
+        },
+        Err(_) if answer.is_empty() => Attempt::Broken {
+            how: "the connection was closed".to_owned(),
+        },
+        Err(error) => Attempt::Broken {
+            how: format!("the answer is damaged: {error}"),
+        },
+    }
+}
+
+fn datagram(probe: &Probe, timeout: Duration, start: Instant) -> Attempt {
+    let talk = || -> std::io::Result<Vec<u8>> {
+        let socket = UdpSocket::bind(any(probe.to, probe.source_port.unwrap_or(0)))?;
+        socket.connect(probe.to)?;
+        socket.set_read_timeout(Some(timeout))?;
+        socket.send(LINE.as_bytes())?;
+        let mut answer = [0; 4096];
+        let length = socket.recv(&mut answer)?;
+        Ok(answer[..length].to_vec())
+    };
+    match talk() {
+        Ok(answer) => identify(&answer, LINE, start),
+        Err(error) => failure(&error, start, true),
+    }
+}
+
+/// Sorts an error: refused (only where nothing was established), silence, or broken.
+pub fn failure(error: &Error, start: Instant, refusable: bool) -> Attempt {
+    if matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock) {
+        return Attempt::Silent;
+    }
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    match errno {
+        Some(Errno::ECONNREFUSED | Errno::EHOSTUNREACH | Errno::ENETUNREACH | Errno::EACCES) if refusable => {
+            Attempt::Refused {
+                how: format!("{:?}", errno.unwrap_or(Errno::UnknownErrno)),
+                ms: elapsed(start),
+            }
+        }
+        Some(Errno::EPROTONOSUPPORT | Errno::ESOCKTNOSUPPORT) => Attempt::Unsupported,
+        _ => Attempt::Broken {
+            how: error.to_string(),
+        },
+    }
+}
+
+fn elapsed(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Fetches a page over HTTP/1.0; a port that is closed or silent comes back as one attempt.
+pub fn http_get(to: SocketAddr, path: &str, timeout_ms: u64) -> Result<Response> {
+    let start = Instant::now();
+    let timeout = Duration::from_millis(timeout_ms);
+    let stream = match connect(Proto::Tcp, None, to, timeout) {
+        Ok(stream) => stream,
+        Err(error) => return Ok(Response::Attempts(vec![failure(&error, start, true)])),
+    };
+    let mut page = String::new();
+    let mut talk = || -> std::io::Result<()> {
+        stream.set_read_timeout(Some(timeout))?;
+        (&stream).write_all(
+            format!("GET {path} HTTP/1.0\r\nHost: {to}\r\nConnection: close\r\n\r\n").as_bytes(),
+        )?;
+        (&stream).take(65536).read_to_string(&mut page).map(drop)
+    };
+    if let Err(error) = talk() {
+        return Ok(Response::Attempts(vec![failure(&error, start, false)]));
+    }
+    let (head, body) = page.split_once("\r\n\r\n").context("the answer is not HTTP")?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .context("the answer has no status")?;
+    Ok(Response::Http {
+        status,
+        body: body.to_owned(),
+    })
+}

@@ -1,0 +1,146 @@
+//! What is said between a [`super::Worker`] handle and its process, and between clients and responders.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Proto {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+/// A numbered line to the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Call {
+    pub id: u64,
+    pub request: Request,
+}
+
+/// A numbered line from the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Answer {
+    pub id: u64,
+    pub response: Response,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Answer at this port of every address.
+    Listen { proto: Proto, port: u16 },
+    /// Make new connections.
+    Probe(Probe),
+    /// Fetch a page.
+    HttpGet {
+        to: SocketAddr,
+        path: String,
+        timeout_ms: u64,
+    },
+    /// Open a flow that stays.
+    FlowStart {
+        name: String,
+        proto: Proto,
+        source_port: Option<u16>,
+        to: SocketAddr,
+        timeout_ms: u64,
+    },
+    /// One exchange on a kept connection (TCP, SCTP).
+    FlowExchange { name: String, timeout_ms: u64 },
+    /// What became of the datagrams from number `from` on (UDP).
+    FlowHistory { name: String, from: u64 },
+}
+
+/// New connections to one destination.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Probe {
+    pub proto: Proto,
+    pub to: SocketAddr,
+    pub source_port: Option<u16>,
+    pub connections: u32,
+    /// All at once instead of one after the other.
+    pub parallel: bool,
+    pub interval_ms: u64,
+    pub timeout_ms: u64,
+    /// Give up after so many connections that no one answered.
+    pub stop_after_failures: u32,
+    /// Stop as soon as another backend answers than the first.
+    pub until_backend_changes: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    Done,
+    Attempts(Vec<Attempt>),
+    Http { status: u16, body: String },
+    History { next: u64, datagrams: Vec<Datagram> },
+    Failed(String),
+}
+
+/// Who answered, and what it saw.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub name: String,
+    /// Where the packet arrived.
+    pub at: SocketAddr,
+    /// Where it came from.
+    pub client: SocketAddr,
+}
+
+/// One datagram of a flow.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Datagram {
+    pub number: u64,
+    pub attempt: Option<Attempt>,
+}
+
+/// What became of one connection or datagram.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attempt {
+    Answered {
+        by: Identity,
+        ms: u64,
+    },
+    /// A TCP RST in place of the handshake, or an ICMP error.
+    Refused {
+        how: String,
+        ms: u64,
+    },
+    /// Nothing came.
+    Silent,
+    /// The connection was there and broke, or an answer did not make sense.
+    Broken {
+        how: String,
+    },
+    /// This machine cannot do it.
+    Unsupported,
+}
+
+impl Attempt {
+    /// The answer's backend, as scenario files write it.
+    pub fn backend(&self) -> Option<String> {
+        match self {
+            Self::Answered { by, .. } => Some(by.at.to_string()),
+            _ => None,
+        }
+    }
+}
+
+/// What a responder sends back.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Reply {
+    pub identity: Identity,
+    /// The line that was sent.
+    pub echo: String,
+}
+
+/// IPv4 addresses as such, also where a socket shows them mapped.
+pub fn plain(addr: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = addr.ip().to_canonical();
+    SocketAddr::new(ip, addr.port())
+}

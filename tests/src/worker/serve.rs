@@ -1,0 +1,48 @@
+//! The worker process: reads calls until its input ends, each call on a thread of its own.
+
+use std::io::{Write, stdin, stdout};
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::Result;
+
+use super::flow::Flows;
+use super::protocol::{Answer, Call, Request, Response};
+use super::{probe, responder};
+
+/// Serves until the driver closes the input or dies.
+pub fn serve(name: &str) -> Result<()> {
+    let name: Arc<str> = Arc::from(name);
+    let flows = Arc::new(Flows::default());
+    for line in stdin().lines() {
+        let Call { id, request } = serde_json::from_str(&line?)?;
+        let (name, flows) = (Arc::clone(&name), Arc::clone(&flows));
+        thread::spawn(move || {
+            let response =
+                handle(&name, &flows, request).unwrap_or_else(|error| Response::Failed(format!("{error:#}")));
+            if let Ok(mut line) = serde_json::to_string(&Answer { id, response }) {
+                line.push('\n');
+                // A driver that is gone has closed the input too.
+                let _ = stdout().lock().write_all(line.as_bytes());
+            }
+        });
+    }
+    Ok(())
+}
+
+fn handle(name: &Arc<str>, flows: &Flows, request: Request) -> Result<Response> {
+    match request {
+        Request::Listen { proto, port } => responder::listen(name, proto, port).map(|()| Response::Done),
+        Request::Probe(probe) => Ok(Response::Attempts(probe::run(&probe))),
+        Request::HttpGet { to, path, timeout_ms } => probe::http_get(to, &path, timeout_ms),
+        Request::FlowStart {
+            name,
+            proto,
+            source_port,
+            to,
+            timeout_ms,
+        } => flows.start(name, proto, source_port, to, timeout_ms),
+        Request::FlowExchange { name, timeout_ms } => flows.exchange(&name, timeout_ms),
+        Request::FlowHistory { name, from } => flows.history(&name, from),
+    }
+}

@@ -68,6 +68,7 @@ pub trait Family: Copy + 'static {
     fn flow(rewrite: &Tuple<Self::Addr>, meta: FlowMeta) -> Self::Flow;
     /// The tuple that a packet of the flow gets.
     fn rewrite(flow: &Self::Flow) -> Tuple<Self::Addr>;
+    fn set_rewrite_sport(flow: &mut Self::Flow, sport_be: u16);
     fn meta(flow: &Self::Flow) -> FlowMeta;
     fn to_any(addr: Self::Addr) -> AnyAddr;
     fn from_any(addr: AnyAddr) -> Self::Addr;
@@ -134,6 +135,10 @@ macro_rules! family {
                     sport_be: flow.sport_be,
                     dport_be: flow.dport_be,
                 }
+            }
+            #[inline(always)]
+            fn set_rewrite_sport(flow: &mut $flow, sport_be: u16) {
+                flow.sport_be = sport_be;
             }
             #[inline(always)]
             fn meta(flow: &$flow) -> FlowMeta {

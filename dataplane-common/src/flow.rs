@@ -49,8 +49,12 @@ pub struct FlowKey6 {
 pub mod flow_flags {
     /// This entry is for packets from the backend to the client.
     pub const REPLY: u8 = 1;
-    /// The source is translated too.
+    /// The source port comes from the range for translation.
     pub const SNAT: u8 = 2;
+    /// This direction is seen at [`super::Side::Egress`].
+    pub const SELF_EGRESS: u8 = 4;
+    /// The other direction is seen at [`super::Side::Egress`].
+    pub const OTHER_EGRESS: u8 = 8;
 }
 
 /// Values of [`FlowMeta::state`].
@@ -72,6 +76,8 @@ pub enum Exit {
     Host = 2,
     /// Out by the route to its new destination.
     Route = 3,
+    /// Back into the pod that it came from (hairpin).
+    Back = 4,
 }
 
 /// What both families remember of a flow.
@@ -86,7 +92,7 @@ pub struct FlowMeta {
     pub service_generation: u16,
     /// [`flow_flags`].
     pub flags: u8,
-    /// [`Exit`].
+    /// [`Exit`] of this direction in the lower four bits, of the other one in the upper four.
     pub exit: u8,
     /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
     pub seen_ticks: u32,

@@ -13,3 +13,15 @@ pub mod device;
 pub mod flow;
 pub mod reason;
 pub mod service;
+pub mod sock;
+
+pub mod answer;
+pub mod balance;
+pub mod checksum;
+pub mod icmp;
+pub mod packet;
+pub mod parse;
+pub mod pipeline;
+pub mod rewrite;
+pub mod tables;
+pub mod verdict;

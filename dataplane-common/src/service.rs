@@ -97,7 +97,8 @@ const _: () = assert!(size_of::<Service>() == 32);
 
 /// Sizes of Maglev tables: primes, about doubling. Index 0 means no table.
 pub const TABLE_SIZES: [u32; 16] = [
-    0, 101, 211, 503, 1009, 2003, 4001, 8009, 16381, 32749, 65521, 131_071, 262_139, 524_287, 1_048_573, 2_097_143,
+    0, 101, 211, 503, 1009, 2003, 4001, 8009, 16381, 32749, 65521, 131_071, 262_139, 524_287, 1_048_573,
+    2_097_143,
 ];
 
 /// Slots a table has at least for each backend (Maglev, section 5.3: 1 % imbalance).

@@ -1,0 +1,263 @@
+//! From bytes to addresses, ports and flags. Lengths and offsets are believed only as far as the packet reaches.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    addr::{AnyAddr, Family, Tuple, proto},
+    packet::Packet,
+    reason::Reason,
+};
+
+/// Bytes of an Ethernet header without tags.
+pub const ETHERNET_LEN: usize = 14;
+
+/// TCP flag bits.
+pub mod tcp {
+    pub const FIN: u8 = 0x01;
+    pub const SYN: u8 = 0x02;
+    pub const RST: u8 = 0x04;
+    pub const ACK: u8 = 0x10;
+}
+
+/// RFC 791.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct Ipv4Header {
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub len_be: u16,
+    pub id_be: u16,
+    pub fragment_be: u16,
+    pub ttl: u8,
+    pub proto: u8,
+    pub checksum: u16,
+    pub src_be: u32,
+    pub dst_be: u32,
+}
+
+/// RFC 8200.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct Ipv6Header {
+    pub version_class_flow_be: u32,
+    pub payload_len_be: u16,
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub src_be: AnyAddr,
+    pub dst_be: AnyAddr,
+}
+
+/// RFC 9293, the fixed part.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct TcpHeader {
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub seq_be: u32,
+    pub ack_be: u32,
+    /// Data offset in the upper four bits, in 32-bit words.
+    pub offset: u8,
+    pub flags: u8,
+    pub window_be: u16,
+    pub checksum: u16,
+    pub urgent_be: u16,
+}
+
+/// RFC 768.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct UdpHeader {
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub len_be: u16,
+    pub checksum: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    Whole,
+    /// Offset 0, more to come: has the layer 4 header.
+    First,
+    /// Has no layer 4 header.
+    Later,
+}
+
+/// What the datapath needs to know of a packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Headers<A> {
+    /// Ports are 0 until [`parse_l4`].
+    pub tuple: Tuple<A>,
+    /// Offset of the layer 4 header.
+    pub l4: usize,
+    /// Bytes from the IP header's first byte to the packet's last, as the header says.
+    pub l3_len: u16,
+    pub proto: u8,
+    pub ttl: u8,
+    pub fragment: Fragment,
+    /// 0 for UDP.
+    pub tcp_flags: u8,
+    /// There are bytes behind the layer 4 header.
+    pub payload: bool,
+}
+
+impl<A> Headers<A> {
+    #[inline(always)]
+    pub fn has_flags(&self, flags: u8) -> bool {
+        self.tcp_flags & flags != 0
+    }
+
+    /// A SYN without ACK.
+    #[inline(always)]
+    pub fn is_syn(&self) -> bool {
+        self.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+    }
+}
+
+/// Extension headers that are followed before a packet counts as unusual.
+const MAX_EXTENSION_HEADERS: usize = 4;
+/// The furthest from the IP header that a layer 4 header is looked for.
+const MAX_L4_OFFSET: usize = 255;
+
+/// Reading one family's header.
+pub trait ParseIp: Family {
+    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<Self::Addr>, Reason>;
+}
+
+impl ParseIp for crate::addr::V4 {
+    #[inline(always)]
+    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<u32>, Reason> {
+        let header: Ipv4Header = packet.load(l3).ok_or(Reason::Truncated)?;
+        let header_len = usize::from(header.version_ihl & 0x0f) * 4;
+        let l3_len = u16::from_be(header.len_be);
+        if header.version_ihl >> 4 != 4
+            || header_len < 20
+            || (usize::from(l3_len) < header_len && !packet.is_gso())
+        {
+            return Err(Reason::Malformed);
+        }
+        let fragment = u16::from_be(header.fragment_be);
+        Ok(Headers {
+            tuple: addresses(header.src_be, header.dst_be),
+            tcp_flags: 0,
+            payload: false,
+            proto: header.proto,
+            ttl: header.ttl,
+            l4: l3 + header_len,
+            l3_len,
+            fragment: match (fragment & 0x1fff != 0, fragment & 0x2000 != 0) {
+                (true, _) => Fragment::Later,
+                (false, true) => Fragment::First,
+                (false, false) => Fragment::Whole,
+            },
+        })
+    }
+}
+
+impl ParseIp for crate::addr::V6 {
+    #[inline(always)]
+    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<AnyAddr>, Reason> {
+        let header: Ipv6Header = packet.load(l3).ok_or(Reason::Truncated)?;
+        if u32::from_be(header.version_class_flow_be) >> 28 != 6 {
+            return Err(Reason::Malformed);
+        }
+        let mut info = Headers {
+            tuple: addresses(header.src_be, header.dst_be),
+            tcp_flags: 0,
+            payload: false,
+            proto: header.next_header,
+            ttl: header.hop_limit,
+            l4: l3 + Self::HEADER_LEN,
+            l3_len: u16::from_be(header.payload_len_be).saturating_add(Self::HEADER_LEN as u16),
+            fragment: Fragment::Whole,
+        };
+        if info.proto != proto::TCP && info.proto != proto::UDP && info.proto != proto::ICMPV6 {
+            follow_extensions(packet, l3, &mut info)?;
+        }
+        Ok(info)
+    }
+}
+
+/// Walks hop-by-hop options, routing, fragment and destination options headers (RFC 8200, section 4).
+#[inline(always)]
+fn follow_extensions<P: Packet>(packet: &P, l3: usize, info: &mut Headers<AnyAddr>) -> Result<(), Reason> {
+    let mut offset = info.l4 - l3;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        if offset > MAX_L4_OFFSET {
+            return Err(Reason::ExtensionHeaders);
+        }
+        match info.proto {
+            0 | 43 | 60 => {
+                let [next, len]: [u8; 2] = packet.load(l3 + offset).ok_or(Reason::Truncated)?;
+                info.proto = next;
+                offset += (usize::from(len) + 1) * 8;
+            }
+            44 => {
+                let words: [u16; 2] = packet.load(l3 + offset).ok_or(Reason::Truncated)?;
+                let fragment = u16::from_be(words[1]);
+                info.proto = words[0].to_ne_bytes()[0];
+                info.fragment = match (fragment & 0xfff8 != 0, fragment & 1 != 0) {
+                    (true, _) => Fragment::Later,
+                    (false, true) => Fragment::First,
+                    (false, false) => Fragment::Whole,
+                };
+                offset += 8;
+                if info.fragment == Fragment::Later {
+                    break;
+                }
+            }
+            _ => {
+                info.l4 = l3 + offset;
+                return Ok(());
+            }
+        }
+    }
+    if offset > MAX_L4_OFFSET {
+        return Err(Reason::ExtensionHeaders);
+    }
+    info.l4 = l3 + offset;
+    match info.proto {
+        0 | 43 | 44 | 60 if info.fragment != Fragment::Later => Err(Reason::ExtensionHeaders),
+        _ => Ok(()),
+    }
+}
+
+#[inline(always)]
+fn addresses<A>(src: A, dst: A) -> Tuple<A> {
+    Tuple {
+        src,
+        dst,
+        sport_be: 0,
+        dport_be: 0,
+    }
+}
+
+/// Adds the ports and flags of a TCP or UDP packet; `headers.proto` is one of the two.
+#[inline(always)]
+pub fn parse_l4<F: Family, P: Packet>(
+    packet: &P,
+    l3: usize,
+    headers: &mut Headers<F::Addr>,
+) -> Result<(), Reason> {
+    let l4_len = if headers.proto == proto::TCP {
+        let header: TcpHeader = packet.load(headers.l4).ok_or(Reason::Truncated)?;
+        let len = u16::from(header.offset >> 4) * 4;
+        if len < 20 {
+            return Err(Reason::Malformed);
+        }
+        headers.tuple.sport_be = header.sport_be;
+        headers.tuple.dport_be = header.dport_be;
+        headers.tcp_flags = header.flags;
+        len
+    } else {
+        let header: UdpHeader = packet.load(headers.l4).ok_or(Reason::Truncated)?;
+        headers.tuple.sport_be = header.sport_be;
+        headers.tuple.dport_be = header.dport_be;
+        8
+    };
+    let end = (headers.l4 - l3) as u16 + l4_len;
+    headers.payload = headers.l3_len > end;
+    if headers.fragment == Fragment::Whole && headers.l3_len < end && !packet.is_gso() {
+        return Err(Reason::Malformed);
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`: which service address a socket asked for, by the backend it was given.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Key of `SOCK_REVERSE_V4`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SockKey4 {
+    /// `bpf_get_socket_cookie`.
+    pub cookie: u64,
+    /// The backend.
+    pub addr_be: u32,
+    pub port_be: u16,
+    pub unused: [u8; 2],
+}
+
+/// Key of `SOCK_REVERSE_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SockKey6 {
+    /// `bpf_get_socket_cookie`.
+    pub cookie: u64,
+    /// The backend.
+    pub addr_be: [u32; 4],
+    pub port_be: u16,
+    pub unused: [u8; 6],
+}
+
+/// Value of `SOCK_REVERSE_V4`: the service's address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct SockAddr4 {
+    pub addr_be: u32,
+    pub port_be: u16,
+    pub unused: [u8; 2],
+}
+
+/// Value of `SOCK_REVERSE_V6`: the service's address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct SockAddr6 {
+    pub addr_be: [u32; 4],
+    pub port_be: u16,
+    pub unused: [u8; 2],
+}
+
+const _: () = assert!(size_of::<SockKey4>() == 16);
+const _: () = assert!(size_of::<SockKey6>() == 32);
+const _: () = assert!(size_of::<SockAddr4>() == 8);
+const _: () = assert!(size_of::<SockAddr6>() == 20);

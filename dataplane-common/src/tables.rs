@@ -1,0 +1,87 @@
+//! What the datapath asks of its surroundings: lookups, inserts, the clock and the routing table.
+
+use crate::{
+    addr::Family,
+    backend::Backend,
+    config::Config,
+    device::Device,
+    reason::Reason,
+    service::{PortSet, ServiceHead},
+};
+
+/// An entry of a flow table, in place.
+pub trait Entry<F: Family> {
+    fn load(&self) -> F::Flow;
+    /// Stores when the entry was last used, and its `flow_state`.
+    fn touch(&self, seen_ticks: u32, state: u8);
+}
+
+/// Why an insert did nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InsertError {
+    Exists,
+    Failed,
+}
+
+/// The tables of one address family. Reads of a head are single 64-bit loads.
+pub trait Tables<F: Family> {
+    type Entry<'a>: Entry<F>
+    where
+        Self: 'a;
+
+    fn flow(&self, key: &F::FlowKey) -> Option<Self::Entry<'_>>;
+    fn half_open(&self, key: &F::FlowKey) -> Option<Self::Entry<'_>>;
+    /// Inserts or replaces.
+    fn put_flow(&self, key: &F::FlowKey, flow: &F::Flow) -> Result<(), InsertError>;
+    /// Inserts, or replaces when `replace`.
+    fn put_half_open(&self, key: &F::FlowKey, flow: &F::Flow, replace: bool) -> Result<(), InsertError>;
+
+    /// The service index of a frontend.
+    fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
+    fn own_address(&self, addr: F::Addr) -> u32;
+}
+
+/// The tables that both families share, and the rest of the world.
+pub trait Env {
+    fn config(&self) -> Config;
+    /// The coarse monotonic clock in ticks of 2^30 ns.
+    fn now_ticks(&self) -> u32;
+
+    fn service_head(&self, index: u32) -> Option<ServiceHead>;
+    fn backend(&self, id: u32) -> Option<Backend>;
+    fn maglev(&self, index: u32) -> Option<u64>;
+    fn ports(&self, index: u32) -> PortSet;
+    fn device(&self, ifindex: u32) -> Option<Device>;
+
+    fn count(&self, reason: Reason);
+    /// Takes one of this tick's refusals, if any is left.
+    fn take_refusal(&self) -> bool;
+    /// When a TCP flow was last begun in mid-stream, in ticks; 0 for never.
+    fn midstream_ticks(&self) -> u32;
+    fn set_midstream_ticks(&self, ticks: u32);
+}
+
+/// Where a packet would go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// By this device, with these link-layer addresses (zero on devices without).
+    Found {
+        ifindex: u32,
+        mac_dst: crate::addr::Mac,
+        mac_src: crate::addr::Mac,
+    },
+    /// By this device, but the neighbour is still to be resolved.
+    NoNeighbour {
+        ifindex: u32,
+    },
+    /// The packet is larger than the route's MTU.
+    TooBig {
+        mtu: u16,
+    },
+    None,
+}
+
+/// The routing table, asked for a packet that entered at `ifindex`. `len` is its layer 3 length, 0 if unknown.
+pub trait Router<F: Family> {
+    fn route(&self, ifindex: u32, src: F::Addr, dst: F::Addr, proto: u8, len: u16) -> Route;
+}

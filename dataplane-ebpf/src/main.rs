@@ -1,0 +1,22 @@
+//! The kernel side: entry points. What they do is in `dataplane_common::pipeline`; this crate gives it packets
+//! ([`access`]), maps and helpers ([`world`]), and turns its verdicts into return codes.
+#![no_std]
+#![no_main]
+
+mod access;
+mod maps;
+mod sock;
+mod tc;
+mod world;
+mod xdp;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: nothing in the datapath panics; the linker would reject an object in which this is reachable.
+    unsafe { core::hint::unreachable_unchecked() }
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";

@@ -1,0 +1,69 @@
+//! The maps, as BTF maps: `bpftool map dump` prints their fields by name. The numbers of entries here are defaults;
+//! the agent sets them from its configuration before it loads the object.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use dataplane_common::{
+    backend::Backend,
+    device::Device,
+    flow::{Flow4, Flow6, FlowKey4, FlowKey6},
+    reason::REASONS,
+    service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
+    sock::{SockAddr4, SockAddr6, SockKey4, SockKey6},
+};
+
+/// `BPF_F_MMAPABLE`: the agent writes through a mapping, so that a head changes by one 64-bit store.
+const MMAPABLE: usize = 1 << 10;
+
+#[btf_map]
+pub static FRONTENDS_V4: HashMap<FrontendKey4, Frontend, 65536> = HashMap::new();
+#[btf_map]
+pub static FRONTENDS_V6: HashMap<FrontendKey6, Frontend, 65536> = HashMap::new();
+#[btf_map]
+pub static SERVICES: Array<Service, 65536, MMAPABLE> = Array::new();
+#[btf_map]
+pub static BACKENDS: Array<Backend, 65536, MMAPABLE> = Array::new();
+#[btf_map]
+pub static MAGLEV: Array<u64, 4194304, MMAPABLE> = Array::new();
+#[btf_map]
+pub static PORTS: Array<PortSet, { PORT_SETS as usize }> = Array::new();
+
+#[btf_map]
+pub static FLOWS_V4: LruHashMap<FlowKey4, Flow4, 131072> = LruHashMap::new();
+#[btf_map]
+pub static FLOWS_V6: LruHashMap<FlowKey6, Flow6, 131072> = LruHashMap::new();
+#[btf_map]
+pub static HALF_OPEN_V4: LruHashMap<FlowKey4, Flow4, 32768> = LruHashMap::new();
+#[btf_map]
+pub static HALF_OPEN_V6: LruHashMap<FlowKey6, Flow6, 32768> = LruHashMap::new();
+
+#[btf_map]
+pub static OWN_ADDRS_V4: HashMap<u32, u32, 1024> = HashMap::new();
+#[btf_map]
+pub static OWN_ADDRS_V6: HashMap<[u32; 4], u32, 1024> = HashMap::new();
+#[btf_map]
+pub static DEVICES: HashMap<u32, Device, 1024> = HashMap::new();
+
+#[btf_map]
+pub static SOCK_REVERSE_V4: LruHashMap<SockKey4, SockAddr4, 32768> = LruHashMap::new();
+#[btf_map]
+pub static SOCK_REVERSE_V6: LruHashMap<SockKey6, SockAddr6, 32768> = LruHashMap::new();
+
+/// By `dataplane_common::reason::Reason`.
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
+
+/// How many refusals a CPU has sent in a tick.
+#[repr(C)]
+pub struct Refusals {
+    pub ticks: u32,
+    pub sent: u32,
+}
+#[btf_map]
+pub static REFUSALS: PerCpuArray<Refusals, 1> = PerCpuArray::new();
+
+/// When a TCP flow was last begun in mid-stream, in ticks.
+#[btf_map]
+pub static MIDSTREAM: Array<u32, 1> = Array::new();

@@ -1,0 +1,231 @@
+//! Socket hooks: a process that connects or sends to a service is given a backend before there is a packet.
+//!
+//! IPv4-mapped addresses on IPv6 sockets are looked up, and written back, as IPv4.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::bpf_sock_addr,
+    btf_maps::LruHashMap,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use dataplane_common::{
+    addr::{Family, V4, V6, proto},
+    balance::{choose, find_service},
+    config::config_flags,
+    service::{Scope, service_flags},
+    sock::{SockAddr4, SockAddr6, SockKey4, SockKey6},
+    tables::{Env, Tables},
+};
+
+use crate::{
+    maps::{SOCK_REVERSE_V4, SOCK_REVERSE_V6},
+    world::{World, config},
+};
+
+/// What the kernel does next with the system call.
+const PROCEED: i32 = 1;
+const REFUSE: i32 = 0;
+/// `-ECONNREFUSED`, `-EPERM`.
+const REFUSED: i32 = -111;
+const NOT_PERMITTED: i32 = -1;
+/// The third word of an IPv4-mapped address (RFC 4291, section 2.5.5.2).
+const MAPPED: u32 = 0xffffu32.to_be();
+
+/// The socket's destination, as the hook shows it.
+#[derive(Clone, Copy)]
+enum Destination {
+    V4(u32),
+    V6([u32; 4]),
+}
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    forward(ctx.sock_addr, false)
+}
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    forward(ctx.sock_addr, true)
+}
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    forward(ctx.sock_addr, false)
+}
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    forward(ctx.sock_addr, true)
+}
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    reverse(ctx.sock_addr, false)
+}
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    reverse(ctx.sock_addr, true)
+}
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    reverse(ctx.sock_addr, false)
+}
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    reverse(ctx.sock_addr, true)
+}
+
+#[inline(always)]
+fn destination(ctx: *mut bpf_sock_addr, v6: bool) -> Destination {
+    // SAFETY: the context is valid while the program runs; every field is read by a load of its own.
+    unsafe {
+        if !v6 {
+            return Destination::V4(ptr::read_volatile(&raw const (*ctx).user_ip4));
+        }
+        let words = &raw const (*ctx).user_ip6;
+        let word = |i: usize| ptr::read_volatile(words.cast::<u32>().add(i));
+        let addr = [word(0), word(1), word(2), word(3)];
+        if addr[0] == 0 && addr[1] == 0 && addr[2] == MAPPED {
+            Destination::V4(addr[3])
+        } else {
+            Destination::V6(addr)
+        }
+    }
+}
+
+#[inline(always)]
+fn set_destination(ctx: *mut bpf_sock_addr, v6: bool, destination: Destination, port_be: u16) {
+    // SAFETY: as in `destination`; these fields are writable at these hooks.
+    unsafe {
+        ptr::write_volatile(&raw mut (*ctx).user_port, u32::from(port_be));
+        match destination {
+            Destination::V4(addr) if !v6 => ptr::write_volatile(&raw mut (*ctx).user_ip4, addr),
+            // The rest of a mapped address stays.
+            Destination::V4(addr) => ptr::write_volatile((&raw mut (*ctx).user_ip6).cast::<u32>().add(3), addr),
+            Destination::V6(addr) => {
+                let words = (&raw mut (*ctx).user_ip6).cast::<u32>();
+                ptr::write_volatile(words, addr[0]);
+                ptr::write_volatile(words.add(1), addr[1]);
+                ptr::write_volatile(words.add(2), addr[2]);
+                ptr::write_volatile(words.add(3), addr[3]);
+            }
+        }
+    }
+}
+
+/// Whether this socket's process is one we translate for.
+#[inline(always)]
+fn concerns(ctx: *mut bpf_sock_addr) -> bool {
+    let config = config();
+    config.flags & config_flags::SOCKET_HOST_ONLY == 0
+        // SAFETY: the context is valid while the program runs.
+        || unsafe { bpf_get_netns_cookie(ctx.cast()) } == config.host_netns_cookie
+}
+
+/// connect and sendmsg: service address → backend.
+#[inline(always)]
+fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
+    // SAFETY: the context is valid while the program runs.
+    let (l4_proto, port) = unsafe {
+        (ptr::read_volatile(&raw const (*ctx).protocol) as u8, ptr::read_volatile(&raw const (*ctx).user_port) as u16)
+    };
+    if (l4_proto != proto::TCP && l4_proto != proto::UDP) || !concerns(ctx) {
+        return PROCEED;
+    }
+    let chosen = match destination(ctx, v6) {
+        Destination::V4(addr) => pick::<V4>(ctx, addr, port, l4_proto).map(|found| {
+            found.map(|(backend, backend_port, cookie)| {
+                let key = SockKey4 { cookie, addr_be: backend, port_be: backend_port, unused: [0; 2] };
+                remember(&SOCK_REVERSE_V4, &key, &SockAddr4 { addr_be: addr, port_be: port, unused: [0; 2] });
+                (Destination::V4(backend), backend_port)
+            })
+        }),
+        Destination::V6(addr) => pick::<V6>(ctx, addr, port, l4_proto).map(|found| {
+            found.map(|(backend, backend_port, cookie)| {
+                let key = SockKey6 { cookie, addr_be: backend, port_be: backend_port, unused: [0; 6] };
+                remember(&SOCK_REVERSE_V6, &key, &SockAddr6 { addr_be: addr, port_be: port, unused: [0; 2] });
+                (Destination::V6(backend), backend_port)
+            })
+        }),
+    };
+    match chosen {
+        Ok(None) => PROCEED,
+        Ok(Some((backend, backend_port))) => {
+            set_destination(ctx, v6, backend, backend_port);
+            PROCEED
+        }
+        Err(error) => {
+            // SAFETY: a helper that stores an error number.
+            unsafe { bpf_set_retval(error) };
+            REFUSE
+        }
+    }
+}
+
+/// The backend for a socket that wants `addr`: `Ok(None)` if that is no service, an error number if it has none.
+#[inline(always)]
+fn pick<F: Family>(
+    ctx: *mut bpf_sock_addr,
+    addr: F::Addr,
+    port: u16,
+    l4_proto: u8,
+) -> Result<Option<(F::Addr, u16, u64)>, i32>
+where
+    World<bpf_sock_addr>: Tables<F> + Env,
+{
+    let world = World::new(ctx);
+    let Some(index) = find_service::<F, _>(&world, addr, port, l4_proto, Scope::Internal) else {
+        return Ok(None);
+    };
+    let Some(head) = world.service_head(index) else {
+        return Ok(None);
+    };
+    // Affinity is by client address, which a socket does not have yet: the packet path sees to it.
+    if head.flags & (service_flags::DELETED | service_flags::AFFINITY) != 0 {
+        return Ok(None);
+    }
+    if head.size_class == 0 {
+        return Err(if head.flags & service_flags::DROP_WHEN_EMPTY != 0 { NOT_PERMITTED } else { REFUSED });
+    }
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    // The cookie counts up; one multiplication spreads it over the table.
+    let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+    let Some(backend) = choose(&world, head, hash).and_then(|id| world.backend(id)) else {
+        return Err(REFUSED);
+    };
+    Ok(Some((F::from_any(backend.addr_be), backend.head.port_be, cookie)))
+}
+
+#[inline(always)]
+fn remember<K, V, const M: usize, const F: usize>(map: &LruHashMap<K, V, M, F>, key: &K, value: &V) {
+    // A full LRU map evicts; without the entry only the name of the peer is the backend's.
+    let _ = map.insert(key, value, 0);
+}
+
+/// recvmsg and getpeername: backend → the service address that the socket asked for.
+#[inline(always)]
+fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
+    if !concerns(ctx) {
+        return PROCEED;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let (port, cookie) =
+        unsafe { (ptr::read_volatile(&raw const (*ctx).user_port) as u16, bpf_get_socket_cookie(ctx.cast())) };
+    match destination(ctx, v6) {
+        Destination::V4(addr) => {
+            let key = SockKey4 { cookie, addr_be: addr, port_be: port, unused: [0; 2] };
+            // SAFETY: values of this map are only replaced by equal ones.
+            if let Some(asked) = unsafe { SOCK_REVERSE_V4.get(&key) } {
+                set_destination(ctx, v6, Destination::V4(asked.addr_be), asked.port_be);
+            }
+        }
+        Destination::V6(addr) => {
+            let key = SockKey6 { cookie, addr_be: addr, port_be: port, unused: [0; 6] };
+            // SAFETY: as above.
+            if let Some(asked) = unsafe { SOCK_REVERSE_V6.get(&key) } {
+                set_destination(ctx, v6, Destination::V6(asked.addr_be), asked.port_be);
+            }
+        }
+    }
+    PROCEED
+}

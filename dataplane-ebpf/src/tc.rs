@@ -1,0 +1,116 @@
+//! TC classifiers: the same logic for what XDP passed, for pods and for host processes.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
+    macros::classifier,
+    programs::TcContext,
+};
+use dataplane_common::{
+    addr::{V4, V6, ethertype},
+    parse::ETHERNET_LEN,
+    pipeline::{Context, process},
+    verdict::{Hook, Verdict},
+};
+
+use crate::{access::SkbPacket, world::World};
+
+/// `TC_ACT_UNSPEC`, which is `TCX_NEXT`: whoever comes next at this hook sees the packet too.
+const NEXT: i32 = -1;
+/// `TC_ACT_SHOT`.
+const SHOT: i32 = 2;
+/// `BPF_F_INGRESS` of `bpf_redirect`.
+const INGRESS: u64 = 1;
+/// In `tc_index` of a packet that we have redirected: the next hook of ours lets it pass, once.
+const TRANSLATED: u32 = 0xd7a9;
+/// Bytes that the parser may want to see: Ethernet, IP with options, TCP.
+const HEADERS: usize = ETHERNET_LEN + 40 + 20;
+
+#[classifier]
+pub fn from_netdev(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::FromNetdev, ETHERNET_LEN)
+}
+
+#[classifier]
+pub fn to_netdev(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::ToNetdev, ETHERNET_LEN)
+}
+
+#[classifier]
+pub fn to_lo(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::ToLo, ETHERNET_LEN)
+}
+
+#[classifier]
+pub fn from_pod(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::FromPod, ETHERNET_LEN)
+}
+
+#[classifier]
+pub fn to_pod(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::ToPod, ETHERNET_LEN)
+}
+
+#[inline(always)]
+fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
+    // SAFETY: the context is valid while the program runs; each field is a load of its own.
+    let (tc_index, protocol, ifindex, ingress) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*skb).tc_index),
+            ptr::read_volatile(&raw const (*skb).protocol),
+            ptr::read_volatile(&raw const (*skb).ifindex),
+            ptr::read_volatile(&raw const (*skb).ingress_ifindex),
+        )
+    };
+    if tc_index == TRANSLATED {
+        // SAFETY: as above; the field is writable.
+        unsafe { ptr::write_volatile(&raw mut (*skb).tc_index, 0) };
+        return NEXT;
+    }
+    let at = Context { hook, ifindex, from_host: ingress == 0, l3 };
+    let world = World::new(skb);
+    let mut packet = SkbPacket(skb);
+    let verdict = match u16::from_be(protocol as u16) {
+        ethertype::IPV4 => {
+            packet.pull(HEADERS);
+            process::<V4, _, _>(&mut packet, &world, &at)
+        }
+        ethertype::IPV6 => {
+            packet.pull(HEADERS);
+            process::<V6, _, _>(&mut packet, &world, &at)
+        }
+        _ => Verdict::Pass,
+    };
+    act(skb, hook, ifindex, verdict)
+}
+
+/// Turns a verdict into a return code.
+#[inline(always)]
+fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i32 {
+    let at_ingress = matches!(hook, Hook::FromNetdev | Hook::FromPod);
+    match verdict {
+        Verdict::Pass => return NEXT,
+        Verdict::Drop(_) => return SHOT,
+        _ => {}
+    }
+    // A packet that goes straight into a pod meets no hook of ours on its way.
+    if !(at_ingress && matches!(verdict, Verdict::Pod { .. })) {
+        // SAFETY: the context is valid while the program runs; the field is writable.
+        unsafe { ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED) };
+    }
+    // SAFETY: helpers without pointers, or with a null pointer that they allow.
+    let result = unsafe {
+        match verdict {
+            Verdict::Pod { ifindex } if at_ingress => bpf_redirect_peer(ifindex, 0),
+            Verdict::Pod { ifindex } | Verdict::Transmit { ifindex } => bpf_redirect(ifindex, 0),
+            Verdict::Host { ifindex } => bpf_redirect(ifindex, INGRESS),
+            Verdict::Resolve { ifindex } => bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0),
+            Verdict::Answer if at_ingress => bpf_redirect(own_ifindex, 0),
+            Verdict::Answer => bpf_redirect(own_ifindex, INGRESS),
+            Verdict::Pass | Verdict::Drop(_) => i64::from(NEXT),
+        }
+    };
+    result as i32
+}

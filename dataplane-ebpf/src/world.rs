@@ -1,0 +1,265 @@
+//! The datapath's view of the world, over BPF maps and helpers.
+
+use core::{ffi::c_void, marker::PhantomData, ptr};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST, bpf_fib_lookup,
+    },
+    btf_maps::{HashMap, LruHashMap},
+    helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64, bpf_ktime_get_coarse_ns},
+};
+use dataplane_common::{
+    addr::{Family, Mac, V4, V6},
+    backend::{Backend, BackendHead},
+    config::{Config, config_flags},
+    device::Device,
+    flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
+    reason::Reason,
+    service::{Frontend, FrontendKey4, FrontendKey6, PortSet, ServiceHead},
+    tables::{Entry, Env, InsertError, Route, Router, Tables},
+};
+
+use crate::maps::*;
+
+/// Written by the agent before the object is loaded.
+#[unsafe(no_mangle)]
+static CONFIG: Config = Config {
+    host_netns_cookie: 0,
+    flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
+    snat_port_min: 61000,
+    snat_port_max: 65535,
+    tcp_ticks: Config::ticks(86_400),
+    tcp_closing_ticks: Config::ticks(120),
+    udp_ticks: Config::ticks(180),
+    half_open_ticks: Config::ticks(60),
+    services: 65536,
+    backends: 65536,
+    maglev: 4_194_304,
+    refusals_per_tick: 1000,
+};
+
+/// The constants of this load.
+#[inline(always)]
+pub fn config() -> Config {
+    // SAFETY: a valid static. Volatile: the value here is not the one the agent sets.
+    unsafe { ptr::read_volatile(&raw const CONFIG) }
+}
+
+/// The maps and helpers, for a program whose context is `C`.
+pub struct World<C> {
+    ctx: *mut c_void,
+    kind: PhantomData<C>,
+}
+
+impl<C> World<C> {
+    #[inline(always)]
+    pub fn new(ctx: *mut C) -> Self {
+        Self { ctx: ctx.cast(), kind: PhantomData }
+    }
+}
+
+/// A flow entry in its map.
+pub struct MapEntry<V>(*mut V);
+
+macro_rules! family_tables {
+    ($family:ty, $key:ty, $flow:ty, $frontend:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident) => {
+        impl Entry<$family> for MapEntry<$flow> {
+            #[inline(always)]
+            fn load(&self) -> $flow {
+                // SAFETY: the pointer came from a successful lookup and stays readable while the program runs. Another
+                // CPU may be writing; the parts that decide are checked against generations.
+                unsafe { ptr::read(self.0) }
+            }
+            #[inline(always)]
+            fn touch(&self, seen_ticks: u32, state: u8) {
+                // SAFETY: as above; both are single stores of aligned fields.
+                unsafe {
+                    let meta: *mut FlowMeta = &raw mut (*self.0).meta;
+                    ptr::write_volatile(&raw mut (*meta).seen_ticks, seen_ticks);
+                    ptr::write_volatile(&raw mut (*meta).state, state);
+                }
+            }
+        }
+
+        impl<C> Tables<$family> for World<C> {
+            type Entry<'a>
+                = MapEntry<$flow>
+            where
+                Self: 'a;
+
+            #[inline(always)]
+            fn flow(&self, key: &$key) -> Option<MapEntry<$flow>> {
+                $flows.get_ptr_mut(key).map(MapEntry)
+            }
+            #[inline(always)]
+            fn half_open(&self, key: &$key) -> Option<MapEntry<$flow>> {
+                $half_open.get_ptr_mut(key).map(MapEntry)
+            }
+            #[inline(always)]
+            fn put_flow(&self, key: &$key, flow: &$flow) -> Result<(), InsertError> {
+                insert(&$flows, key, flow, 0)
+            }
+            #[inline(always)]
+            fn put_half_open(&self, key: &$key, flow: &$flow, replace: bool) -> Result<(), InsertError> {
+                insert(&$half_open, key, flow, if replace { 0 } else { u64::from(BPF_NOEXIST) })
+            }
+            #[inline(always)]
+            fn frontend(&self, key: &$frontend) -> Option<u32> {
+                value::<_, Frontend, _, _>(&$frontends, key).map(|f| f.service)
+            }
+            #[inline(always)]
+            fn own_address(&self, addr: <$family as Family>::Addr) -> u32 {
+                value(&$own, &addr).unwrap_or(0)
+            }
+        }
+    };
+}
+
+family_tables!(V4, FlowKey4, Flow4, FrontendKey4, FLOWS_V4, HALF_OPEN_V4, FRONTENDS_V4, OWN_ADDRS_V4);
+family_tables!(V6, FlowKey6, Flow6, FrontendKey6, FLOWS_V6, HALF_OPEN_V6, FRONTENDS_V6, OWN_ADDRS_V6);
+
+/// `EEXIST`, as helpers return it.
+const EXISTS: i32 = -17;
+
+#[inline(always)]
+fn insert<K, V, const M: usize, const F: usize>(
+    map: &LruHashMap<K, V, M, F>,
+    key: &K,
+    value: &V,
+    flags: u64,
+) -> Result<(), InsertError> {
+    map.insert(key, value, flags).map_err(|error| if error == EXISTS { InsertError::Exists } else { InsertError::Failed })
+}
+
+#[inline(always)]
+fn value<K, V: Copy, const M: usize, const F: usize>(map: &HashMap<K, V, M, F>, key: &K) -> Option<V> {
+    // SAFETY: values of these maps never change in place, see `dataplane_common::service::Frontend`.
+    unsafe { map.get(key) }.copied()
+}
+
+impl<C> Env for World<C> {
+    #[inline(always)]
+    fn config(&self) -> Config {
+        config()
+    }
+
+    #[inline(always)]
+    fn now_ticks(&self) -> u32 {
+        // SAFETY: helpers without arguments.
+        unsafe {
+            if config().flags & config_flags::COARSE_CLOCK != 0 {
+                (bpf_ktime_get_coarse_ns() >> 30) as u32
+            } else {
+                // Before 5.11. CONFIG_HZ is 250 or 1000 on all distributions; ticks need no more than that.
+                (bpf_jiffies64() >> 8) as u32
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn service_head(&self, index: u32) -> Option<ServiceHead> {
+        let service = SERVICES.get_ptr(index)?;
+        // SAFETY: the element exists. Volatile and of 64 bits: the head is read at once.
+        let head = unsafe { ptr::read_volatile(service.cast::<u64>()) };
+        Some(bytemuck::cast(head))
+    }
+
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<Backend> {
+        let backend = BACKENDS.get_ptr(id)?;
+        // SAFETY: the element exists; the head is read at once, and the rest does not change while a head of this
+        // generation stands, except the interface, which is words of their own.
+        unsafe {
+            let head: BackendHead = bytemuck::cast(ptr::read_volatile(backend.cast::<u64>()));
+            Some(Backend { head, ..*backend })
+        }
+    }
+
+    #[inline(always)]
+    fn maglev(&self, index: u32) -> Option<u64> {
+        MAGLEV.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn ports(&self, index: u32) -> PortSet {
+        PORTS.get(index).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn device(&self, ifindex: u32) -> Option<Device> {
+        value(&DEVICES, &ifindex)
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+            // SAFETY: a per-CPU element, and programs do not migrate while they run.
+            unsafe { *counter += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn take_refusal(&self) -> bool {
+        let Some(refusals) = REFUSALS.get_ptr_mut(0) else {
+            return false;
+        };
+        let now = self.now_ticks();
+        // SAFETY: as in `count`.
+        unsafe {
+            if (*refusals).ticks != now {
+                (*refusals).ticks = now;
+                (*refusals).sent = 0;
+            }
+            (*refusals).sent += 1;
+            (*refusals).sent <= config().refusals_per_tick
+        }
+    }
+
+    #[inline(always)]
+    fn midstream_ticks(&self) -> u32 {
+        MIDSTREAM.get(0).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn set_midstream_ticks(&self, ticks: u32) {
+        if let Some(cell) = MIDSTREAM.get_ptr_mut(0) {
+            // SAFETY: an array element; one aligned store.
+            unsafe { ptr::write_volatile(cell, ticks) };
+        }
+    }
+}
+
+/// `AF_INET` and `AF_INET6`.
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+impl<F: Family, C> Router<F> for World<C> {
+    #[inline(always)]
+    fn route(&self, ifindex: u32, src: F::Addr, dst: F::Addr, proto: u8, len: u16) -> Route {
+        // SAFETY: all fields are integers.
+        let mut params: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+        params.family = if F::VERSION == 4 { AF_INET } else { AF_INET6 };
+        params.l4_protocol = proto;
+        params.ifindex = ifindex;
+        params.__bindgen_anon_1.tot_len = len;
+        if F::VERSION == 4 {
+            params.__bindgen_anon_3.ipv4_src = F::to_any(src)[0];
+            params.__bindgen_anon_4.ipv4_dst = F::to_any(dst)[0];
+        } else {
+            params.__bindgen_anon_3.ipv6_src = F::to_any(src);
+            params.__bindgen_anon_4.ipv6_dst = F::to_any(dst);
+        }
+        // SAFETY: the context is valid while the program runs, and the size is that of the parameters.
+        let result = unsafe { fib_lookup(self.ctx, &raw mut params, size_of::<bpf_fib_lookup>() as i32, 0) };
+        match result as u32 {
+            BPF_FIB_LKUP_RET_SUCCESS => {
+                Route::Found { ifindex: params.ifindex, mac_dst: Mac(params.dmac), mac_src: Mac(params.smac) }
+            }
+            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { ifindex: params.ifindex },
+            // SAFETY: a plain integer in either reading.
+            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig { mtu: unsafe { params.__bindgen_anon_1.mtu_result } },
+            _ => Route::None,
+        }
+    }
+}

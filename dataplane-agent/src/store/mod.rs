@@ -1,5 +1,5 @@
-//! The tables as the agent writes them: one small trait, implemented over BPF maps ([`bpf`]), in memory
-//! ([`memory`]) and with injected faults (tests).
+//! The tables as the agent writes them: one small trait, implemented over BPF maps (`bpf`), in memory
+//! (`memory`) and with injected faults (tests).
 //!
 //! Writes are idempotent and deleting what is missing succeeds. Nothing here decides what is written; that is
 //! `compile` and `sync`.

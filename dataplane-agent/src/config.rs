@@ -1,0 +1,150 @@
+//! The agent's configuration, resolved: flags over environment over file over defaults (see [`crate::args`]).
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use crate::store::Limits;
+
+/// Everything that `run` is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The name of this node's Node object.
+    pub node_name: String,
+    /// The folder of manifests.
+    pub manifests: PathBuf,
+    /// Patterns of uplinks, first match first, each element a comma list as typed; empty: found by default route
+    /// and node address.
+    pub devices: Vec<String>,
+    /// The bpffs folder under which maps and links are pinned.
+    pub bpffs: PathBuf,
+    /// The cgroup v2 folder for socket hooks; `None`: the root of the hierarchy found in /proc/mounts.
+    pub cgroup: Option<PathBuf>,
+    pub health_addr: Option<SocketAddr>,
+    /// The unix socket of `wait`.
+    pub socket: PathBuf,
+    pub socket_lb: SocketLb,
+    pub datapath: DatapathMode,
+    pub fast_path: FastPath,
+    /// Source ports for translation.
+    pub snat_ports: PortRange,
+    /// The cluster's node port range.
+    pub node_ports: PortRange,
+    pub node_port_addresses: NodePortAddresses,
+    pub limits: Limits,
+    /// Entries of each of `FLOWS_V4` and `FLOWS_V6`.
+    pub max_flows: u32,
+    /// Entries of each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
+    pub max_half_open: u32,
+    /// Write a debug line for every new flow and every drop.
+    pub debug_log: bool,
+}
+
+/// `--socket-lb`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SocketLb {
+    /// As `host-only`.
+    Auto,
+    Off,
+    /// Processes in the host's network namespace.
+    HostOnly,
+    /// Pods too.
+    All,
+}
+
+/// `--datapath`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatapathMode {
+    /// XDP where the device's driver has it, TC on the others.
+    Auto,
+    Xdp,
+    Tc,
+}
+
+/// `--fast-path`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FastPath {
+    /// Off where FORWARD holds another policy engine's rules.
+    Auto,
+    On,
+    Off,
+}
+
+/// An inclusive range of ports, written `A-B`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    pub min: u16,
+    pub max: u16,
+}
+
+impl PortRange {
+    pub fn contains(self, port: u16) -> bool {
+        (self.min..=self.max).contains(&port)
+    }
+}
+
+impl std::str::FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no port range such as 30000-32767");
+        let (min, max) = text.split_once('-').ok_or_else(wrong)?;
+        let min: u16 = min.trim().parse().map_err(|_| wrong())?;
+        let max: u16 = max.trim().parse().map_err(|_| wrong())?;
+        if min == 0 || min > max {
+            return Err(wrong());
+        }
+        Ok(Self { min, max })
+    }
+}
+
+/// `--node-port-addresses`: the own addresses at which node ports answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Every own address except loopback, link-local and Service addresses.
+    All,
+    /// The InternalIPs of this node's Node object.
+    Primary,
+    /// Own addresses inside one of these.
+    Within(Vec<Cidr>),
+}
+
+/// An address prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr {
+    pub addr: std::net::IpAddr,
+    pub prefix: u8,
+}
+
+impl Cidr {
+    pub fn contains(&self, addr: std::net::IpAddr) -> bool {
+        use std::net::IpAddr::{V4, V6};
+        match (self.addr, addr) {
+            (V4(net), V4(addr)) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+                u32::from(net) & mask == u32::from(addr) & mask
+            }
+            (V6(net), V6(addr)) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix)).unwrap_or(0);
+                u128::from(net) & mask == u128::from(addr) & mask
+            }
+            _ => false,
+        }
+    }
+}
+
+impl std::str::FromStr for Cidr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no CIDR such as 192.0.2.0/24");
+        let (addr, prefix) = text.trim().split_once('/').ok_or_else(wrong)?;
+        let addr: std::net::IpAddr = addr.parse().map_err(|_| wrong())?;
+        let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
+        if prefix > if addr.is_ipv4() { 32 } else { 128 } {
+            return Err(wrong());
+        }
+        Ok(Self { addr, prefix })
+    }
+}

@@ -1,0 +1,7 @@
+//! The user side: watches Kubernetes objects and keeps the datapath's tables equal to what they say.
+//!
+//! Data flows one way: [`source`] → [`decode`] → [`model`] → [`compile`] → [`sync`] → [`store`].
+
+pub mod config;
+pub mod host;
+pub mod store;

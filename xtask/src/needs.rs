@@ -39,9 +39,6 @@ pub const PROGRAMS: &[Need] = &[
         why: "the demo's examples",
     },
     Need {
-        why: "tests with and without checksum offload",
-    },
-    Need {
         program: "nft",
         package: "nftables",
         why: "bench net: kube-proxy's nftables rules as a peer",

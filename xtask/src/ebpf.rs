@@ -37,6 +37,7 @@ pub fn run(args: &Args) -> Result<()> {
     let built = paths::ebpf_build().join("bpfel-unknown-none/release/dataplane");
     let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
     verify(&bytes).with_context(|| format!("{} is not what the agent can load", built.display()))?;
+    let bytes = without_debug_info(&bytes).context("failed to strip the object")?;
     if install(&bytes, &paths::ebpf_object())? {
         progress::note(&format!(
             "new object: {} ({} KiB)",
@@ -64,6 +65,23 @@ fn verify(bytes: &[u8]) -> Result<()> {
         bail!("a legacy `maps` section: declare maps with `#[btf_map]`");
     }
     Ok(())
+}
+
+/// Leaves DWARF out, most of the object: the kernel and bpftool read BTF. The full object stays where it was built, for
+/// `llvm-objdump -S`.
+fn without_debug_info(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut builder = object::build::elf::Builder::read(bytes)?;
+    for section in &mut builder.sections {
+        section.delete = section.name.starts_with(b".debug_") || section.name.starts_with(b".rel.debug_");
+    }
+    // LLVM keeps the names of sections and symbols in one table; the builder wants one for each.
+    let names = builder.sections.add();
+    names.name = b".shstrtab"[..].into();
+    names.sh_type = object::elf::SHT_STRTAB;
+    names.data = object::build::elf::SectionData::SectionString;
+    let mut stripped = Vec::new();
+    builder.write(&mut stripped)?;
+    Ok(stripped)
 }
 
 /// Writes the object beside its place and renames it, so that no build reads half of it. False if it was there already.

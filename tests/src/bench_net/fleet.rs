@@ -28,11 +28,10 @@ pub struct Service {
 
 impl Fleet {
     pub fn new(size: u32, server: (Ipv4Addr, u16)) -> Self {
-        Self { size: size.max(1), server }
-    }
-
-    pub fn size(&self) -> u32 {
-        self.size
+        Self {
+            size: size.max(1),
+            server,
+        }
     }
 
     /// The address that the client calls: the service in the middle, the average place where order matters.
@@ -73,7 +72,10 @@ mod tests {
         let server = (Ipv4Addr::new(10, 244, 1, 3), 7000);
         for size in [1, 2, 1000] {
             let fleet = Fleet::new(size, server);
-            let led: Vec<_> = fleet.services().filter(|service| service.endpoints.contains(&server)).collect();
+            let led: Vec<_> = fleet
+                .services()
+                .filter(|service| service.endpoints.contains(&server))
+                .collect();
             assert_eq!(led.len(), 1);
             assert_eq!(led[0].address, fleet.called());
             assert_eq!(fleet.services().count(), size as usize);

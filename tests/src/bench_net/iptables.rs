@@ -63,7 +63,11 @@ pub fn ruleset(fleet: &Fleet) -> String {
 }
 
 fn add_service(chains: &mut String, rules: &mut String, index: usize, service: &Service) -> std::fmt::Result {
-    let Service { name, address, endpoints } = service;
+    let Service {
+        name,
+        address,
+        endpoints,
+    } = service;
     // kube-proxy's names end in 16 characters of a hash; a padded number is as long.
     let chain = format!("KUBE-SVC-{index:016}");
     writeln!(chains, ":{chain} - [0:0]")?;
@@ -81,7 +85,10 @@ fn add_service(chains: &mut String, rules: &mut String, index: usize, service: &
         let endpoint = format!("KUBE-SEP-{:016}", index * 100 + nth);
         let left = endpoints.len() - nth;
         let choice = if left > 1 {
-            format!(" -m statistic --mode random --probability 0.{:011}", 100_000_000_000 / left as u64)
+            format!(
+                " -m statistic --mode random --probability 0.{:011}",
+                100_000_000_000 / left as u64
+            )
         } else {
             String::new()
         };
@@ -90,7 +97,10 @@ fn add_service(chains: &mut String, rules: &mut String, index: usize, service: &
             rules,
             "-A {chain} -m comment --comment \"bench/{name}:http -> {ip}:{port}\"{choice} -j {endpoint}"
         )?;
-        writeln!(rules, "-A {endpoint} -s {ip}/32 -m comment --comment \"bench/{name}:http\" -j KUBE-MARK-MASQ")?;
+        writeln!(
+            rules,
+            "-A {endpoint} -s {ip}/32 -m comment --comment \"bench/{name}:http\" -j KUBE-MARK-MASQ"
+        )?;
         writeln!(
             rules,
             "-A {endpoint} -p tcp -m comment --comment \"bench/{name}:http\" -m tcp -j DNAT --to-destination {ip}:{port}"
@@ -108,7 +118,10 @@ mod tests {
     #[test]
     fn endpoints_share_what_is_left() {
         let text = ruleset(&Fleet::new(2, (Ipv4Addr::new(10, 244, 1, 3), 7000)));
-        assert!(text.contains("--probability 0.50000000000 -j KUBE-SEP-0000000000000000\n"), "{text}");
+        assert!(
+            text.contains("--probability 0.50000000000 -j KUBE-SEP-0000000000000000\n"),
+            "{text}"
+        );
         assert!(text.contains("10.244.128.2:8080\" -j KUBE-SEP-0000000000000001\n"));
         assert!(text.contains("-A KUBE-SEP-0000000000000100 -p tcp -m comment --comment \"bench/svc-1:http\" -m tcp -j DNAT --to-destination 10.244.1.3:7000\n"));
     }
@@ -116,7 +129,11 @@ mod tests {
     #[test]
     fn every_chain_that_is_jumped_to_is_declared() {
         let text = ruleset(&Fleet::new(3, (Ipv4Addr::new(10, 244, 1, 3), 7000)));
-        for target in text.lines().filter_map(|line| line.rsplit_once(" -j ")).map(|(_, target)| target) {
+        for target in text
+            .lines()
+            .filter_map(|line| line.rsplit_once(" -j "))
+            .map(|(_, target)| target)
+        {
             if target.starts_with("KUBE-") {
                 assert!(text.contains(&format!(":{target} - [0:0]")), "{target}");
             }

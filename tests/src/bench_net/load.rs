@@ -45,7 +45,8 @@ pub fn serve(netns: PathBuf, cpu: usize, port: u16) -> Result<()> {
     let (ready, started) = mpsc::channel();
     thread::spawn(move || {
         let listener = settle(&netns, cpu).and_then(|()| {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).with_context(|| format!("failed to listen on port {port}"))
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
+                .with_context(|| format!("failed to listen on port {port}"))
         });
         match listener {
             Ok(listener) => {
@@ -60,7 +61,6 @@ pub fn serve(netns: PathBuf, cpu: usize, port: u16) -> Result<()> {
 
 /// Answers until the client is gone, in whatever way it goes.
 fn echo(mut stream: TcpStream) {
-    let _ = stream.set_nodelay(true);
     let mut byte = [0];
     while stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {}
 }
@@ -87,8 +87,12 @@ impl Client {
 
     /// Events a second.
     pub fn measure(&self, to: SocketAddrV4, measure: Measure, during: Duration) -> Result<f64> {
-        self.orders.send(Order { to, measure, during }).context("the client has ended")?;
-        self.answers.recv().context("the client ended in the middle of a measurement")?
+        self.orders
+            .send(Order { to, measure, during })
+            .context("the client has ended")?;
+        self.answers
+            .recv()
+            .context("the client ended in the middle of a measurement")?
     }
 }
 
@@ -96,6 +100,7 @@ fn settle(netns: &Path, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("there is no CPU {cpu}"))?;
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("failed to pin to CPU {cpu}"))?;
+    // A thread may change its network namespace; only a process with one thread may change others.
     netns::join(netns)
 }
 
@@ -120,19 +125,32 @@ fn measure(order: &Order) -> Result<f64> {
 fn connect(to: SocketAddrV4) -> Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).context("failed to open a socket")?;
     // Closing by reset leaves nothing in TIME_WAIT: the client's ports don't run out.
-    socket.set_linger(Some(Duration::ZERO)).context("failed to set linger")?;
-    socket.set_tcp_nodelay(true).context("failed to set nodelay")?;
-    socket.connect_timeout(&SocketAddr::V4(to).into(), PATIENCE).with_context(|| format!("failed to connect to {to}"))?;
-    socket.set_read_timeout(Some(PATIENCE)).context("failed to set a read timeout")?;
+    socket
+        .set_linger(Some(Duration::ZERO))
+        .context("failed to set linger")?;
+    // The send timeout bounds a blocking connect too; a connect with a timeout of its own would cost a poll.
+    socket
+        .set_write_timeout(Some(PATIENCE))
+        .context("failed to set a write timeout")?;
+    socket
+        .set_read_timeout(Some(PATIENCE))
+        .context("failed to set a read timeout")?;
+    socket
+        .connect(&SocketAddr::V4(to).into())
+        .with_context(|| format!("failed to connect to {to}"))?;
     Ok(socket.into())
 }
 
 fn exchange(stream: &mut TcpStream, to: SocketAddrV4) -> Result<()> {
     let mut byte = [b'x'];
-    stream.write_all(&byte).with_context(|| format!("failed to send to {to}"))?;
+    stream
+        .write_all(&byte)
+        .with_context(|| format!("failed to send to {to}"))?;
     match stream.read_exact(&mut byte) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("{to} did not answer within {PATIENCE:?}"),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            bail!("{to} did not answer within {PATIENCE:?}")
+        }
         Err(error) => Err(error).with_context(|| format!("failed to receive from {to}")),
     }
 }

@@ -67,19 +67,37 @@ pub fn ruleset(fleet: &Fleet) -> String {
 }
 
 fn add_service(text: &mut String, service: &Service) -> std::fmt::Result {
-    let Service { name, address, endpoints } = service;
+    let Service {
+        name,
+        address,
+        endpoints,
+    } = service;
     let chain = format!("service-{name}/tcp/http");
-    let endpoint_chains: Vec<String> =
-        endpoints.iter().map(|(ip, port)| format!("endpoint-{name}/tcp/http__{ip}/{port}")).collect();
+    let endpoint_chains: Vec<String> = endpoints
+        .iter()
+        .map(|(ip, port)| format!("endpoint-{name}/tcp/http__{ip}/{port}"))
+        .collect();
     for ((ip, port), endpoint) in endpoints.iter().zip(&endpoint_chains) {
         writeln!(text, "add chain ip kube-proxy {endpoint}")?;
-        writeln!(text, "add rule ip kube-proxy {endpoint} ip saddr {ip} jump mark-for-masquerade")?;
-        writeln!(text, "add rule ip kube-proxy {endpoint} meta l4proto tcp dnat to {ip}:{port}")?;
+        writeln!(
+            text,
+            "add rule ip kube-proxy {endpoint} ip saddr {ip} jump mark-for-masquerade"
+        )?;
+        writeln!(
+            text,
+            "add rule ip kube-proxy {endpoint} meta l4proto tcp dnat to {ip}:{port}"
+        )?;
     }
-    let choices: Vec<String> =
-        endpoint_chains.iter().enumerate().map(|(index, endpoint)| format!("{index} : goto {endpoint}")).collect();
+    let choices: Vec<String> = endpoint_chains
+        .iter()
+        .enumerate()
+        .map(|(index, endpoint)| format!("{index} : goto {endpoint}"))
+        .collect();
     writeln!(text, "add chain ip kube-proxy {chain}")?;
-    writeln!(text, "add rule ip kube-proxy {chain} ip daddr {address} ip saddr != {POD_RANGE} jump mark-for-masquerade")?;
+    writeln!(
+        text,
+        "add rule ip kube-proxy {chain} ip daddr {address} ip saddr != {POD_RANGE} jump mark-for-masquerade"
+    )?;
     writeln!(
         text,
         "add rule ip kube-proxy {chain} numgen random mod {} vmap {{ {} }}",
@@ -87,7 +105,10 @@ fn add_service(text: &mut String, service: &Service) -> std::fmt::Result {
         choices.join(" , ")
     )?;
     writeln!(text, "add element ip kube-proxy cluster-ips {{ {address} }}")?;
-    writeln!(text, "add element ip kube-proxy service-ips {{ {address} . tcp . {SERVICE_PORT} : goto {chain} }}")
+    writeln!(
+        text,
+        "add element ip kube-proxy service-ips {{ {address} . tcp . {SERVICE_PORT} : goto {chain} }}"
+    )
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What came out: samples, medians, ratios of the same round, the promises, as tables and as JSON.
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde::Serialize;
 
 /// All measurements at one number of services.
@@ -43,13 +43,15 @@ impl Section {
 
     /// The median over the rounds of connections/s of one variant as a multiple of another's in the same round.
     fn connections_ratio(&self, name: &str, of: &str) -> Option<f64> {
-        ratio(&self.find(name)?.connections_per_second, &self.find(of)?.connections_per_second)
+        ratio(
+            &self.find(name)?.connections_per_second,
+            &self.find(of)?.connections_per_second,
+        )
     }
 
     /// A table for people.
     pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+        let mut table = plain_table();
         table.set_header([
             &format!("{} services", self.services),
             "connections/s",
@@ -61,9 +63,16 @@ impl Section {
             "programmed in",
         ]);
         for samples in &self.variants {
-            let Samples { name, load_seconds, connections_per_second, exchanges_per_second } = samples;
+            let Samples {
+                name,
+                load_seconds,
+                connections_per_second,
+                exchanges_per_second,
+            } = samples;
             let against = |own: &[f64], plain: fn(&Samples) -> &Vec<f64>| {
-                self.find(PLAIN).and_then(|samples| ratio(own, plain(samples))).map_or_else(String::new, two_digits)
+                self.find(PLAIN)
+                    .and_then(|samples| ratio(own, plain(samples)))
+                    .map_or_else(String::new, two_digits)
             };
             table.add_row([
                 (*name).to_owned(),
@@ -73,7 +82,11 @@ impl Section {
                 thousands(median(exchanges_per_second)),
                 quartiles(exchanges_per_second),
                 against(exchanges_per_second, |samples| &samples.exchanges_per_second),
-                if *load_seconds > 0.0 { format!("{load_seconds:.2} s") } else { String::new() },
+                if *load_seconds > 0.0 {
+                    format!("{load_seconds:.2} s")
+                } else {
+                    String::new()
+                },
             ]);
         }
         for column in table.column_iter_mut().skip(1) {
@@ -88,15 +101,33 @@ impl Section {
 pub fn promises(sections: &[Section]) -> Vec<Promise> {
     let mut promises = Vec::new();
     let mut promise = |text: String, at_least: f64, measured: Option<f64>| {
-        promises.extend(measured.map(|measured| Promise { text, at_least, measured, kept: measured >= at_least }));
+        promises.extend(measured.map(|measured| Promise {
+            text,
+            at_least,
+            measured,
+            kept: measured >= at_least,
+        }));
     };
-    let (Some(least), Some(most)) = (sections.first(), sections.last()) else { return promises };
+    let (Some(least), Some(most)) = (sections.first(), sections.last()) else {
+        return promises;
+    };
     let at = |section: &Section| format!("at {} services", section.services);
-    promise(format!("connections/s ÷ plain routing {}", at(least)), 1.0, least.connections_ratio(OURS, PLAIN));
-    promise(format!("connections/s ÷ nftables rules {}", at(least)), 1.15, least.connections_ratio(OURS, NFTABLES));
+    promise(
+        format!("connections/s ÷ plain routing {}", at(least)),
+        1.0,
+        least.connections_ratio(OURS, PLAIN),
+    );
+    promise(
+        format!("connections/s ÷ nftables rules {}", at(least)),
+        1.15,
+        least.connections_ratio(OURS, NFTABLES),
+    );
     if most.services > least.services {
         // Plain routing does not know of services: it carries the machine's mood from one section to the next.
-        let kept = least.connections_ratio(OURS, PLAIN).zip(most.connections_ratio(OURS, PLAIN)).map(|(a, b)| b / a);
+        let kept = least
+            .connections_ratio(OURS, PLAIN)
+            .zip(most.connections_ratio(OURS, PLAIN))
+            .map(|(a, b)| b / a);
         promise(format!("connections/s {} ÷ {}", at(most), at(least)), 0.95, kept);
     }
     promises
@@ -104,11 +135,37 @@ pub fn promises(sections: &[Section]) -> Vec<Promise> {
 
 /// A table of promises for people.
 pub fn promises_table(promises: &[Promise]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(["promise", "at least", "measured", ""]);
-    for Promise { text, at_least, measured, kept } in promises {
+    let mut table = plain_table();
+    table.set_header(["promise", "at least", "measured", ""]);
+    for Promise {
+        text,
+        at_least,
+        measured,
+        kept,
+    } in promises
+    {
         let verdict = if *kept { "kept" } else { "MISSED" };
-        table.add_row([text.clone(), two_digits(*at_least), two_digits(*measured), verdict.to_owned()]);
+        table.add_row([
+            text.clone(),
+            two_digits(*at_least),
+            two_digits(*measured),
+            verdict.to_owned(),
+        ]);
+    }
+    table
+}
+
+/// Lines above, below and under the header only.
+fn plain_table() -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    for between_rows in [
+        TableComponent::HorizontalLines,
+        TableComponent::MiddleIntersections,
+        TableComponent::LeftBorderIntersections,
+        TableComponent::RightBorderIntersections,
+    ] {
+        table.remove_style(between_rows);
     }
     table
 }
@@ -122,11 +179,15 @@ fn thousands(value: f64) -> String {
 }
 
 fn quartiles(values: &[f64]) -> String {
-    format!("{:.1}–{:.1}", quantile(values, 0.25) / 1000.0, quantile(values, 0.75) / 1000.0)
+    format!(
+        "{:.1}–{:.1}",
+        quartile(values, 1) / 1000.0,
+        quartile(values, 3) / 1000.0
+    )
 }
 
 fn median(values: &[f64]) -> f64 {
-    quantile(values, 0.5)
+    quartile(values, 2)
 }
 
 /// Round by round, then the median: what slows the machine for seconds slows both.
@@ -135,15 +196,15 @@ fn ratio(own: &[f64], of: &[f64]) -> Option<f64> {
     (!ratios.is_empty()).then(|| median(&ratios))
 }
 
-/// Linear between the two nearest; 0 for no values.
-fn quantile(values: &[f64], at: f64) -> f64 {
+/// Of the sorted values, the one that lies some quarters of the way; 0 for no values.
+fn quartile(values: &[f64], quarters: usize) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
-    let place = at * f64::from(u32::try_from(last).unwrap_or(u32::MAX));
-    let below = sorted.get(place.floor() as usize).copied().unwrap_or_default();
-    let above = sorted.get(place.ceil() as usize).copied().unwrap_or(below);
-    below + (above - below) * place.fract()
+    let steps = sorted.len().saturating_sub(1);
+    let place = steps * quarters;
+    let below = sorted.get(place / 4).copied().unwrap_or_default();
+    let above = sorted.get(place.div_ceil(4)).copied().unwrap_or(below);
+    below + (above - below) * f64::from((place % 4) as u8) / 4.0
 }
 
 #[cfg(test)]
@@ -167,16 +228,20 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_interpolated() {
-        assert!((quantile(&[4.0, 1.0, 3.0, 2.0], 0.5) - 2.5).abs() < 1e-9);
-        assert!((quantile(&[7.0], 0.25) - 7.0).abs() < 1e-9);
+    fn quartiles_are_interpolated() {
+        assert!((quartile(&[4.0, 1.0, 3.0, 2.0], 2) - 2.5).abs() < 1e-9);
+        assert!((quartile(&[7.0], 1) - 7.0).abs() < 1e-9);
     }
 
     #[test]
     fn promises_compare_with_the_smallest_cluster() {
         let section = |services, ours| Section {
             services,
-            variants: vec![samples(PLAIN, [10.0; 3]), samples(OURS, ours), samples(NFTABLES, [8.0; 3])],
+            variants: vec![
+                samples(PLAIN, [10.0; 3]),
+                samples(OURS, ours),
+                samples(NFTABLES, [8.0; 3]),
+            ],
         };
         let promises = promises(&[section(1, [11.0; 3]), section(10_000, [9.9; 3])]);
         let kept: Vec<bool> = promises.iter().map(|promise| promise.kept).collect();

@@ -74,7 +74,7 @@ pub struct WantedPods {
     pub revision: u64,
     /// `namespace/name`, by each of the pod's addresses.
     pub pods: BTreeMap<IpAddr, String>,
-    /// The InternalIPs of this node's Node object: a device that carries one is an uplink, and they are the source of
+    /// Each `InternalIP` of this node's Node object: a device that carries one is an uplink, and they are the source of
     /// what leaves by a device without an address of its own.
     pub node_addresses: Vec<IpAddr>,
 }

@@ -2,6 +2,9 @@
 //!
 //! Data flows one way: [`source`] → [`decode`] → [`model`] → [`compile`] → [`sync`] → [`store`].
 
+pub mod attach;
+pub mod bpf;
 pub mod config;
 pub mod host;
+pub mod netlink;
 pub mod store;

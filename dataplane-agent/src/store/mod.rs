@@ -4,6 +4,8 @@
 //! Writes are idempotent and deleting what is missing succeeds. Nothing here decides what is written; that is
 //! `compile` and `sync`.
 
+pub mod bpf;
+
 use std::net::IpAddr;
 
 use dataplane_common::{

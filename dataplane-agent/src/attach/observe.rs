@@ -1,0 +1,253 @@
+//! The loop of the kernel side: looks at the machine when something may have changed, attaches, and publishes what it
+//! saw as a [`HostState`].
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+use super::Attacher;
+use crate::{
+    bpf::{Program, pins::LinkName},
+    host::{HostDevice, HostState, PodInterface, WantedPods},
+    netlink::{
+        events::Events,
+        pods::PodBinder,
+        select::{self, DevicePatterns, Role},
+        socket::RequestSocket,
+        tables::Tables,
+    },
+};
+
+/// One change of a device brings several notices: wait for the others.
+const SETTLE: Duration = Duration::from_millis(10);
+/// A look without any notice, and a check of what is attached.
+const FULL_LOOK: Duration = Duration::from_secs(30);
+/// While a pod's interface is wanted and not there: a new address in a pod's namespace may bring no notice here.
+const SEARCH: Duration = Duration::from_millis(50);
+/// The same, for a pod that has been searched for a while.
+const LATE_SEARCH: Duration = Duration::from_secs(1);
+const SEARCH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub patterns: DevicePatterns,
+    pub xdp: bool,
+    pub socket_hooks: bool,
+    pub fast_path: bool,
+}
+
+/// Everything that the loop owns.
+#[derive(Debug)]
+pub struct Observer {
+    pub attacher: Attacher,
+    pub socket: RequestSocket,
+    pub settings: Settings,
+    pods: PodBinder,
+    search_since: Option<Instant>,
+    reported: BTreeSet<String>,
+}
+
+impl Observer {
+    pub fn new(attacher: Attacher, socket: RequestSocket, settings: Settings) -> Self {
+        Self {
+            attacher,
+            socket,
+            settings,
+            pods: PodBinder::default(),
+            search_since: None,
+            reported: BTreeSet::new(),
+        }
+    }
+
+    /// Runs until the other side of a channel is gone.
+    pub async fn run(
+        mut self,
+        mut wanted: watch::Receiver<WantedPods>,
+        publish: watch::Sender<Option<HostState>>,
+    ) -> io::Result<()> {
+        let events = Events::open()?;
+        let mut full_look = Instant::now();
+        loop {
+            if full_look.elapsed() >= FULL_LOOK {
+                full_look = Instant::now();
+                self.attacher.verify(&mut self.socket);
+            }
+            let pods = wanted.borrow_and_update().clone();
+            match self.look(&pods) {
+                Ok(state) => {
+                    publish.send_if_modified(|published| {
+                        let differs = published.as_ref() != Some(&state);
+                        if differs {
+                            *published = Some(state);
+                        }
+                        differs
+                    });
+                }
+                Err(error) => self.report(BTreeSet::from([format!("failed to list devices: {error}")])),
+            }
+            if publish.is_closed() {
+                return Ok(());
+            }
+            let wait = self.pause().min(FULL_LOOK.saturating_sub(full_look.elapsed()));
+            tokio::select! {
+                changed = events.changed() => {
+                    changed?;
+                    tokio::time::sleep(SETTLE).await;
+                }
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                }
+                () = publish.closed() => return Ok(()),
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        match self.search_since {
+            None => FULL_LOOK,
+            Some(since) if since.elapsed() < SEARCH_PATIENCE => SEARCH,
+            Some(_) => LATE_SEARCH,
+        }
+    }
+
+    /// One complete observation, with everything attached that it calls for.
+    fn look(&mut self, wanted: &WantedPods) -> io::Result<HostState> {
+        let tables = Tables::dump(&mut self.socket)?;
+        if self.pods.update(&mut self.socket, &tables, wanted) {
+            self.search_since.get_or_insert_with(Instant::now);
+        } else {
+            self.search_since = None;
+        }
+        let pods = self.pods.interfaces();
+        let roles = select::devices(&tables, &self.settings.patterns, &wanted.node_addresses, &pods);
+
+        let links = self.wanted_links(&tables, &roles, &pods);
+        // Until the first list of pods has come, nobody knows which interfaces are no pod's any more.
+        let pods_known = wanted.revision > 0;
+        let keep = |link: LinkName| !pods_known && matches!(link.program, Program::FromPod | Program::ToPod);
+        let errors = self
+            .attacher
+            .reconcile(&mut self.socket, &tables.links, &links, keep);
+        let mut problems: BTreeSet<String> = errors.iter().map(chain).collect();
+        for value in self.settings.patterns.absent(&tables.links) {
+            let present: Vec<&str> = tables.links.iter().map(|link| link.name.as_str()).collect();
+            problems.insert(format!(
+                "--device {value}: no such device; it is attached to when it appears (present: {})",
+                present.join(", ")
+            ));
+        }
+        if roles.is_empty() {
+            problems.insert(
+                "no uplink found: traffic from outside is not handled; name one with --device".to_owned(),
+            );
+        }
+        self.report(problems);
+        Ok(self.state(&tables, &roles, wanted))
+    }
+
+    fn wanted_links(
+        &self,
+        tables: &Tables,
+        roles: &std::collections::BTreeMap<u32, Role>,
+        pods: &BTreeSet<u32>,
+    ) -> BTreeSet<LinkName> {
+        let mut links = BTreeSet::new();
+        for (&ifindex, &role) in roles {
+            let programs: &[Program] = if role == Role::Uplink && self.settings.xdp {
+                &[Program::FromNetdev, Program::ToNetdev, Program::Xdp]
+            } else {
+                &[Program::FromNetdev, Program::ToNetdev]
+            };
+            links.extend(programs.iter().map(|&program| LinkName { program, ifindex }));
+        }
+        for &ifindex in pods {
+            links.extend([Program::FromPod, Program::ToPod].map(|program| LinkName { program, ifindex }));
+        }
+        if let Some(lo) = tables.links.iter().find(|link| link.is_loopback()) {
+            links.insert(LinkName {
+                program: Program::ToLo,
+                ifindex: lo.ifindex,
+            });
+        }
+        if self.settings.socket_hooks {
+            let hooks = Program::ALL.iter().copied().filter(|program| program.is_cgroup());
+            links.extend(hooks.map(|program| LinkName { program, ifindex: 0 }));
+        }
+        links
+    }
+
+    fn state(
+        &self,
+        tables: &Tables,
+        roles: &std::collections::BTreeMap<u32, Role>,
+        wanted: &WantedPods,
+    ) -> HostState {
+        let attached = |program, ifindex| self.attacher.is_attached(program, ifindex);
+        let devices = roles
+            .iter()
+            .filter_map(|(&ifindex, &role)| {
+                let link = tables.link(ifindex)?;
+                let xdp = attached(Program::Xdp, ifindex);
+                let entry = select::device_entry(tables, link, role, xdp, &wanted.node_addresses);
+                Some((
+                    ifindex,
+                    HostDevice {
+                        name: link.name.clone(),
+                        kind: link.kind.clone(),
+                        entry,
+                    },
+                ))
+            })
+            .collect();
+        let interface = |addr: IpAddr, pod: &str| {
+            let binding = self.pods.get(pod)?;
+            let ifindex = binding.interface.ifindex;
+            let both = attached(Program::FromPod, ifindex) && attached(Program::ToPod, ifindex);
+            let interface = PodInterface {
+                ifindex,
+                name: binding.name.clone(),
+                pod_mac: binding.pod_mac,
+                host_mac: binding.host_mac,
+                fast_path: both && self.settings.fast_path,
+            };
+            Some((addr, interface))
+        };
+        HostState {
+            wanted_revision: wanted.revision,
+            own_addresses: select::own_addresses(tables),
+            devices,
+            pod_interfaces: wanted
+                .pods
+                .iter()
+                .filter_map(|(addr, pod)| interface(*addr, pod))
+                .collect(),
+        }
+    }
+
+    /// Says each problem once, and again after it had gone.
+    fn report(&mut self, problems: BTreeSet<String>) {
+        for problem in problems.difference(&self.reported) {
+            tracing::warn!("{problem}");
+        }
+        self.reported = problems;
+    }
+}
+
+fn chain(error: &super::AttachError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

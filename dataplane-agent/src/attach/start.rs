@@ -1,0 +1,150 @@
+//! From configuration to a running kernel side: load, take over what is attached, and start the loop.
+
+use std::{path::PathBuf, thread};
+
+use anyhow::Context;
+use dataplane_common::config::{self as datapath, config_flags};
+use tokio::sync::watch;
+
+use super::{
+    Attacher,
+    observe::{Observer, Settings},
+    state::State,
+    sysctl,
+};
+use crate::{
+    bpf::{
+        kernel,
+        links::Cgroup,
+        loader::{self, LoadOptions},
+        maps::Sizes,
+        pins::Pins,
+    },
+    config::{Config, DatapathMode, FastPath, SocketLb},
+    host::{HostState, Kernel, WantedPods},
+    netlink::{select::DevicePatterns, socket::RequestSocket, tables},
+    store::bpf::BpfStore,
+};
+
+/// Loads the datapath, takes over what a former run left attached, and starts to watch the machine. Must be called in
+/// the network namespace of the host.
+pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Result<Kernel> {
+    kernel::check()?;
+    let mut state = State::lock(&config.bpffs)?;
+    let version = kernel::version()?;
+
+    let cookie = netns_cookie(config);
+    let socket_hooks = config.socket_lb != SocketLb::Off && cookie.is_some();
+    let cgroup = socket_hooks.then(|| cgroup_path(config)).transpose()?;
+    let options = LoadOptions {
+        sizes: Sizes {
+            limits: config.limits,
+            flows: config.max_flows,
+            half_open: config.max_half_open,
+            ..Sizes::default()
+        },
+        config: datapath_config(config, version, cookie.unwrap_or(0)),
+        xdp: config.datapath != DatapathMode::Tc,
+        socket_hooks,
+    };
+    let loaded = loader::load(Pins::new(&config.bpffs), &options)?;
+    let store = BpfStore::open(&loaded.pins)?;
+
+    let made_folders = loaded.made_folders.clone();
+    let cgroup_record = cgroup.clone();
+    state.change(|record| {
+        if !made_folders.is_empty() {
+            record.made_folders = made_folders;
+        }
+        record.cgroup = cgroup_record;
+    })?;
+    if let Err(error) = sysctl::enable(&mut state) {
+        tracing::warn!("{:#}", anyhow::Error::from(error));
+    }
+
+    let cgroup = cgroup.map(|path| Cgroup::open(&path)).transpose()?;
+    let mut socket = RequestSocket::open().context("failed to open a netlink socket")?;
+    let mut attacher = Attacher::new(loaded, state, cgroup, kernel::has_tcx());
+    let links = tables::dump_links(&mut socket).context("failed to list devices")?;
+    attacher.adopt(&mut socket, &links)?;
+
+    let settings = Settings {
+        patterns: DevicePatterns::new(&config.devices),
+        xdp: options.xdp,
+        socket_hooks,
+        fast_path: options.config.flags & config_flags::FAST_PATH != 0,
+    };
+    let (publish, host) = watch::channel(None);
+    spawn(Observer::new(attacher, socket, settings), wanted, publish)?;
+    Ok(Kernel {
+        store: Box::new(store),
+        host,
+    })
+}
+
+fn spawn(
+    observer: Observer,
+    wanted: watch::Receiver<WantedPods>,
+    publish: watch::Sender<Option<HostState>>,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    thread::Builder::new()
+        .name("netlink".to_owned())
+        .spawn(move || {
+            if let Err(error) = runtime.block_on(observer.run(wanted, publish)) {
+                tracing::error!("failed to watch devices: {error}");
+            }
+        })
+        .context("failed to start the thread that watches devices")?;
+    Ok(())
+}
+
+fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64) -> datapath::Config {
+    let mut flags = kernel::config_flags(version);
+    for (flag, on) in [
+        (config_flags::FAST_PATH, config.fast_path != FastPath::Off),
+        (config_flags::SOCKET_HOST_ONLY, config.socket_lb != SocketLb::All),
+        (config_flags::DEBUG, config.debug_log),
+    ] {
+        if on {
+            flags |= flag;
+        }
+    }
+    datapath::Config {
+        host_netns_cookie,
+        flags,
+        snat_port_min: config.snat_ports.min,
+        snat_port_max: config.snat_ports.max,
+        services: config.limits.services,
+        backends: config.limits.backends,
+        maglev: config.limits.maglev,
+        ..datapath::Config::default()
+    }
+}
+
+/// None: the socket hooks cannot tell host processes from pods, and stay off.
+fn netns_cookie(config: &Config) -> Option<u64> {
+    match kernel::netns_cookie() {
+        Ok(cookie) => Some(cookie),
+        Err(_) if config.socket_lb == SocketLb::All => Some(0),
+        Err(error) => {
+            if config.socket_lb != SocketLb::Off {
+                tracing::warn!(
+                    "socket hooks stay off, the packet path does their work: no SO_NETNS_COOKIE ({error})"
+                );
+            }
+            None
+        }
+    }
+}
+
+fn cgroup_path(config: &Config) -> anyhow::Result<PathBuf> {
+    let path = match &config.cgroup {
+        Some(path) => path.clone(),
+        None => kernel::find_cgroup2()?,
+    };
+    kernel::check_cgroup2(&path)?;
+    Ok(path)
+}

@@ -1,0 +1,157 @@
+//! What this kernel and this process can do.
+
+use std::{
+    fs, io,
+    net::UdpSocket,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use super::{Hook, sys};
+
+/// Something that the machine lacks.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error(
+        "missing capability {0}: run as root, or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (CAP_SYS_ADMIN before kernel 5.8)"
+    )]
+    Capability(&'static str),
+    #[error("kernel {found} is too old: 5.10 or newer is needed")]
+    TooOld { found: String },
+    #[error("failed to read {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "no cgroup v2 hierarchy is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`, or switch the socket hooks off with --socket-lb off"
+    )]
+    NoCgroup2,
+    #[error(
+        "{0} is not in a cgroup v2 hierarchy: name one with --cgroup, or switch the socket hooks off with --socket-lb off"
+    )]
+    NotCgroup2(PathBuf),
+}
+
+/// Major and minor number of the running kernel.
+pub fn version() -> Result<(u32, u32), KernelError> {
+    let path = "/proc/sys/kernel/osrelease";
+    let text = fs::read_to_string(path).map_err(|source| KernelError::Read {
+        path: path.into(),
+        source,
+    })?;
+    parse_version(text.trim()).ok_or_else(|| KernelError::TooOld {
+        found: text.trim().to_owned(),
+    })
+}
+
+fn parse_version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// Fails, by name, when the process may not load programs or configure the network, or the kernel is too old.
+pub fn check() -> Result<(), KernelError> {
+    let (major, minor) = version()?;
+    if (major, minor) < (5, 10) {
+        return Err(KernelError::TooOld {
+            found: format!("{major}.{minor}"),
+        });
+    }
+    check_capabilities()
+}
+
+/// Fails, by name, when a capability is missing.
+pub fn check_capabilities() -> Result<(), KernelError> {
+    const NET_ADMIN: u32 = 12;
+    const SYS_ADMIN: u32 = 21;
+    const PERFMON: u32 = 38;
+    const BPF: u32 = 39;
+    let path = "/proc/thread-self/status";
+    let text = fs::read_to_string(path).map_err(|source| KernelError::Read {
+        path: path.into(),
+        source,
+    })?;
+    let effective = text
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |capability: u32| effective >> capability & 1 == 1;
+    if !has(NET_ADMIN) {
+        return Err(KernelError::Capability("CAP_NET_ADMIN"));
+    }
+    for (capability, name) in [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")] {
+        if !has(capability) && !has(SYS_ADMIN) {
+            return Err(KernelError::Capability(name));
+        }
+    }
+    Ok(())
+}
+
+/// Whether TC programs are attached as TCX links (6.6) or as filters of a clsact qdisc.
+pub fn has_tcx() -> bool {
+    const LOOPBACK: u32 = 1;
+    sys::prog_query(LOOPBACK, Hook::TcIngress.attach_type()).is_ok()
+}
+
+/// The cookie of this process's network namespace (5.14).
+pub fn netns_cookie() -> io::Result<u64> {
+    let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("[::1]:0"))?;
+    sys::netns_cookie(socket.as_fd())
+}
+
+/// The flags of [`dataplane_common::config::Config`] that say what this kernel has.
+pub fn config_flags(version: (u32, u32)) -> u32 {
+    use dataplane_common::config::config_flags::{COARSE_CLOCK, CSUM_IPV6};
+    let mut flags = 0;
+    if version >= (5, 11) {
+        flags |= COARSE_CLOCK;
+    }
+    if version >= (6, 16) {
+        flags |= CSUM_IPV6;
+    }
+    flags
+}
+
+/// The root of the mounted cgroup v2 hierarchy.
+pub fn find_cgroup2() -> Result<PathBuf, KernelError> {
+    let path = "/proc/self/mounts";
+    let mounts = fs::read_to_string(path).map_err(|source| KernelError::Read {
+        path: path.into(),
+        source,
+    })?;
+    mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&"cgroup2"))
+        .map(|fields| PathBuf::from(fields[1]))
+        .ok_or(KernelError::NoCgroup2)
+}
+
+/// Fails when the folder is not in a cgroup v2 hierarchy.
+pub fn check_cgroup2(path: &Path) -> Result<(), KernelError> {
+    const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
+    match sys::filesystem_magic(path) {
+        Ok(CGROUP2_SUPER_MAGIC) => Ok(()),
+        Ok(_) => Err(KernelError::NotCgroup2(path.to_owned())),
+        Err(source) => Err(KernelError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_release_names() {
+        assert_eq!(parse_version("6.18.44-fc-v657"), Some((6, 18)));
+        assert_eq!(parse_version("5.10.0-28-amd64"), Some((5, 10)));
+        assert_eq!(parse_version("7.1-rc2"), Some((7, 1)));
+        assert_eq!(parse_version("nonsense"), None);
+    }
+}

@@ -1,0 +1,174 @@
+//! Loads the object: its maps are those pinned already, if they fit; its programs are always new. Attaching them is
+//! `attach`'s task.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use aya::{EbpfLoader, VerifierLogLevel, programs::Program as AyaProgram};
+use dataplane_common::config::{self, Config};
+
+use super::{
+    OBJECT, Program, kernel,
+    maps::{self, Shape, Sizes},
+    pins::{PinError, Pins},
+    sys,
+};
+
+/// Begins the names of maps that are renewed with the programs: read-only data, those of aya-log, scratch space.
+const RENEWED_MAPS: [&str; 3] = [".", "AYA_", "WORK_"];
+
+/// How to load.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    pub sizes: Sizes,
+    pub config: Config,
+    /// Load the XDP program.
+    pub xdp: bool,
+    /// Load the socket hooks.
+    pub socket_hooks: bool,
+}
+
+/// The object was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("built without the BPF object: run `cargo xtask build-ebpf`, then build the agent again")]
+    NoObject,
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    #[error(transparent)]
+    Map(#[from] maps::MapError),
+    #[error("failed to read the BPF object")]
+    Parse(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("failed to make the BPF maps")]
+    Maps(#[source] Box<aya::EbpfError>),
+    #[error("the BPF object has no program {0}")]
+    MissingProgram(&'static str),
+    #[error("failed to load BPF program {program}")]
+    Program {
+        program: &'static str,
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+    #[error("failed to keep a descriptor of BPF program {program}")]
+    Descriptor {
+        program: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Loaded programs, and the folder their maps are pinned in.
+#[derive(Debug)]
+pub struct Loaded {
+    pub pins: Pins,
+    /// Folders that were made for `--bpffs`.
+    pub made_folders: Vec<PathBuf>,
+    /// Kept for its debug log map.
+    pub object: aya::Ebpf,
+    programs: BTreeMap<Program, OwnedFd>,
+}
+
+impl Loaded {
+    pub fn program(&self, program: Program) -> Option<BorrowedFd<'_>> {
+        self.programs.get(&program).map(AsFd::as_fd)
+    }
+}
+
+/// Loads the embedded object.
+pub fn load(pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
+    load_object(OBJECT, pins, options)
+}
+
+fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
+    if object.is_empty() {
+        return Err(LoadError::NoObject);
+    }
+    kernel::check()?;
+    sys::raise_memlock_limit();
+    let made_folders = pins.create()?;
+
+    let shapes = wanted_shapes(object, &options.sizes)?;
+    for (name, shape) in &shapes {
+        maps::check_pinned(&pins, name, shape)?;
+    }
+
+    let mut loader = EbpfLoader::new();
+    loader
+        .verifier_log_level(VerifierLogLevel::empty())
+        .override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
+    for (name, shape) in &shapes {
+        loader.map_max_entries(name, shape.max_entries);
+        loader.map_pin_path(name, pins.map(name));
+    }
+    let mut object = loader
+        .load(object)
+        .map_err(|error| LoadError::Maps(Box::new(error)))?;
+
+    let mut programs = BTreeMap::new();
+    for &program in Program::ALL {
+        if (program == Program::Xdp && !options.xdp) || (program.is_cgroup() && !options.socket_hooks) {
+            continue;
+        }
+        programs.insert(program, load_program(&mut object, program)?);
+    }
+    Ok(Loaded {
+        pins,
+        made_folders,
+        object,
+        programs,
+    })
+}
+
+/// What each map that is kept between starts should look like.
+fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>, LoadError> {
+    let object = aya_obj::Object::parse(object).map_err(|error| LoadError::Parse(Box::new(error)))?;
+    let sizes: BTreeMap<&str, u32> = sizes.by_name().into_iter().collect();
+    Ok(object
+        .maps
+        .iter()
+        .filter(|(name, _)| !RENEWED_MAPS.iter().any(|prefix| name.starts_with(prefix)))
+        .map(|(name, map)| {
+            let shape = Shape {
+                map_type: map.map_type(),
+                key_size: map.key_size(),
+                value_size: map.value_size(),
+                max_entries: sizes
+                    .get(name.as_str())
+                    .copied()
+                    .unwrap_or_else(|| map.max_entries()),
+                flags: map.map_flags(),
+            };
+            (name.clone(), shape)
+        })
+        .collect())
+}
+
+fn load_program(object: &mut aya::Ebpf, program: Program) -> Result<OwnedFd, LoadError> {
+    let symbol = program.symbol();
+    let loaded = object
+        .program_mut(symbol)
+        .ok_or(LoadError::MissingProgram(symbol))?;
+    let program_error = |source| LoadError::Program {
+        program: symbol,
+        source: Box::new(source),
+    };
+    let fd = match loaded {
+        AyaProgram::Xdp(xdp) => xdp.load().and_then(|()| xdp.fd()),
+        AyaProgram::SchedClassifier(classifier) => classifier.load().and_then(|()| classifier.fd()),
+        AyaProgram::CgroupSockAddr(hook) => hook.load().and_then(|()| hook.fd()),
+        _ => return Err(LoadError::MissingProgram(symbol)),
+    }
+    .map_err(program_error)?;
+    fd.as_fd()
+        .try_clone_to_owned()
+        .map_err(|source| LoadError::Descriptor {
+            program: symbol,
+            source,
+        })
+}

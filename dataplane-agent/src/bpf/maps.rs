@@ -1,0 +1,152 @@
+//! What the maps should look like, and whether the pinned ones do.
+
+use std::{io, os::fd::AsFd};
+
+use super::{map_names, pins::Pins, sys};
+use crate::store::Limits;
+
+/// Entries of each table that configuration sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// What the agent's own tables hold.
+    pub limits: Limits,
+    /// Each of `FLOWS_V4` and `FLOWS_V6`.
+    pub flows: u32,
+    /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
+    pub half_open: u32,
+    /// Each of `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
+    pub sock_reverse: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        let config = dataplane_common::config::Config::default();
+        Self {
+            limits: Limits {
+                frontends: 131_072,
+                services: config.services,
+                backends: config.backends,
+                maglev: config.maglev,
+            },
+            flows: 524_288,
+            half_open: 131_072,
+            sock_reverse: 131_072,
+        }
+    }
+}
+
+impl Sizes {
+    /// Names and entries of the maps whose size is set at load time; the others keep the object's.
+    pub fn by_name(&self) -> [(&'static str, u32); 11] {
+        let Self {
+            limits,
+            flows,
+            half_open,
+            sock_reverse,
+        } = *self;
+        let Limits {
+            frontends,
+            services,
+            backends,
+            maglev,
+        } = limits;
+        [
+            (map_names::FRONTENDS_V4, frontends),
+            (map_names::FRONTENDS_V6, frontends),
+            (map_names::SERVICES, services),
+            (map_names::BACKENDS, backends),
+            (map_names::MAGLEV, maglev),
+            (map_names::FLOWS_V4, flows),
+            (map_names::FLOWS_V6, flows),
+            (map_names::HALF_OPEN_V4, half_open),
+            (map_names::HALF_OPEN_V6, half_open),
+            (map_names::SOCK_REVERSE_V4, sock_reverse),
+            (map_names::SOCK_REVERSE_V6, sock_reverse),
+        ]
+    }
+}
+
+/// The properties of a map that must be equal for a pinned one to be used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub map_type: u32,
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+    pub flags: u32,
+}
+
+impl Shape {
+    fn of(info: &sys::MapInfo) -> Self {
+        Self {
+            map_type: info.map_type,
+            key_size: info.key_size,
+            value_size: info.value_size,
+            max_entries: info.max_entries,
+            flags: info.map_flags,
+        }
+    }
+
+    /// The first property in which two shapes differ: its name, here, there.
+    fn difference(&self, other: &Shape) -> Option<(&'static str, u32, u32)> {
+        let Self {
+            map_type,
+            key_size,
+            value_size,
+            max_entries,
+            flags,
+        } = *self;
+        [
+            ("type", map_type, other.map_type),
+            ("key size", key_size, other.key_size),
+            ("value size", value_size, other.value_size),
+            ("entries", max_entries, other.max_entries),
+            ("flags", flags, other.flags),
+        ]
+        .into_iter()
+        .find(|&(_, here, there)| here != there)
+    }
+}
+
+/// A pinned map that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    #[error(
+        "pinned table {name} has {property} {found}, this agent wants {wanted}: start with the former settings, or run `dataplane-agent cleanup` first (connections through Services are interrupted)"
+    )]
+    Differs {
+        name: String,
+        property: &'static str,
+        found: u32,
+        wanted: u32,
+    },
+    #[error("failed to open pinned table {name}")]
+    Open {
+        name: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Compares the pinned map, if there is one, with what is wanted.
+pub fn check_pinned(pins: &Pins, name: &str, wanted: &Shape) -> Result<(), MapError> {
+    let open_error = |source| MapError::Open {
+        name: name.to_owned(),
+        source,
+    };
+    let fd = match pins.open_map(name) {
+        Ok(fd) => fd,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(open_error(error)),
+    };
+    let found = Shape::of(&sys::map_info(fd.as_fd()).map_err(open_error)?);
+    match wanted.difference(&found) {
+        None => Ok(()),
+        Some((property, wanted, found)) => Err(MapError::Differs {
+            name: name.to_owned(),
+            property,
+            found,
+            wanted,
+        }),
+    }
+}

@@ -1,0 +1,106 @@
+//! Everything that talks to the kernel's BPF: the object and its names, the loader, pins, links and system calls.
+//! Nothing else in the agent makes a BPF system call.
+
+pub mod kernel;
+pub mod links;
+pub mod loader;
+pub mod maps;
+pub mod pins;
+pub mod sys;
+
+pub use crate::attach::start::start;
+
+/// The BPF object, or nothing when the agent was built without it.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("DATAPLANE_OBJECT"));
+
+/// Where a program is attached, as the kernel numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Hook {
+    Xdp,
+    TcIngress,
+    TcEgress,
+    Cgroup(u32),
+}
+
+impl Hook {
+    /// `enum bpf_attach_type`; for TC that of TCX.
+    pub fn attach_type(self) -> u32 {
+        match self {
+            Hook::Xdp => 37,
+            Hook::TcIngress => 46,
+            Hook::TcEgress => 47,
+            Hook::Cgroup(attach_type) => attach_type,
+        }
+    }
+}
+
+macro_rules! programs {
+    ($($name:ident = $symbol:literal at $hook:expr,)+) => {
+        /// The programs of the object.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Program { $($name,)+ }
+
+        impl Program {
+            pub const ALL: &[Program] = &[$(Program::$name,)+];
+
+            /// The symbol in the object, and the first part of the names of its pinned links.
+            pub const fn symbol(self) -> &'static str {
+                match self { $(Program::$name => $symbol,)+ }
+            }
+
+            pub const fn hook(self) -> Hook {
+                match self { $(Program::$name => $hook,)+ }
+            }
+        }
+    };
+}
+
+programs! {
+    Xdp = "xdp" at Hook::Xdp,
+    FromNetdev = "from_netdev" at Hook::TcIngress,
+    ToNetdev = "to_netdev" at Hook::TcEgress,
+    ToLo = "to_lo" at Hook::TcEgress,
+    FromPod = "from_pod" at Hook::TcIngress,
+    ToPod = "to_pod" at Hook::TcEgress,
+    Connect4 = "connect4" at Hook::Cgroup(10),
+    Connect6 = "connect6" at Hook::Cgroup(11),
+    Sendmsg4 = "sendmsg4" at Hook::Cgroup(14),
+    Sendmsg6 = "sendmsg6" at Hook::Cgroup(15),
+    Recvmsg4 = "recvmsg4" at Hook::Cgroup(19),
+    Recvmsg6 = "recvmsg6" at Hook::Cgroup(20),
+    Getpeername4 = "getpeername4" at Hook::Cgroup(29),
+    Getpeername6 = "getpeername6" at Hook::Cgroup(30),
+}
+
+impl Program {
+    pub fn by_symbol(symbol: &str) -> Option<Program> {
+        Program::ALL
+            .iter()
+            .copied()
+            .find(|program| program.symbol() == symbol)
+    }
+
+    pub fn is_cgroup(self) -> bool {
+        matches!(self.hook(), Hook::Cgroup(_))
+    }
+}
+
+/// The maps of the object that the agent opens by name.
+pub mod map_names {
+    pub const FRONTENDS_V4: &str = "FRONTENDS_V4";
+    pub const FRONTENDS_V6: &str = "FRONTENDS_V6";
+    pub const SERVICES: &str = "SERVICES";
+    pub const BACKENDS: &str = "BACKENDS";
+    pub const MAGLEV: &str = "MAGLEV";
+    pub const FLOWS_V4: &str = "FLOWS_V4";
+    pub const FLOWS_V6: &str = "FLOWS_V6";
+    pub const HALF_OPEN_V4: &str = "HALF_OPEN_V4";
+    pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
+    pub const OWN_ADDRS_V4: &str = "OWN_ADDRS_V4";
+    pub const OWN_ADDRS_V6: &str = "OWN_ADDRS_V6";
+    pub const PORTS: &str = "PORTS";
+    pub const DEVICES: &str = "DEVICES";
+    pub const SOCK_REVERSE_V4: &str = "SOCK_REVERSE_V4";
+    pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
+    pub const COUNTERS: &str = "COUNTERS";
+}

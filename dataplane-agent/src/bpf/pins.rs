@@ -1,0 +1,258 @@
+//! The folder in the BPF filesystem: `<bpffs>/dataplane-v1/` with `maps/` and `links/`. The number is that of the
+//! maps' layout; a folder of another number belongs to another version of the agent and is never touched.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use super::{Program, sys};
+
+/// Changes when a map's key or value changes its layout.
+pub const SCHEMA_VERSION: u32 = 1;
+
+const FOLDER_PREFIX: &str = "dataplane-v";
+/// `BPF_FS_MAGIC`.
+const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+
+/// The folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    #[error(
+        "no BPF filesystem is mounted at {path}: mount it with `mount -t bpf bpf {mount}`, or name another with --bpffs"
+    )]
+    NoBpffs { path: PathBuf, mount: PathBuf },
+    #[error(
+        "{path} was made by another version of the agent (table layout {found}, this one has {SCHEMA_VERSION}): run that version's `dataplane-agent cleanup` first, or run that version"
+    )]
+    OtherVersion { path: PathBuf, found: String },
+    #[error("failed to {verb} {path}")]
+    Io {
+        verb: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn io_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
+    let path = path.to_owned();
+    move |source| PinError::Io { verb, path, source }
+}
+
+/// Names in the pin folder.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    bpffs: PathBuf,
+}
+
+impl Pins {
+    pub fn new(bpffs: &Path) -> Self {
+        Self {
+            bpffs: bpffs.to_owned(),
+        }
+    }
+
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.bpffs.join(format!("{FOLDER_PREFIX}{SCHEMA_VERSION}"))
+    }
+
+    pub fn maps(&self) -> PathBuf {
+        self.root().join("maps")
+    }
+
+    pub fn links(&self) -> PathBuf {
+        self.root().join("links")
+    }
+
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    pub fn exists(&self) -> bool {
+        self.root().exists()
+    }
+
+    /// Opens the pinned map `name`; `NotFound` when it is not there.
+    pub fn open_map(&self, name: &str) -> io::Result<OwnedFd> {
+        sys::open_pin(&self.map(name))
+    }
+
+    /// Fails when the path is not in a BPF filesystem.
+    pub fn check_bpffs(&self) -> Result<(), PinError> {
+        let existing = self
+            .bpffs
+            .ancestors()
+            .find(|path| path.exists())
+            .unwrap_or(Path::new("/"));
+        let magic = sys::filesystem_magic(existing).map_err(io_error("inspect", existing))?;
+        if magic == BPF_FS_MAGIC {
+            return Ok(());
+        }
+        let mount = if self.bpffs.starts_with("/sys/fs/bpf") {
+            Path::new("/sys/fs/bpf")
+        } else {
+            &self.bpffs
+        };
+        Err(PinError::NoBpffs {
+            path: self.bpffs.clone(),
+            mount: mount.to_owned(),
+        })
+    }
+
+    /// Fails when another version's folder stands there.
+    pub fn check_version(&self) -> Result<(), PinError> {
+        let Some(path) = self.other_versions()?.into_iter().next() else {
+            return Ok(());
+        };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let found = name.trim_start_matches(FOLDER_PREFIX).to_owned();
+        Err(PinError::OtherVersion { path, found })
+    }
+
+    fn other_versions(&self) -> Result<Vec<PathBuf>, PinError> {
+        let entries = match fs::read_dir(&self.bpffs) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("list", &self.bpffs)(error)),
+        };
+        let own = self.root();
+        Ok(entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with(FOLDER_PREFIX) && *path != own
+            })
+            .collect())
+    }
+
+    /// Makes the folders; returns those of them at and above `--bpffs` that did not exist, outermost first.
+    pub fn create(&self) -> Result<Vec<PathBuf>, PinError> {
+        self.check_bpffs()?;
+        self.check_version()?;
+        let mut made: Vec<PathBuf> = self
+            .bpffs
+            .ancestors()
+            .take_while(|path| !path.exists())
+            .map(Path::to_owned)
+            .collect();
+        made.reverse();
+        for folder in [self.maps(), self.links()] {
+            fs::create_dir_all(&folder).map_err(io_error("make", &folder))?;
+        }
+        Ok(made)
+    }
+
+    /// Removes the folder and every pin in it.
+    pub fn remove(&self) -> Result<(), PinError> {
+        let root = self.root();
+        match fs::remove_dir_all(&root) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &root)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The pinned links, by their names.
+    pub fn list_links(&self) -> Result<Vec<LinkName>, PinError> {
+        let folder = self.links();
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("list", &folder)(error)),
+        };
+        let mut links: Vec<LinkName> = entries
+            .flatten()
+            .filter_map(|entry| LinkName::parse(&entry.file_name().to_string_lossy()))
+            .collect();
+        links.sort_unstable();
+        Ok(links)
+    }
+
+    pub fn link(&self, name: LinkName) -> PathBuf {
+        self.links().join(name.to_string())
+    }
+}
+
+/// The name of a pinned link: what is attached, and to which device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkName {
+    pub program: Program,
+    /// 0 for a cgroup.
+    pub ifindex: u32,
+}
+
+impl LinkName {
+    pub fn parse(name: &str) -> Option<Self> {
+        if let Some(symbol) = name.strip_prefix("cgroup-") {
+            return Program::by_symbol(symbol)
+                .filter(|program| program.is_cgroup())
+                .map(|program| Self { program, ifindex: 0 });
+        }
+        let (symbol, ifindex) = name.strip_prefix("tc-").unwrap_or(name).rsplit_once('-')?;
+        let program = Program::by_symbol(symbol).filter(|program| !program.is_cgroup())?;
+        Some(Self {
+            program,
+            ifindex: ifindex.parse().ok()?,
+        })
+    }
+}
+
+impl std::fmt::Display for LinkName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let symbol = self.program.symbol();
+        match self.program {
+            Program::Xdp => write!(f, "{symbol}-{}", self.ifindex),
+            program if program.is_cgroup() => write!(f, "cgroup-{symbol}"),
+            _ => write!(f, "tc-{symbol}-{}", self.ifindex),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_names_round_trip() {
+        for &program in Program::ALL {
+            let name = LinkName {
+                program,
+                ifindex: if program.is_cgroup() { 0 } else { 17 },
+            };
+            assert_eq!(LinkName::parse(&name.to_string()), Some(name));
+        }
+        assert_eq!(
+            LinkName {
+                program: Program::FromNetdev,
+                ifindex: 3
+            }
+            .to_string(),
+            "tc-from_netdev-3"
+        );
+        assert_eq!(
+            LinkName {
+                program: Program::Xdp,
+                ifindex: 3
+            }
+            .to_string(),
+            "xdp-3"
+        );
+        assert_eq!(
+            LinkName {
+                program: Program::Connect4,
+                ifindex: 0
+            }
+            .to_string(),
+            "cgroup-connect4"
+        );
+        for bad in ["", "xdp", "xdp-", "tc-nobody-3", "cgroup-xdp", "tc-connect4-1"] {
+            assert_eq!(LinkName::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! What the kernel says of this machine's network: devices, addresses, routes, and the pods behind its interfaces.
+
+pub mod events;
+pub mod filters;
+pub mod pods;
+pub mod select;
+pub mod socket;
+pub mod tables;

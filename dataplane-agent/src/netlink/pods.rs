@@ -1,0 +1,160 @@
+//! Which host-side interface leads to which pod, found without entering any namespace: a veth's kernel record names
+//! its peer's namespace, and that namespace's addresses can be listed from here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use dataplane_common::addr::Mac;
+
+use super::{
+    socket::RequestSocket,
+    tables::{self, Link, Tables},
+};
+use crate::host::WantedPods;
+
+/// An interface as the kernel tells it apart: an ifindex is reused, the pair is not while either end lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct InterfaceId {
+    pub ifindex: u32,
+    pub namespace: i32,
+}
+
+/// A pod and the interface it was bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    pub interface: InterfaceId,
+    pub name: String,
+    pub pod_mac: Mac,
+    pub host_mac: Mac,
+}
+
+/// What is behind a veth whose other end is in another namespace.
+#[derive(Clone, Debug)]
+struct Candidate {
+    interface: InterfaceId,
+    /// Addresses of the peer itself, then the namespace's others.
+    peer_addresses: BTreeSet<IpAddr>,
+    other_addresses: BTreeSet<IpAddr>,
+    pod_mac: Mac,
+}
+
+/// Remembers which pod has which interface: a pod is bound once, and what another interface claims later does not
+/// move it.
+#[derive(Debug, Default)]
+pub struct PodBinder {
+    by_pod: BTreeMap<String, Binding>,
+}
+
+impl PodBinder {
+    /// Looks for the wanted pods; returns whether some were not found.
+    pub fn update(&mut self, socket: &mut RequestSocket, tables: &Tables, wanted: &WantedPods) -> bool {
+        let pods = by_name(wanted);
+        self.by_pod.retain(|pod, binding| {
+            let link = tables.link(binding.interface.ifindex);
+            let lives = link.and_then(interface_id) == Some(binding.interface);
+            if let (true, Some(link)) = (lives, link) {
+                binding.host_mac = host_mac(tables, link);
+                binding.name.clone_from(&link.name);
+            }
+            lives && pods.contains_key(pod.as_str())
+        });
+        if pods.keys().all(|pod| self.by_pod.contains_key(*pod)) {
+            return false;
+        }
+        let taken: BTreeSet<InterfaceId> = self.by_pod.values().map(|binding| binding.interface).collect();
+        let free: Vec<&Link> = tables
+            .links
+            .iter()
+            .filter(|link| interface_id(link).is_some_and(|interface| !taken.contains(&interface)))
+            .collect();
+        let candidates: Vec<Candidate> = free.iter().filter_map(|link| inspect(socket, link)).collect();
+        self.bind(tables, &pods, &candidates);
+        !pods.keys().all(|pod| self.by_pod.contains_key(*pod))
+    }
+
+    fn bind(&mut self, tables: &Tables, pods: &BTreeMap<&str, BTreeSet<IpAddr>>, candidates: &[Candidate]) {
+        let mut taken = BTreeSet::new();
+        for (&pod, addresses) in pods {
+            if self.by_pod.contains_key(pod) {
+                continue;
+            }
+            let free = || {
+                candidates
+                    .iter()
+                    .filter(|candidate| !taken.contains(&candidate.interface))
+            };
+            // Links are listed by age: the oldest claim counts.
+            let found = free()
+                .find(|candidate| !candidate.peer_addresses.is_disjoint(addresses))
+                .or_else(|| free().find(|candidate| !candidate.other_addresses.is_disjoint(addresses)));
+            let Some((candidate, link)) =
+                found.and_then(|found| Some((found, tables.link(found.interface.ifindex)?)))
+            else {
+                continue;
+            };
+            taken.insert(candidate.interface);
+            let binding = Binding {
+                interface: candidate.interface,
+                name: link.name.clone(),
+                pod_mac: candidate.pod_mac,
+                host_mac: host_mac(tables, link),
+            };
+            self.by_pod.insert(pod.to_owned(), binding);
+        }
+    }
+
+    pub fn get(&self, pod: &str) -> Option<&Binding> {
+        self.by_pod.get(pod)
+    }
+
+    pub fn interfaces(&self) -> BTreeSet<u32> {
+        self.by_pod
+            .values()
+            .map(|binding| binding.interface.ifindex)
+            .collect()
+    }
+}
+
+fn by_name(wanted: &WantedPods) -> BTreeMap<&str, BTreeSet<IpAddr>> {
+    let mut pods: BTreeMap<&str, BTreeSet<IpAddr>> = BTreeMap::new();
+    for (addr, pod) in &wanted.pods {
+        pods.entry(pod).or_default().insert(*addr);
+    }
+    pods
+}
+
+fn interface_id(link: &Link) -> Option<InterfaceId> {
+    let namespace = link
+        .peer_namespace
+        .filter(|_| link.kind == "veth" && link.peer != 0)?;
+    Some(InterfaceId {
+        ifindex: link.ifindex,
+        namespace,
+    })
+}
+
+/// None: the namespace has just gone, or the peer has.
+fn inspect(socket: &mut RequestSocket, link: &Link) -> Option<Candidate> {
+    let interface = interface_id(link)?;
+    let addresses = tables::dump_addresses(socket, Some(interface.namespace)).ok()?;
+    let peer = tables::get_link_in(socket, interface.namespace, link.peer).ok()?;
+    let (own, others): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|address| address.ifindex == link.peer);
+    Some(Candidate {
+        interface,
+        peer_addresses: own.into_iter().map(|address| address.addr).collect(),
+        other_addresses: others.into_iter().map(|address| address.addr).collect(),
+        pod_mac: peer.mac,
+    })
+}
+
+/// The link-layer address of the pod's next hop: the interface's own, or its bridge's.
+fn host_mac(tables: &Tables, link: &Link) -> Mac {
+    match tables.link(link.master) {
+        Some(master) if master.kind == "bridge" => master.mac,
+        _ => link.mac,
+    }
+}

@@ -1,0 +1,307 @@
+//! [`Store`] over the pinned BPF maps. Arrays are written through their mapping, hashes by system call.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use bytemuck::Pod;
+use dataplane_common::{
+    backend::Backend,
+    device::Device,
+    service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
+};
+
+use super::{FrontendKey, Limits, Store, StoreError};
+use crate::bpf::{
+    map_names as names,
+    pins::Pins,
+    sys::{self, MapFd, MappedArray},
+};
+
+/// A hash or small array that is written by system call.
+#[derive(Debug)]
+struct Table<K, V> {
+    name: &'static str,
+    map: MapFd<K, V>,
+}
+
+/// An array whose elements are `T`, written word by word. The first word of an element is its head.
+#[derive(Debug)]
+struct Array<T> {
+    name: &'static str,
+    mapping: MappedArray,
+    element: std::marker::PhantomData<T>,
+}
+
+/// The maps, opened from their pins.
+#[derive(Debug)]
+pub struct BpfStore {
+    limits: Limits,
+    frontends4: Table<FrontendKey4, Frontend>,
+    frontends6: Table<FrontendKey6, Frontend>,
+    services: Array<Service>,
+    backends: Array<Backend>,
+    maglev: Array<u64>,
+    ports: Table<u32, PortSet>,
+    own4: Table<u32, u32>,
+    own6: Table<[u32; 4], u32>,
+    devices: Table<u32, Device>,
+}
+
+impl BpfStore {
+    /// Opens the maps that the loader has made.
+    pub fn open(pins: &Pins) -> Result<Self, StoreError> {
+        let frontends4 = Table::open(pins, names::FRONTENDS_V4)?;
+        let services = Array::open(pins, names::SERVICES)?;
+        let backends = Array::open(pins, names::BACKENDS)?;
+        let maglev = Array::open(pins, names::MAGLEV)?;
+        let limits = Limits {
+            frontends: frontends4.map.info().max_entries,
+            services: services.len(),
+            backends: backends.len(),
+            maglev: maglev.len(),
+        };
+        Ok(Self {
+            limits,
+            frontends4,
+            frontends6: Table::open(pins, names::FRONTENDS_V6)?,
+            services,
+            backends,
+            maglev,
+            ports: Table::open(pins, names::PORTS)?,
+            own4: Table::open(pins, names::OWN_ADDRS_V4)?,
+            own6: Table::open(pins, names::OWN_ADDRS_V6)?,
+            devices: Table::open(pins, names::DEVICES)?,
+        })
+    }
+}
+
+impl Store for BpfStore {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError> {
+        match key {
+            FrontendKey::V4(key) => self.frontends4.put(&key, &Frontend { service }),
+            FrontendKey::V6(key) => self.frontends6.put(&key, &Frontend { service }),
+        }
+    }
+
+    fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), StoreError> {
+        match key {
+            FrontendKey::V4(key) => self.frontends4.delete(&key),
+            FrontendKey::V6(key) => self.frontends6.delete(&key),
+        }
+    }
+
+    fn write_service(&mut self, index: u32, service: &Service) -> Result<(), StoreError> {
+        self.services.write(index, service)
+    }
+
+    fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), StoreError> {
+        self.backends.write(id, backend)
+    }
+
+    fn write_maglev(&mut self, offset: u32, words: &[u64]) -> Result<(), StoreError> {
+        for (target, word) in self.maglev.range(offset, words.len())?.iter().zip(words) {
+            target.store(*word, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_ports(&mut self, index: u32, ports: PortSet) -> Result<(), StoreError> {
+        self.ports.put(&index, &ports)
+    }
+
+    fn put_own_address(&mut self, addr: IpAddr, flags: u32) -> Result<(), StoreError> {
+        match addr {
+            IpAddr::V4(addr) => self.own4.put(&key4(addr), &flags),
+            IpAddr::V6(addr) => self.own6.put(&key6(addr), &flags),
+        }
+    }
+
+    fn delete_own_address(&mut self, addr: IpAddr) -> Result<(), StoreError> {
+        match addr {
+            IpAddr::V4(addr) => self.own4.delete(&key4(addr)),
+            IpAddr::V6(addr) => self.own6.delete(&key6(addr)),
+        }
+    }
+
+    fn put_device(&mut self, ifindex: u32, device: &Device) -> Result<(), StoreError> {
+        self.devices.put(&ifindex, device)
+    }
+
+    fn delete_device(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.devices.delete(&ifindex)
+    }
+
+    fn grace_period(&mut self) -> Result<(), StoreError> {
+        sys::membarrier_global().map_err(|source| StoreError::Io {
+            verb: "wait for readers of",
+            table: "MAGLEV",
+            source,
+        })
+    }
+
+    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, StoreError> {
+        let mut all = Vec::new();
+        self.frontends4
+            .for_each(|key, frontend| all.push((FrontendKey::V4(*key), frontend.service)))?;
+        self.frontends6
+            .for_each(|key, frontend| all.push((FrontendKey::V6(*key), frontend.service)))?;
+        Ok(all)
+    }
+
+    fn read_service(&self, index: u32) -> Result<Service, StoreError> {
+        self.services.read(index)
+    }
+
+    fn read_backend(&self, id: u32) -> Result<Backend, StoreError> {
+        self.backends.read(id)
+    }
+
+    fn read_maglev(&self, offset: u32, words: &mut [u64]) -> Result<(), StoreError> {
+        for (source, word) in self.maglev.range(offset, words.len())?.iter().zip(words) {
+            *word = source.load(Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn read_ports(&self, index: u32) -> Result<PortSet, StoreError> {
+        debug_assert!(index < PORT_SETS);
+        let ports = self
+            .ports
+            .map
+            .lookup(&index)
+            .map_err(|source| io_error("read", self.ports.name, source))?;
+        Ok(ports.unwrap_or_default())
+    }
+
+    fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {
+        let mut all = Vec::new();
+        self.own4
+            .for_each(|key, flags| all.push((IpAddr::from(bytemuck::cast::<u32, [u8; 4]>(*key)), *flags)))?;
+        self.own6.for_each(|key, flags| {
+            all.push((IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(*key)), *flags))
+        })?;
+        Ok(all)
+    }
+
+    fn devices(&self) -> Result<Vec<(u32, Device)>, StoreError> {
+        let mut all = Vec::new();
+        self.devices
+            .for_each(|ifindex, device| all.push((*ifindex, *device)))?;
+        Ok(all)
+    }
+}
+
+fn key4(addr: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(addr.octets())
+}
+
+fn key6(addr: Ipv6Addr) -> [u32; 4] {
+    bytemuck::cast(addr.octets())
+}
+
+fn io_error(verb: &'static str, table: &'static str, source: io::Error) -> StoreError {
+    StoreError::Io { verb, table, source }
+}
+
+impl<K: Pod, V: Pod> Table<K, V> {
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, StoreError> {
+        let map = pins
+            .open_map(name)
+            .and_then(MapFd::new)
+            .map_err(|source| io_error("open", name, source))?;
+        Ok(Self { name, map })
+    }
+
+    fn put(&self, key: &K, value: &V) -> Result<(), StoreError> {
+        self.map
+            .update(key, value)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM) => StoreError::Full {
+                    table: self.name,
+                    limit: self.map.info().max_entries,
+                },
+                _ => io_error("write", self.name, source),
+            })
+    }
+
+    fn delete(&self, key: &K) -> Result<(), StoreError> {
+        self.map
+            .delete(key)
+            .map_err(|source| io_error("delete", self.name, source))
+    }
+
+    fn for_each(&self, each: impl FnMut(&K, &V)) -> Result<(), StoreError> {
+        self.map
+            .for_each(each)
+            .map_err(|source| io_error("list", self.name, source))
+    }
+}
+
+impl<T: Pod> Array<T> {
+    const WORDS: usize = size_of::<T>() / size_of::<u64>();
+
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, StoreError> {
+        const { assert!(size_of::<T>().is_multiple_of(size_of::<u64>())) };
+        let open = || {
+            let fd = pins.open_map(name)?;
+            let info = sys::map_info(fd.as_fd())?;
+            if info.value_size as usize != size_of::<T>() {
+                return Err(io::Error::from(io::ErrorKind::InvalidData));
+            }
+            MappedArray::new(fd.as_fd())
+        };
+        let mapping = open().map_err(|source| io_error("map", name, source))?;
+        Ok(Self {
+            name,
+            mapping,
+            element: std::marker::PhantomData,
+        })
+    }
+
+    fn len(&self) -> u32 {
+        (self.mapping.words().len() / Self::WORDS) as u32
+    }
+
+    /// The words of `count` elements.
+    fn range(&self, index: u32, count: usize) -> Result<&[AtomicU64], StoreError> {
+        let start = index as usize * Self::WORDS;
+        self.mapping
+            .words()
+            .get(start..start + count * Self::WORDS)
+            .ok_or(StoreError::Full {
+                table: self.name,
+                limit: self.len(),
+            })
+    }
+
+    /// Body first, then the head with a release store, so that who sees the new head sees the new body.
+    fn write(&self, index: u32, value: &T) -> Result<(), StoreError> {
+        let target = self.range(index, 1)?;
+        let mut words = vec![0u64; Self::WORDS];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words).copy_from_slice(bytemuck::bytes_of(value));
+        for (target, word) in target.iter().zip(&words).skip(1) {
+            target.store(*word, Ordering::Relaxed);
+        }
+        target[0].store(words[0], Ordering::Release);
+        Ok(())
+    }
+
+    fn read(&self, index: u32) -> Result<T, StoreError> {
+        let words: Vec<u64> = self
+            .range(index, 1)?
+            .iter()
+            .map(|word| word.load(Ordering::Acquire))
+            .collect();
+        let mut value = T::zeroed();
+        bytemuck::bytes_of_mut(&mut value).copy_from_slice(bytemuck::cast_slice(&words));
+        Ok(value)
+    }
+}

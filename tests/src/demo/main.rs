@@ -1,0 +1,137 @@
+//! `dataplane-demo`: two nodes and a client outside in network namespaces, an agent on each node, the manifests of
+//! `deploy/examples`, and real traffic; one screen of what was programmed, who answered, and what did not break.
+
+mod acts;
+mod kernel;
+mod stage;
+mod traffic;
+mod web;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use dataplane_tests::places;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::stage::Stage;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask demo", about, version)]
+struct Args {
+    /// The agent
+    #[arg(long, env = "DATAPLANE_DEMO_AGENT")]
+    agent: PathBuf,
+
+    /// The folder of manifests
+    #[arg(long, default_value = "deploy/examples")]
+    manifests: PathBuf,
+
+    /// Keep everything up at the end, and print what to try
+    #[arg(long)]
+    hold: bool,
+
+    /// How often the agents are killed
+    #[arg(long, default_value_t = 3)]
+    kills: u32,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match on_signal().and_then(|()| play(&args)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ctrl-C and the like remove what was made.
+fn on_signal() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("failed to watch for signals")?;
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            places::close();
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}
+
+/// All acts. False if something did not hold.
+fn play(args: &Args) -> Result<bool> {
+    places::sweep();
+    eprintln!("demo: two nodes, six pods and a client outside; an agent on each node …");
+    let mut stage = Stage::set(&args.manifests, &args.agent, Vec::new())?;
+    let addresses = acts::Addresses::of_the_examples()?;
+
+    println!();
+    println!("   outside      ┬─ node1  192.168.77.11  fd00:77::11   client-1  web-1  web-2");
+    println!("   203.0.113.10 └─ node2  192.168.77.12  fd00:77::12   client-2  web-3  web-4");
+    println!();
+    let mut doubts = acts::programmed(&stage).unwrap_or_else(|error| vec![format!("{error:#}")]);
+    doubts.extend(acts::answered(&stage, &addresses)?);
+    let traffic = acts::traffic(&stage, &addresses);
+    doubts.extend(acts::endpoint_leaves(&mut stage, &traffic)?);
+    doubts.extend(acts::agents_die(&mut stage, &traffic, args.kills)?);
+    drop(traffic);
+    for doubt in &doubts {
+        println!("   did not hold: {doubt}");
+    }
+    if doubts.is_empty() {
+        println!("   All of it held.");
+    }
+    if args.hold {
+        hold(&stage, &args.agent)?;
+    }
+    Ok(doubts.is_empty())
+}
+
+/// Prints what to try, and waits for a signal.
+fn hold(stage: &Stage, agent: &std::path::Path) -> Result<()> {
+    let places = stage.cluster.places();
+    let namespace = |name: &str| {
+        stage
+            .netns(name)
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    };
+    let bpffs = places.bpffs.join("node1");
+    let (agent, socket) = (agent.display(), places.work.join("node1.sock"));
+    println!(
+        "
+Up until Ctrl-C. Things to try, in another terminal (as root):
+
+  ip netns exec {client} curl -s http://10.96.0.80/             a pod asks the ClusterIP
+  ip netns exec {client} curl -s 'http://[fd00:10:96::80]/'     the same by IPv6
+  ip netns exec {outside} curl -s http://192.168.77.12:30080/   a NodePort, from outside
+  ip netns exec {client} curl -s http://10.96.0.99/             nobody is behind it: refused at once
+  bpftool map dump pinned {maps}/FRONTENDS_V4
+  bpftool map dump pinned {maps}/FLOWS_V4
+  ip netns exec {node} {agent} status --bpffs {bpffs}
+  {agent} wait --socket {socket}
+  ls {manifests}       the manifests: change or delete one, the agents follow
+  tail -f {logs}",
+        client = namespace("client-1"),
+        outside = namespace(stage::OUTSIDE),
+        node = places
+            .netns("node1")
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        maps = kernel::maps(&bpffs)?.display(),
+        bpffs = bpffs.display(),
+        socket = socket.display(),
+        manifests = stage.manifests.dir().display(),
+        logs = places.work.join("node1.log").display(),
+    );
+    loop {
+        thread::park();
+    }
+}

@@ -3,6 +3,7 @@
 //! Links are pinned, so everything stays attached when the agent stops; the next start gives every pinned link the
 //! new program in place ([`Attacher::adopt`]) before it looks at what else is needed ([`Attacher::reconcile`]).
 
+pub mod cleanup;
 pub mod observe;
 pub mod start;
 pub mod state;

@@ -8,7 +8,10 @@ use std::{
     path::PathBuf,
 };
 
-use aya::{EbpfLoader, VerifierLogLevel, programs::Program as AyaProgram};
+use aya::{
+    EbpfLoader,
+    programs::{Program as AyaProgram, ProgramError},
+};
 use dataplane_common::config::{self, Config};
 
 use super::{
@@ -53,7 +56,14 @@ pub enum LoadError {
     Program {
         program: &'static str,
         #[source]
-        source: Box<aya::programs::ProgramError>,
+        source: Box<ProgramError>,
+    },
+    #[error("the kernel refused BPF program {program}; the end of what it says:\n{log}")]
+    Refused {
+        program: &'static str,
+        log: String,
+        #[source]
+        source: io::Error,
     },
     #[error("failed to keep a descriptor of BPF program {program}")]
     Descriptor {
@@ -99,9 +109,7 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     }
 
     let mut loader = EbpfLoader::new();
-    loader
-        .verifier_log_level(VerifierLogLevel::empty())
-        .override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
+    loader.override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
     for (name, shape) in &shapes {
         loader.map_max_entries(name, shape.max_entries);
         loader.map_pin_path(name, pins.map(name));
@@ -154,21 +162,41 @@ fn load_program(object: &mut aya::Ebpf, program: Program) -> Result<OwnedFd, Loa
     let loaded = object
         .program_mut(symbol)
         .ok_or(LoadError::MissingProgram(symbol))?;
-    let program_error = |source| LoadError::Program {
-        program: symbol,
-        source: Box::new(source),
-    };
     let fd = match loaded {
         AyaProgram::Xdp(xdp) => xdp.load().and_then(|()| xdp.fd()),
         AyaProgram::SchedClassifier(classifier) => classifier.load().and_then(|()| classifier.fd()),
         AyaProgram::CgroupSockAddr(hook) => hook.load().and_then(|()| hook.fd()),
         _ => return Err(LoadError::MissingProgram(symbol)),
     }
-    .map_err(program_error)?;
+    .map_err(|error| program_error(symbol, error))?;
     fd.as_fd()
         .try_clone_to_owned()
         .map_err(|source| LoadError::Descriptor {
             program: symbol,
             source,
         })
+}
+
+fn program_error(program: &'static str, error: ProgramError) -> LoadError {
+    const LINES: usize = 12;
+    match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
+            let log = verifier_log.to_string();
+            tracing::debug!(program, "{log}");
+            let lines: Vec<&str> = log.lines().collect();
+            let log = lines[lines.len().saturating_sub(LINES)..].join("\n");
+            LoadError::Refused {
+                program,
+                log,
+                source: io_error,
+            }
+        }
+        error => LoadError::Program {
+            program,
+            source: Box::new(error),
+        },
+    }
 }

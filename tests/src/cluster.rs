@@ -14,7 +14,7 @@ use crate::places::Places;
 use crate::pod_network;
 use crate::process::Helper;
 use crate::shape::{PodShape, Shape};
-use crate::underlay::{FORWARD, NO_DAD, UPLINK, Underlay};
+use crate::underlay::{COMMON, FORWARD, UPLINK, Underlay};
 use crate::worker::Worker;
 use crate::worker::protocol::{Proto, Request};
 
@@ -162,7 +162,7 @@ impl Cluster {
         let shape = &self.shape.nodes[index];
         let netns = NetNs::create(&self.places.0.netns(&shape.name))?;
         netns.enter(|| {
-            set_sysctls(&NO_DAD)?;
+            set_sysctls(&COMMON)?;
             set_sysctls(&FORWARD)
         })?;
         let mut links = Links::open(&netns)?;

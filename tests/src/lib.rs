@@ -10,6 +10,7 @@
 
 pub mod agent;
 pub mod cgroup;
+pub mod cli;
 pub mod cluster;
 pub mod ethtool;
 pub mod links;

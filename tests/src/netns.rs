@@ -19,6 +19,7 @@ pub struct NetNs {
 impl NetNs {
     /// Makes a namespace and mounts it at `path`; `crate::places` removes the mount.
     pub fn create(path: &Path) -> Result<Self> {
+        crate::places::check_open()?;
         let make = || -> Result<File> {
             unshare(CloneFlags::CLONE_NEWNET)
                 .context("failed to unshare the network namespace (not root?)")?;

@@ -4,14 +4,19 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::cgroup;
 
 /// First part of every name.
 pub const PREFIX: &str = "dpt";
+
+static CLOSED: AtomicBool = AtomicBool::new(false);
 
 const NETNS: &str = "/run/netns";
 const WORK: &str = "/run";
@@ -33,6 +38,7 @@ pub struct Places {
 impl Places {
     /// Makes the folders of the cluster `name` of this process.
     pub fn create(name: &str) -> Result<Self> {
+        check_open()?;
         let id = format!("{PREFIX}-{}-{name}", std::process::id());
         let places = Self {
             cgroup: cgroup::root()?.join(&id),
@@ -65,10 +71,22 @@ pub fn sweep() {
     remove_matching(&|name| owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()));
 }
 
-/// Removes everything this process has made: the way out on a signal.
-pub fn remove_own() {
+/// Removes everything this process has made and lets it make nothing more: the way out on a signal.
+pub fn close() {
+    CLOSED.store(true, Ordering::SeqCst);
     let own = std::process::id();
+    // Twice: another thread may be in the midst of building.
+    for _ in 0..2 {
+        remove_matching(&|name| owner(name) == Some(own));
+        sleep(Duration::from_millis(100));
+    }
     remove_matching(&|name| owner(name) == Some(own));
+}
+
+/// Fails once [`close`] was called.
+pub fn check_open() -> Result<()> {
+    ensure!(!CLOSED.load(Ordering::SeqCst), "the run was interrupted");
+    Ok(())
 }
 
 fn owner(name: &str) -> Option<u32> {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::links::{Links, Prefix, Route, everywhere, host};
 use crate::netns::{NetNs, set_sysctls};
 use crate::shape::{Network, NodeShape, PodShape, Shape, cluster_range, gateway_of, network_of};
-use crate::underlay::{NO_DAD, UPLINK, connect_point_to_point};
+use crate::underlay::{COMMON, UPLINK, connect_point_to_point};
 
 const BRIDGE: &str = "cni0";
 const OVERLAY_MTU: u32 = 1450;
@@ -150,7 +150,7 @@ pub fn connect_pod(
     node_links: &mut Links,
     netns: &NetNs,
 ) -> Result<()> {
-    netns.enter(|| set_sysctls(&NO_DAD))?;
+    netns.enter(|| set_sysctls(&COMMON))?;
     let mut links = Links::open(netns)?;
     let port = format!("veth{number:04x}");
     let mtu = (shape.network == Network::Vxlan).then_some(OVERLAY_MTU);

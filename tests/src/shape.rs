@@ -138,6 +138,26 @@ pub fn cluster_range(pod_cidr: Prefix) -> Prefix {
     }
 }
 
+/// Whether `ip` is in a network.
+pub fn contains((network, length): Prefix, ip: IpAddr) -> bool {
+    let length = u32::from(length);
+    match (network, ip) {
+        (IpAddr::V4(network), IpAddr::V4(ip)) => {
+            (network.to_bits() ^ ip.to_bits())
+                .checked_shr(32 - length)
+                .unwrap_or_default()
+                == 0
+        }
+        (IpAddr::V6(network), IpAddr::V6(ip)) => {
+            (network.to_bits() ^ ip.to_bits())
+                .checked_shr(128 - length)
+                .unwrap_or_default()
+                == 0
+        }
+        _ => false,
+    }
+}
+
 /// Reads `10.244.1.0/24`.
 pub fn parse_prefix(text: &str) -> Result<Prefix> {
     let Some((ip, length)) = text.split_once('/') else {
@@ -159,6 +179,15 @@ mod tests {
         let gateway = |text: &str| gateway_of(text.parse().unwrap()).to_string();
         assert_eq!(gateway("192.168.77.12"), "192.168.77.1");
         assert_eq!(gateway("fd00:10:244:1::15"), "fd00:10:244:1::1");
+    }
+
+    #[test]
+    fn a_network_contains_its_addresses_only() {
+        let inside = |network, ip: &str| contains(parse_prefix(network).unwrap(), ip.parse().unwrap());
+        assert!(inside("10.244.1.0/24", "10.244.1.200"));
+        assert!(!inside("10.244.1.0/24", "10.244.2.1"));
+        assert!(inside("0.0.0.0/0", "10.244.2.1"));
+        assert!(!inside("fd00::/64", "10.244.2.1"));
     }
 
     #[test]

@@ -18,10 +18,13 @@ const BRIDGE: &str = "br0";
 /// Device of nodes, pods and clients outside.
 pub const UPLINK: &str = "eth0";
 
-/// No namespace waits for duplicate address detection.
-pub const NO_DAD: [(&str, &str); 2] = [
+/// What holds in every namespace: nobody waits for duplicate address detection, and every refusal is told (the kernel
+/// limits ICMP errors to a few a second for each destination, fewer than a run causes).
+pub const COMMON: [(&str, &str); 4] = [
     ("net/ipv6/conf/default/accept_dad", "0"),
     ("net/ipv6/conf/default/dad_transmits", "0"),
+    ("net/ipv4/icmp_ratelimit", "0"),
+    ("net/ipv6/icmp/ratelimit", "0"),
 ];
 /// What makes a namespace a router.
 pub const FORWARD: [(&str, &str); 2] = [
@@ -43,7 +46,7 @@ impl Underlay {
     pub fn create(places: &Places, nodes: &[NodeShape]) -> Result<Self> {
         let netns = NetNs::create(&places.netns("underlay"))?;
         netns.enter(|| {
-            set_sysctls(&NO_DAD)?;
+            set_sysctls(&COMMON)?;
             set_sysctls(&FORWARD)
         })?;
         let mut links = Links::open(&netns)?;
@@ -117,7 +120,7 @@ impl Underlay {
 
     /// Plugs a client outside in, with a routing table of its own at the router.
     pub fn connect_external(&mut self, index: usize, external: &ExternalShape, netns: &NetNs) -> Result<()> {
-        netns.enter(|| set_sysctls(&NO_DAD))?;
+        netns.enter(|| set_sysctls(&COMMON))?;
         let mut links = Links::open(netns)?;
         let port = format!("x{}", index + 1);
         self.links.add_veth(&port, UPLINK, netns.fd(), None)?;

@@ -71,6 +71,7 @@ fn attempts(cluster: &Cluster, from: &str, proto: Proto, to: SocketAddr) -> Resu
         timeout_ms: 1500,
         stop_after_failures: 1,
         until_backend_changes: false,
+        first_backend: None,
     };
     match cluster
         .worker(from)?

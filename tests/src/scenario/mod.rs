@@ -1,1 +1,11 @@
+//! Scenario files: read, chosen, run against a cluster, judged and reported.
 
+pub mod file;
+pub mod flows;
+pub mod judge;
+pub mod plan;
+pub mod probing;
+pub mod report;
+pub mod run;
+pub mod select;
+pub mod suite;

@@ -142,7 +142,7 @@ fn receive(socket: &UdpSocket, history: &History) {
                 let Some(number) = echoed_number(&text) else {
                     continue;
                 };
-                let attempt = identify(text.as_bytes(), &number.to_string(), start);
+                let attempt = identify(text.as_bytes(), &number.to_string(), Instant::now());
                 if let Some(slot) = history
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)

@@ -35,9 +35,11 @@ pub fn run(probe: &Probe) -> Vec<Attempt> {
         }
         let attempt = connect_once(probe);
         failures += u32::from(attempt.backend().is_none());
-        let changed = attempts
-            .first()
-            .is_some_and(|first| first.backend() != attempt.backend());
+        let first = probe
+            .first_backend
+            .clone()
+            .or_else(|| attempts.first().and_then(Attempt::backend));
+        let changed = first.is_some() && attempt.backend().is_some() && first != attempt.backend();
         attempts.push(attempt);
         if failures >= probe.stop_after_failures || (probe.until_backend_changes && changed) {
             break;
@@ -108,7 +110,12 @@ pub fn exchange(stream: &TcpStream, line: &str, timeout: Duration, start: Instan
     };
     match talk() {
         Ok(answer) => identify(answer.as_bytes(), line, start),
-        Err(error) => failure(&error, start, false),
+        Err(error) => match failure(&error, start, false) {
+            Attempt::Silent => Attempt::Broken {
+                how: "connected, but no answer".to_owned(),
+            },
+            other => other,
+        },
     }
 }
 
@@ -187,9 +194,7 @@ pub fn http_get(to: SocketAddr, path: &str, timeout_ms: u64) -> Result<Response>
         )?;
         (&stream).take(65536).read_to_string(&mut page).map(drop)
     };
-    if let Err(error) = talk() {
-        return Ok(Response::Attempts(vec![failure(&error, start, false)]));
-    }
+    talk().context("the port is open, but no page came")?;
     let (head, body) = page.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     let status = head
         .split(' ')

@@ -67,8 +67,10 @@ pub struct Probe {
     pub timeout_ms: u64,
     /// Give up after so many connections that no one answered.
     pub stop_after_failures: u32,
-    /// Stop as soon as another backend answers than the first.
+    /// Stop as soon as another backend answers.
     pub until_backend_changes: bool,
+    /// The backend to change from; the first one that answers if absent.
+    pub first_backend: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,6 +91,13 @@ pub struct Identity {
     pub at: SocketAddr,
     /// Where it came from.
     pub client: SocketAddr,
+}
+
+impl Identity {
+    /// Address and port as scenario files write them: no brackets, whatever the family.
+    pub fn backend(&self) -> String {
+        format!("{}:{}", self.at.ip(), self.at.port())
+    }
 }
 
 /// One datagram of a flow.
@@ -125,7 +134,7 @@ impl Attempt {
     /// The answer's backend, as scenario files write it.
     pub fn backend(&self) -> Option<String> {
         match self {
-            Self::Answered { by, .. } => Some(by.at.to_string()),
+            Self::Answered { by, .. } => Some(by.backend()),
             _ => None,
         }
     }

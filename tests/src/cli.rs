@@ -1,0 +1,267 @@
+//! The command line of `dataplane-scenarios`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::agent::AgentOptions;
+use crate::process::{self, Helper};
+use crate::scenario::report::RunReport;
+use crate::scenario::run::RunOptions;
+use crate::scenario::select::Filter;
+use crate::scenario::suite;
+use crate::shape::Network;
+use crate::{places, worker};
+
+/// Runs scenario files against a test cluster in network namespaces, with real packets.
+#[derive(Debug, Parser)]
+#[command(name = "dataplane-scenarios", version, args_conflicts_with_subcommands = true)]
+pub struct Args {
+    #[command(subcommand)]
+    inside: Option<Inside>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Debug, clap::Args)]
+struct Run {
+    /// Folders of scenario files, or single files
+    #[arg(required = true)]
+    dir: Vec<PathBuf>,
+    /// Comma list of ids, tags or globs; `!` leaves out what it matches
+    #[arg(long)]
+    filter: Option<String>,
+    /// Socket hooks for no process, or for all
+    #[arg(long, value_enum, default_value_t)]
+    socket_lb: SocketLb,
+    /// Where packets from outside are handled first
+    #[arg(long, value_enum, default_value_t)]
+    datapath: Datapath,
+    /// How pods are connected
+    #[arg(long, value_enum, default_value_t)]
+    network: Network,
+    /// Where agents read objects from
+    #[arg(long, value_enum, default_value_t)]
+    source: Source,
+    /// The agent's program; the one built beside this program if absent
+    #[arg(long)]
+    agent: Option<PathBuf>,
+    /// Clusters side by side; one for each CPU if absent
+    #[arg(long)]
+    jobs: Option<usize>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    /// Keep the agents' logs in this folder
+    #[arg(long)]
+    logs: Option<PathBuf>,
+    /// Keep each cluster up until Enter (one at a time)
+    #[arg(long)]
+    hold: bool,
+}
+
+/// What children of this program are started as.
+#[derive(Debug, Subcommand)]
+enum Inside {
+    #[command(hide = true)]
+    Worker {
+        #[arg(long)]
+        netns: PathBuf,
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
+        #[arg(long)]
+        name: String,
+    },
+    #[command(hide = true)]
+    Enter {
+        #[arg(long)]
+        netns: PathBuf,
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum SocketLb {
+    #[default]
+    Off,
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Datapath {
+    #[default]
+    Xdp,
+    Tc,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Source {
+    #[default]
+    Folder,
+    Api,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Text,
+    Json,
+}
+
+/// The configuration a run had, as its JSON document names it.
+#[derive(Debug, Serialize)]
+struct Config {
+    socket_lb: SocketLb,
+    datapath: Datapath,
+    network: Network,
+    source: Source,
+    agent: PathBuf,
+    jobs: usize,
+    filter: Option<String>,
+}
+
+/// Runs the program; errors of usage or of the machine are the caller's to print.
+pub fn main() -> Result<ExitCode> {
+    let Args { inside, run } = Args::parse();
+    match inside {
+        None => run.run(),
+        Some(Inside::Worker { netns, cgroup, name }) => {
+            process::settle(&netns, cgroup.as_deref())?;
+            worker::serve(&name)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Inside::Enter {
+            netns,
+            cgroup,
+            command,
+        }) => {
+            process::settle(&netns, cgroup.as_deref())?;
+            process::become_program(&command)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+impl Run {
+    fn run(self) -> Result<ExitCode> {
+        let Self {
+            dir,
+            filter,
+            socket_lb,
+            datapath,
+            network,
+            source,
+            agent,
+            jobs,
+            output,
+            logs,
+            hold,
+        } = self;
+        if source == Source::Api {
+            bail!("--source api is not supported yet: this version reads objects from a folder only");
+        }
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "network namespaces and BPF need root"
+        );
+        let selection = filter
+            .as_deref()
+            .map(Filter::parse)
+            .transpose()?
+            .unwrap_or_default();
+        let entries = suite::read(&dir, &selection)?;
+        let agent = match agent {
+            Some(agent) => agent,
+            None => std::env::current_exe()?.with_file_name("dataplane-agent"),
+        };
+        let agent = agent
+            .canonicalize()
+            .with_context(|| format!("there is no agent at {}", agent.display()))?;
+        let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let jobs = if hold {
+            1
+        } else {
+            jobs.unwrap_or(processors).clamp(1, 64)
+        };
+        if let Some(dir) = &logs {
+            std::fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
+        }
+        remove_on_signal()?;
+        places::sweep();
+
+        let flags = [
+            "--socket-lb".to_owned(),
+            word(&socket_lb),
+            "--datapath".to_owned(),
+            word(&datapath),
+        ]
+        .to_vec();
+        let options = RunOptions {
+            network,
+            agent: AgentOptions {
+                program: agent.clone(),
+                flags,
+            },
+            helper: Helper::find()?,
+            logs,
+            hold,
+        };
+        let text = output == Output::Text;
+        let done = |report: &crate::scenario::report::ScenarioReport| {
+            if text {
+                suite::print(report);
+            }
+        };
+        let reports = suite::run_all(entries, jobs, &options, &done);
+        let config = Config {
+            socket_lb,
+            datapath,
+            network,
+            source,
+            agent,
+            jobs,
+            filter,
+        };
+        let report = RunReport::new(config, reports);
+        if text {
+            println!("{}", report.summary());
+        } else {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        }
+        Ok(if report.failed > 0 {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+/// The word a value has on the command line.
+fn word(value: &impl ValueEnum) -> String {
+    value
+        .to_possible_value()
+        .map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+/// On a signal everything this process has made is removed, and the process ends.
+fn remove_on_signal() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("failed to listen for signals")?;
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            places::close();
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}

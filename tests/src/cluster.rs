@@ -13,7 +13,7 @@ use crate::netns::{NetNs, set_sysctls};
 use crate::places::Places;
 use crate::pod_network;
 use crate::process::Helper;
-use crate::shape::{PodShape, Shape};
+use crate::shape::{PodShape, Shape, contains};
 use crate::underlay::{COMMON, FORWARD, UPLINK, Underlay};
 use crate::worker::Worker;
 use crate::worker::protocol::{Proto, Request};
@@ -128,6 +128,7 @@ impl Cluster {
             _ => None,
         };
         let Some(own) = self.shape.node_of(client) else {
+            let hop = hop.or_else(|| self.entry_of(to));
             return self.underlay.set_next_hop(client, to, hop);
         };
         let hop = hop.filter(|_| via != Some(own));
@@ -148,6 +149,13 @@ impl Cluster {
             node.links.delete_route(host(to), route(old))?;
         }
         Ok(())
+    }
+
+    /// Where the router sends what is for no node and no pod: the first node.
+    fn entry_of(&self, to: IpAddr) -> Option<IpAddr> {
+        let mut cidrs = self.shape.nodes.iter().flat_map(|node| &node.pod_cidrs);
+        let known = self.shape.owner(to).is_some() || cidrs.any(|cidr| contains(*cidr, to));
+        if known { None } else { self.shape.nodes.first()?.address(to) }
     }
 
     fn node_index(&self, name: &str) -> Result<usize> {

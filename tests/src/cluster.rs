@@ -155,7 +155,11 @@ impl Cluster {
     fn entry_of(&self, to: IpAddr) -> Option<IpAddr> {
         let mut cidrs = self.shape.nodes.iter().flat_map(|node| &node.pod_cidrs);
         let known = self.shape.owner(to).is_some() || cidrs.any(|cidr| contains(*cidr, to));
-        if known { None } else { self.shape.nodes.first()?.address(to) }
+        if known {
+            None
+        } else {
+            self.shape.nodes.first()?.address(to)
+        }
     }
 
     fn node_index(&self, name: &str) -> Result<usize> {

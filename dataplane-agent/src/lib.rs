@@ -4,7 +4,12 @@
 
 pub mod attach;
 pub mod bpf;
+pub mod cli;
 pub mod config;
 pub mod host;
 pub mod netlink;
 pub mod store;
+pub mod decode;
+pub mod model;
+pub mod source;
+pub mod compile;

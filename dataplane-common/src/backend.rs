@@ -39,6 +39,10 @@ pub mod backend_flags {
     pub const LOCAL: u8 = 2;
     /// The interface takes part in the fast path: both its programs are attached.
     pub const FAST_PATH: u8 = 4;
+    /// The address is IPv6. For the agent, which finds its backends again after a restart.
+    pub const IPV6: u8 = 8;
+    /// The port is UDP's, else TCP's. For the agent, likewise.
+    pub const UDP: u8 = 16;
 }
 
 /// Value of `BACKENDS`.

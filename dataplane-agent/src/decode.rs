@@ -1,0 +1,239 @@
+//! From API objects to our own types: defaults applied, every field that is used validated, the rest dropped.
+//!
+//! What the API server would never accept makes the object as a whole unusable, so that its last good version stays
+//! in force. What it accepts but we cannot honour (SCTP, an address in an odd spelling) costs that part alone.
+
+mod pod;
+mod service;
+mod slice;
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::model::{Kind, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
+
+/// What became of a document.
+#[derive(Debug)]
+pub enum Decoded {
+    /// Not a kind that is read.
+    Ignored { kind: String },
+    /// Usable, save for `problems`.
+    Object {
+        key: ObjectRef,
+        object: Object,
+        problems: Vec<Problem>,
+    },
+    /// Unusable. `key` is known when the document at least says what it is.
+    Failed {
+        key: Option<ObjectRef>,
+        problems: Vec<Problem>,
+    },
+}
+
+/// An object that is refused as a whole.
+type Refused = Vec<Problem>;
+
+/// Decodes one object.
+pub fn decode(value: &Value) -> Decoded {
+    let failed = |field, reason: &str| Decoded::Failed {
+        key: None,
+        problems: vec![Problem::new(field, reason)],
+    };
+    if !value.is_object() {
+        return failed("", "not an object");
+    }
+    let Some(kind_name) = value.get("kind").and_then(Value::as_str) else {
+        return failed("kind", "missing");
+    };
+    let Some(api_version) = value.get("apiVersion").and_then(Value::as_str) else {
+        return failed("apiVersion", "missing");
+    };
+    let Some(kind) = Kind::parse(kind_name).filter(|kind| same_group(*kind, api_version)) else {
+        return Decoded::Ignored {
+            kind: kind_name.to_owned(),
+        };
+    };
+    let key = match key(kind, value) {
+        Ok(key) => key,
+        Err(problem) => {
+            return Decoded::Failed {
+                key: None,
+                problems: vec![problem],
+            };
+        }
+    };
+    if api_version != kind.api_version() {
+        let reason = format!("{api_version} is not read, only {}", kind.api_version());
+        return Decoded::Failed {
+            key: Some(key),
+            problems: vec![Problem::new("apiVersion", reason)],
+        };
+    }
+    let mut problems = Vec::new();
+    let name = key.name.clone();
+    let object = match kind {
+        Kind::Node => parse(value).map(|node| Object::Node(self::node(name, node, &mut problems))),
+        Kind::Namespace => parse(value).map(|namespace| Object::Namespace(self::namespace(name, namespace))),
+        Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems))),
+        Kind::Service => parse(value)
+            .and_then(|service| service::decode(name, service, &mut problems))
+            .map(Object::Service),
+        Kind::EndpointSlice => parse(value)
+            .and_then(|slice| slice::decode(name, slice, &mut problems))
+            .map(Object::EndpointSlice),
+    };
+    match object {
+        Ok(object) => Decoded::Object { key, object, problems },
+        Err(mut refused) => {
+            refused.append(&mut problems);
+            Decoded::Failed {
+                key: Some(key),
+                problems: refused,
+            }
+        }
+    }
+}
+
+fn same_group(kind: Kind, api_version: &str) -> bool {
+    let group = |version: &str| version.rsplit_once('/').map(|(group, _)| group.to_owned());
+    group(kind.api_version()) == group(api_version)
+}
+
+fn key(kind: Kind, value: &Value) -> Result<ObjectRef, Problem> {
+    let metadata = |field| value.get("metadata").and_then(|metadata| metadata.get(field));
+    let name = metadata("name")
+        .and_then(Value::as_str)
+        .filter(|name| !name.is_empty())
+        .ok_or_else(|| Problem::new("metadata.name", format!("a {} without a name", kind.as_str())))?;
+    let namespace = match metadata("namespace") {
+        _ if !kind.is_namespaced() => "",
+        None | Some(Value::Null) => "default",
+        Some(Value::String(namespace)) if namespace.is_empty() => "default",
+        Some(Value::String(namespace)) => namespace,
+        Some(_) => return Err(Problem::new("metadata.namespace", "not a string")),
+    };
+    Ok(ObjectRef {
+        kind,
+        name: Name::new(namespace, name),
+    })
+}
+
+fn parse<T: DeserializeOwned>(value: &Value) -> Result<T, Refused> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { String::new() } else { path };
+        vec![Problem::new(field, error.into_inner().to_string())]
+    })
+}
+
+fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
+    let mut internal_ips: Vec<IpAddr> = Vec::new();
+    let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+    for (i, address) in addresses.into_iter().enumerate() {
+        if address.type_ != "InternalIP" {
+            continue;
+        }
+        match parse_ip(&address.address) {
+            Ok(ip) => internal_ips.push(ip),
+            Err(reason) => problems.push(Problem::new(format!("status.addresses[{i}].address"), reason)),
+        }
+    }
+    Node {
+        name,
+        labels: node.metadata.labels.unwrap_or_default(),
+        internal_ips,
+    }
+}
+
+fn namespace(name: Name, namespace: core::Namespace) -> Namespace {
+    Namespace {
+        name,
+        labels: namespace.metadata.labels.unwrap_or_default(),
+    }
+}
+
+/// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal.
+fn parse_ip(text: &str) -> Result<IpAddr, String> {
+    if let Ok(ip) = text.parse() {
+        return Ok(ip);
+    }
+    let octets: Option<Vec<u8>> = text
+        .split('.')
+        .map(|octet| {
+            let digits = !octet.is_empty() && octet.len() <= 8 && octet.bytes().all(|byte| byte.is_ascii_digit());
+            digits.then(|| octet.parse().ok()).flatten()
+        })
+        .collect();
+    match octets.as_deref() {
+        Some(&[a, b, c, d]) => Ok(Ipv4Addr::new(a, b, c, d).into()),
+        _ => Err(format!("`{text}` is no IP address")),
+    }
+}
+
+/// A port that is required to be one.
+fn parse_port(port: i32, field: impl FnOnce() -> String) -> Result<u16, Problem> {
+    u16::try_from(port)
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or_else(|| Problem::new(field(), format!("{port} is no port (1-65535)")))
+}
+
+/// What a `protocol` field says.
+enum ProtocolField {
+    Served(Protocol),
+    /// A protocol of the API that is not served.
+    NotYet(Problem),
+    Unknown(Problem),
+}
+
+fn parse_protocol(protocol: Option<&str>, field: impl FnOnce() -> String) -> ProtocolField {
+    match protocol {
+        None | Some("" | "TCP") => ProtocolField::Served(Protocol::Tcp),
+        Some("UDP") => ProtocolField::Served(Protocol::Udp),
+        Some("SCTP") => ProtocolField::NotYet(Problem::new(field(), "SCTP is not supported yet")),
+        Some(other) => ProtocolField::Unknown(Problem::new(field(), format!("`{other}` is no protocol"))),
+    }
+}
+
+fn label<'a>(metadata: &'a ObjectMeta, name: &str) -> Option<&'a str> {
+    metadata.labels.as_ref()?.get(name).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leading_zeros_are_decimal() {
+        assert_eq!(parse_ip("010.096.000.041"), Ok("10.96.0.41".parse().unwrap()));
+        assert!(parse_ip("10.96.0.256").is_err());
+        assert!(parse_ip("10.96.0").is_err());
+        assert!(parse_ip("10.96.0.0x1").is_err());
+    }
+
+    #[test]
+    fn an_object_of_another_group_is_ignored() {
+        let value = serde_json::json!({"apiVersion": "serving.knative.dev/v1", "kind": "Service"});
+        assert!(matches!(decode(&value), Decoded::Ignored { .. }));
+    }
+
+    #[test]
+    fn a_wrong_type_is_reported_with_its_field() {
+        let value = serde_json::json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": "eighty"}]},
+        });
+        let Decoded::Failed {
+            key: Some(key),
+            problems,
+        } = decode(&value)
+        else {
+            panic!("decoded");
+        };
+        assert_eq!(key.to_string(), "Service default/a");
+        assert_eq!(problems[0].field, "spec.ports[0].port");
+    }
+}

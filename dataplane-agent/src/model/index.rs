@@ -1,0 +1,277 @@
+//! The state of the cluster as far as this node needs it: one synchronous writer API, which says what depends on
+//! what was changed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::{EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service};
+
+/// What a change touches. Merge several with [`Dirty::merge`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// Services to compile again, or to drop where they are gone.
+    pub services: BTreeSet<Name>,
+    /// This node's object changed: what depends on its zone or addresses is to be looked at again.
+    pub node: bool,
+    /// Pods of this node changed.
+    pub local_pods: bool,
+}
+
+impl Dirty {
+    pub fn merge(&mut self, other: Dirty) {
+        let Dirty {
+            services,
+            node,
+            local_pods,
+        } = other;
+        self.services.extend(services);
+        self.node |= node;
+        self.local_pods |= local_pods;
+    }
+
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Every object, and the relations between them.
+#[derive(Debug)]
+pub struct Index {
+    node_name: String,
+    nodes: HashMap<Name, Node>,
+    namespaces: HashMap<Name, Namespace>,
+    /// By namespace, so that a selector looks only at its own.
+    pods: BTreeMap<Name, Pod>,
+    services: HashMap<Name, Service>,
+    slices: HashMap<Name, EndpointSlice>,
+    /// Slices of a Service, whether or not it exists.
+    slices_of: HashMap<Name, BTreeSet<Name>>,
+    /// Services with a selector, by namespace.
+    selecting: BTreeSet<Name>,
+}
+
+impl Index {
+    pub fn new(node_name: &str) -> Self {
+        Self {
+            node_name: node_name.to_owned(),
+            nodes: HashMap::new(),
+            namespaces: HashMap::new(),
+            pods: BTreeMap::new(),
+            services: HashMap::new(),
+            slices: HashMap::new(),
+            slices_of: HashMap::new(),
+            selecting: BTreeSet::new(),
+        }
+    }
+
+    /// Adds or replaces an object.
+    pub fn apply(&mut self, object: Object) -> Dirty {
+        match object {
+            Object::Node(node) => {
+                let own = *node.name.name == *self.node_name;
+                let previous = self.nodes.insert(node.name.clone(), node.clone());
+                Dirty {
+                    node: own && previous.as_ref() != Some(&node),
+                    ..Dirty::default()
+                }
+            }
+            Object::Namespace(namespace) => {
+                self.namespaces.insert(namespace.name.clone(), namespace);
+                Dirty::default()
+            }
+            Object::Pod(pod) => {
+                let previous = self.pods.insert(pod.name.clone(), pod.clone());
+                if previous.as_ref() == Some(&pod) {
+                    return Dirty::default();
+                }
+                self.pod_changed(previous.as_ref(), Some(&pod))
+            }
+            Object::Service(service) => self.apply_service(service),
+            Object::EndpointSlice(slice) => self.apply_slice(slice),
+        }
+    }
+
+    /// Removes an object; removing what is missing changes nothing.
+    pub fn delete(&mut self, object: &ObjectRef) -> Dirty {
+        let name = &object.name;
+        match object.kind {
+            Kind::Node => {
+                let node = self.nodes.remove(name).is_some() && *name.name == *self.node_name;
+                Dirty {
+                    node,
+                    ..Dirty::default()
+                }
+            }
+            Kind::Namespace => {
+                self.namespaces.remove(name);
+                Dirty::default()
+            }
+            Kind::Pod => match self.pods.remove(name) {
+                Some(pod) => self.pod_changed(Some(&pod), None),
+                None => Dirty::default(),
+            },
+            Kind::Service => {
+                self.selecting.remove(name);
+                let gone = self.services.remove(name).is_some();
+                services_dirty(gone.then(|| name.clone()))
+            }
+            Kind::EndpointSlice => match self.slices.remove(name) {
+                Some(slice) => {
+                    self.unlink(&slice);
+                    services_dirty(slice.service)
+                }
+                None => Dirty::default(),
+            },
+        }
+    }
+
+    /// Makes the objects of one kind exactly these: a complete list has been read.
+    pub fn reset(&mut self, kind: Kind, objects: Vec<(Name, Object)>) -> Dirty {
+        let mut dirty = Dirty::default();
+        let keep: BTreeSet<&Name> = objects.iter().map(|(name, _)| name).collect();
+        for name in self.names(kind) {
+            if !keep.contains(&name) {
+                dirty.merge(self.delete(&ObjectRef { kind, name }));
+            }
+        }
+        for (_, object) in objects {
+            dirty.merge(self.apply(object));
+        }
+        dirty
+    }
+
+    fn names(&self, kind: Kind) -> Vec<Name> {
+        match kind {
+            Kind::Node => self.nodes.keys().cloned().collect(),
+            Kind::Namespace => self.namespaces.keys().cloned().collect(),
+            Kind::Pod => self.pods.keys().cloned().collect(),
+            Kind::Service => self.services.keys().cloned().collect(),
+            Kind::EndpointSlice => self.slices.keys().cloned().collect(),
+        }
+    }
+
+    /// This node's own object.
+    pub fn node(&self) -> Option<&Node> {
+        self.nodes.get(&Name::new("", &self.node_name))
+    }
+
+    pub fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
+    pub fn service(&self, name: &Name) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, in the order of their names.
+    pub fn slices(&self, service: &Name) -> impl Iterator<Item = &EndpointSlice> {
+        self.slices_of
+            .get(service)
+            .into_iter()
+            .flatten()
+            .filter_map(|slice| self.slices.get(slice))
+    }
+
+    /// The Pods that a Service selects, in the order of their names.
+    pub fn selected_pods<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
+        in_namespace(&self.pods, &service.name).filter(move |pod| selects(service, pod))
+    }
+
+    /// The Pods of this node that own an address.
+    pub fn local_pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods
+            .values()
+            .filter(|pod| !pod.finished && pod.node.as_deref() == Some(&*self.node_name))
+    }
+
+    fn apply_service(&mut self, service: Service) -> Dirty {
+        let name = service.name.clone();
+        if service.selector.is_empty() {
+            self.selecting.remove(&name);
+        } else {
+            self.selecting.insert(name.clone());
+        }
+        let changed = self.services.get(&name) != Some(&service);
+        self.services.insert(name.clone(), service);
+        services_dirty(changed.then_some(name))
+    }
+
+    fn apply_slice(&mut self, slice: EndpointSlice) -> Dirty {
+        let previous = self.slices.insert(slice.name.clone(), slice.clone());
+        if previous.as_ref() == Some(&slice) {
+            return Dirty::default();
+        }
+        let mut dirty = Dirty::default();
+        if let Some(previous) = previous {
+            self.unlink(&previous);
+            dirty.services.extend(previous.service);
+        }
+        if let Some(service) = &slice.service {
+            self.slices_of.entry(service.clone()).or_default().insert(slice.name);
+            dirty.services.insert(service.clone());
+        }
+        dirty
+    }
+
+    fn unlink(&mut self, slice: &EndpointSlice) {
+        if let Some(service) = &slice.service
+            && let Some(slices) = self.slices_of.get_mut(service)
+        {
+            slices.remove(&slice.name);
+            if slices.is_empty() {
+                self.slices_of.remove(service);
+            }
+        }
+    }
+
+    fn pod_changed(&self, previous: Option<&Pod>, current: Option<&Pod>) -> Dirty {
+        let versions = [previous, current];
+        let pods = || versions.iter().flatten();
+        let Some(name) = pods().next().map(|pod| &pod.name) else {
+            return Dirty::default();
+        };
+        let from = Name::new(&name.namespace, "");
+        let services = self
+            .selecting
+            .range(from..)
+            .take_while(|service| service.namespace == name.namespace)
+            .filter(|service| {
+                self.services
+                    .get(service)
+                    .is_some_and(|service| pods().any(|pod| selects(service, pod)))
+            })
+            .cloned()
+            .collect();
+        Dirty {
+            services,
+            node: false,
+            local_pods: pods().any(|pod| pod.node.as_deref() == Some(&*self.node_name)),
+        }
+    }
+}
+
+fn services_dirty(services: impl IntoIterator<Item = Name>) -> Dirty {
+    Dirty {
+        services: services.into_iter().collect(),
+        ..Dirty::default()
+    }
+}
+
+fn selects(service: &Service, pod: &Pod) -> bool {
+    !service.selector.is_empty()
+        && service.name.namespace == pod.name.namespace
+        && service
+            .selector
+            .iter()
+            .all(|(key, value)| pod.labels.get(key) == Some(value))
+}
+
+fn in_namespace<'a>(pods: &'a BTreeMap<Name, Pod>, of: &Name) -> impl Iterator<Item = &'a Pod> {
+    let namespace = of.namespace.clone();
+    pods.range(Name::new(&namespace, "")..)
+        .take_while(move |(name, _)| name.namespace == namespace)
+        .map(|(_, pod)| pod)
+}

@@ -1,0 +1,169 @@
+//! The objects, reduced to the fields that are used.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use dataplane_common::addr::proto;
+
+use super::Name;
+
+/// A layer 4 protocol that is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    /// The IANA number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => proto::TCP,
+            Protocol::Udp => proto::UDP,
+        }
+    }
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+        }
+    }
+}
+
+/// A Service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    pub name: Name,
+    /// False for headless and `ExternalName` Services and those labelled for another proxy: nothing is programmed.
+    pub proxied: bool,
+    pub cluster_ips: Vec<IpAddr>,
+    pub external_ips: Vec<IpAddr>,
+    /// Load balancer ingress addresses with `ipMode: VIP`.
+    pub ingress_ips: Vec<IpAddr>,
+    /// The families of the Service: those of its node ports.
+    pub ipv4: bool,
+    pub ipv6: bool,
+    pub ports: Vec<ServicePort>,
+    /// Empty: its endpoints are somebody else's business.
+    pub selector: BTreeMap<String, String>,
+    /// `internalTrafficPolicy: Local`.
+    pub internal_local: bool,
+    /// `externalTrafficPolicy: Local`, where it means anything: the Service has an external address of some kind.
+    pub external_local: bool,
+    pub publish_not_ready: bool,
+    /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown: of two Services that claim one address and port
+    /// the older is served.
+    pub created_ns: i128,
+}
+
+/// A port of a [`Service`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServicePort {
+    /// Its place in `spec.ports`.
+    pub place: usize,
+    /// Empty when it has none.
+    pub name: Arc<str>,
+    pub proto: Protocol,
+    pub port: u16,
+    pub node_port: Option<u16>,
+    pub target: TargetPort,
+}
+
+/// `targetPort`: used only where endpoints are derived from Pods.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TargetPort {
+    Number(u16),
+    Name(String),
+}
+
+/// `addressType` of a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SliceFamily {
+    V4,
+    V6,
+    /// Host names, which are not served.
+    Fqdn,
+}
+
+/// An EndpointSlice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EndpointSlice {
+    pub name: Name,
+    /// The label `kubernetes.io/service-name`, in the slice's own namespace.
+    pub service: Option<Name>,
+    pub family: SliceFamily,
+    pub ports: Vec<SlicePort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of every endpoint of a slice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlicePort {
+    pub name: Arc<str>,
+    pub proto: Protocol,
+    pub port: u16,
+}
+
+/// One endpoint, with the conditions' defaults applied.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Endpoint {
+    pub addr: IpAddr,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    pub node: Option<Arc<str>>,
+    pub zone_hints: Box<[Arc<str>]>,
+    pub node_hints: Box<[Arc<str>]>,
+}
+
+/// A Pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pod {
+    pub name: Name,
+    pub node: Option<Arc<str>>,
+    pub labels: BTreeMap<String, String>,
+    /// The first of each family.
+    pub ips: Vec<IpAddr>,
+    pub host_network: bool,
+    /// Succeeded or failed: it owns no address any more.
+    pub finished: bool,
+    /// The condition `Ready`.
+    pub ready: bool,
+    /// It has a deletion timestamp.
+    pub terminating: bool,
+    /// The named ports of its containers.
+    pub ports: Vec<PodPort>,
+}
+
+/// A named port of a container.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodPort {
+    pub name: String,
+    pub proto: Protocol,
+    pub port: u16,
+}
+
+/// A Node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    pub name: Name,
+    pub labels: BTreeMap<String, String>,
+    pub internal_ips: Vec<IpAddr>,
+}
+
+impl Node {
+    /// The label `topology.kubernetes.io/zone`, unless it is empty.
+    pub fn zone(&self) -> Option<&str> {
+        self.labels
+            .get("topology.kubernetes.io/zone")
+            .map(String::as_str)
+            .filter(|zone| !zone.is_empty())
+    }
+}
+
+/// A Namespace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Namespace {
+    pub name: Name,
+    pub labels: BTreeMap<String, String>,
+}

@@ -1,0 +1,232 @@
+//! A folder of manifests as a source: [`folder`] reads, [`documents`] parses, this file follows changes.
+//!
+//! Every folder that was read is watched by inotify. An event only says "look again": what has changed is found by
+//! comparing, so no order of events can leave a wrong state. A slow poll covers what inotify cannot see (network
+//! file systems, targets of symbolic links).
+
+mod documents;
+mod folder;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    time::{Duration, Instant},
+};
+
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
+use tokio::sync::{mpsc as async_mpsc, oneshot};
+
+pub use folder::Folder;
+
+use super::{Batch, Rescan, Source};
+
+/// Without events the folder is looked at this often.
+const POLL: Duration = Duration::from_secs(5);
+/// After an event, this much silence is waited for ...
+const QUIET: Duration = Duration::from_millis(5);
+/// ... but not longer than this.
+const QUIET_AT_MOST: Duration = Duration::from_millis(30);
+
+/// What the following thread is told.
+#[derive(Debug)]
+pub enum Request {
+    /// The file system says that something has changed.
+    Changed,
+    /// Read everything, whatever its time stamps say, and answer with the revision.
+    Rescan(oneshot::Sender<u64>),
+}
+
+/// Starts following `root` in a thread of its own, which ends when its batches are not received any more.
+pub fn start(root: &Path) -> notify::Result<Source> {
+    let root = absolute(root);
+    let (requests, inbox) = mpsc::channel();
+    let (batches, outbox) = async_mpsc::unbounded_channel();
+    let watches = Watches::new(&root, requests.clone())?;
+    let follower = Follower {
+        folder: Folder::new(root),
+        watches,
+        inbox,
+        batches,
+        revision: 0,
+        last: None,
+    };
+    std::thread::Builder::new()
+        .name("manifests".to_owned())
+        .spawn(move || follower.run())
+        .map_err(notify::Error::io)?;
+    Ok(Source {
+        batches: outbox,
+        rescan: Rescan(requests),
+    })
+}
+
+/// The path with its parent resolved, so that the folder itself may be a symbolic link that is swapped.
+fn absolute(root: &Path) -> PathBuf {
+    let absolute = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    match (absolute.parent().and_then(|parent| parent.canonicalize().ok()), absolute.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => absolute,
+    }
+}
+
+struct Follower {
+    folder: Folder,
+    watches: Watches,
+    inbox: Receiver<Request>,
+    batches: async_mpsc::UnboundedSender<Batch>,
+    revision: u64,
+    last: Option<Batch>,
+}
+
+impl Follower {
+    fn run(mut self) {
+        let mut waiting = Vec::new();
+        loop {
+            if !self.look(!waiting.is_empty()) {
+                return;
+            }
+            for reply in waiting.drain(..) {
+                let reply: oneshot::Sender<u64> = reply;
+                if self.folder.is_readable() {
+                    // Whoever asked may have gone; the answer is for nobody else.
+                    let _gone = reply.send(self.revision);
+                }
+            }
+            if !self.wait(&mut waiting) {
+                return;
+            }
+        }
+    }
+
+    /// Scans, and scans again where new folders were found: they may have filled before they were watched.
+    /// False when nobody listens.
+    fn look(&mut self, force: bool) -> bool {
+        loop {
+            let batch = self.folder.scan(force);
+            let news = self.last.as_ref().is_none_or(|last| {
+                !batch.changes.is_empty()
+                    || last.rejected != batch.rejected
+                    || last.ignored != batch.ignored
+                    || last.complete != batch.complete
+            });
+            if news {
+                self.revision += 1;
+                let batch = Batch {
+                    revision: self.revision,
+                    ..batch
+                };
+                self.last = Some(Batch {
+                    changes: Vec::new(),
+                    ..batch.clone()
+                });
+                if self.batches.send(batch).is_err() {
+                    return false;
+                }
+            }
+            if !self.watches.follow(self.folder.directories()) {
+                return !self.batches.is_closed();
+            }
+        }
+    }
+
+    /// Waits for something to do, then for a moment of silence. False when nobody can ask any more.
+    fn wait(&self, waiting: &mut Vec<oneshot::Sender<u64>>) -> bool {
+        match self.inbox.recv_timeout(if self.folder.is_settled() { POLL } else { QUIET_AT_MOST }) {
+            Ok(Request::Rescan(reply)) => {
+                waiting.push(reply);
+                return true;
+            }
+            Ok(Request::Changed) => {}
+            Err(RecvTimeoutError::Timeout) => return true,
+            Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        let until = Instant::now() + QUIET_AT_MOST;
+        while Instant::now() < until {
+            match self.inbox.recv_timeout(QUIET) {
+                Ok(Request::Changed) => {}
+                Ok(Request::Rescan(reply)) => {
+                    waiting.push(reply);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        true
+    }
+}
+
+/// The inotify watches: one for each folder that was read, and one for the folder above the root.
+struct Watches {
+    watcher: RecommendedWatcher,
+    parent: Option<PathBuf>,
+    /// By path, with the (device, inode) that is watched: a folder replaced by another needs a new watch.
+    watched: BTreeMap<PathBuf, (u64, u64)>,
+}
+
+impl Watches {
+    fn new(root: &Path, requests: Sender<Request>) -> notify::Result<Self> {
+        let below = root.to_owned();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            let relevant = match event {
+                // Reading makes events too.
+                Ok(event) => {
+                    (!event.kind.is_access() || event.kind == EventKind::Access(AccessKind::Close(AccessMode::Write)))
+                        && (event.paths.is_empty() || event.paths.iter().any(|path| path.starts_with(&below)))
+                }
+                // An overflow, for example.
+                Err(_) => true,
+            };
+            if relevant {
+                // The follower has ended: nothing to tell.
+                let _ended = requests.send(Request::Changed);
+            }
+        })?;
+        Ok(Self {
+            watcher,
+            parent: root.parent().map(Path::to_owned),
+            watched: BTreeMap::new(),
+        })
+    }
+
+    /// Watches exactly these; true when a watch is new.
+    fn follow(&mut self, directories: &BTreeMap<PathBuf, (u64, u64)>) -> bool {
+        if let Some(parent) = self.parent.take_if(|parent| {
+            self.watcher
+                .watch(parent, RecursiveMode::NonRecursive)
+                .is_ok()
+        }) {
+            tracing::debug!(path = %parent.display(), "watching");
+        }
+        let gone: Vec<PathBuf> = self
+            .watched
+            .iter()
+            .filter(|(path, inode)| directories.get(*path) != Some(inode))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in gone {
+            // A watch on a folder that was removed is gone already.
+            let _gone = self.watcher.unwatch(&path);
+            self.watched.remove(&path);
+        }
+        let mut new = false;
+        for (path, inode) in directories {
+            if self.watched.contains_key(path) {
+                continue;
+            }
+            match self.watcher.watch(path, RecursiveMode::NonRecursive) {
+                Ok(()) => {
+                    self.watched.insert(path.clone(), *inode);
+                    new = true;
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "failed to watch, polling instead");
+                }
+            }
+        }
+        new
+    }
+}

@@ -1,0 +1,51 @@
+//! Where objects come from. Every source delivers the same [`Batch`]es; only this folder knows how they are found.
+
+pub mod manifests;
+
+use std::collections::BTreeMap;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::model::{Object, ObjectRef, Rejected};
+
+/// One change of one object.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    Apply(Object),
+    Delete(ObjectRef),
+}
+
+/// What has changed since the batch before, together.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Grows with every batch.
+    pub revision: u64,
+    /// Everything has been read at least once. Until then nothing may be deleted from the tables.
+    pub complete: bool,
+    pub changes: Vec<Change>,
+    /// All that is rejected now, not only what is new.
+    pub rejected: Vec<Rejected>,
+    /// Documents of kinds that are not read, by kind.
+    pub ignored: BTreeMap<String, usize>,
+}
+
+/// A running source.
+#[derive(Debug)]
+pub struct Source {
+    pub batches: mpsc::UnboundedReceiver<Batch>,
+    pub rescan: Rescan,
+}
+
+/// Asks a source to look again.
+#[derive(Clone, Debug)]
+pub struct Rescan(std::sync::mpsc::Sender<manifests::Request>);
+
+impl Rescan {
+    /// Reads everything anew and returns the revision that holds it all; `None` when the source has ended or cannot
+    /// be read.
+    pub async fn now(&self) -> Option<u64> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(manifests::Request::Rescan(reply)).ok()?;
+        answer.await.ok()
+    }
+}

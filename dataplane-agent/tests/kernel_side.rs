@@ -2,6 +2,7 @@
 //! it stays. Needs root and the BPF object; without them the tests say so and do nothing.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::IpAddr,
     thread::sleep,
@@ -10,10 +11,18 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use dataplane_agent::{
-    attach::{cleanup, start::start},
-    bpf::{self, Hook, Program, kernel, links::Links as PinnedLinks, pins::LinkName, pins::Pins, sys},
+    attach::{Attacher, cleanup, inspect, start::start, state::State},
+    bpf::{
+        self, Hook, Program, kernel,
+        links::Links as PinnedLinks,
+        loader::{self, LoadOptions},
+        maps::Sizes,
+        pins::{LinkName, Pins},
+        sys,
+    },
     config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, SocketLb},
     host::{HostState, Kernel, WantedPods},
+    netlink::{filters, socket::RequestSocket, tables},
     store::{FrontendKey, Limits},
 };
 use dataplane_common::{
@@ -135,6 +144,23 @@ impl Node {
         Ok(Agent { kernel, wanted })
     }
 
+    fn hooks(&self, ifindex: u32) -> Result<Vec<usize>> {
+        let count = |hook: &Hook| Ok(sys::prog_query(ifindex, hook.attach_type())?.len());
+        self.netns
+            .enter(|| [Hook::TcIngress, Hook::TcEgress].iter().map(count).collect())
+    }
+
+    fn clean_up(&self) -> Result<()> {
+        self.netns
+            .enter(|| cleanup::cleanup(&self.places.bpffs).map_err(Into::into))?;
+        assert!(!self.pins().exists());
+        let accept = self
+            .netns
+            .enter(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/conf/lo/accept_local")?))?;
+        assert_eq!(accept.trim(), "0");
+        Ok(())
+    }
+
     fn pins(&self) -> Pins {
         Pins::new(&self.places.bpffs)
     }
@@ -166,12 +192,19 @@ impl Agent {
     fn stop(self, node: &Node) -> Result<()> {
         drop(self);
         let deadline = Instant::now() + Duration::from_secs(5);
-        while dataplane_agent::attach::state::State::lock(&node.places.bpffs).is_err() {
+        while State::lock(&node.places.bpffs).is_err() {
             ensure!(Instant::now() < deadline, "the agent did not end");
             sleep(Duration::from_millis(20));
         }
         Ok(())
     }
+}
+
+fn delete_link(ifindex: u32) -> Result<()> {
+    const RTM_DELLINK: u16 = 17;
+    let mut body = [0; 16];
+    body[4..8].copy_from_slice(&ifindex.to_ne_bytes());
+    Ok(RequestSocket::open()?.change(RTM_DELLINK, 0, &body)?)
 }
 
 fn ready() -> bool {
@@ -187,7 +220,7 @@ fn ready() -> bool {
 }
 
 #[test]
-fn attaches_finds_pods_and_takes_over() -> Result<()> {
+fn attaches_and_finds_pods() -> Result<()> {
     if !ready() {
         return Ok(());
     }
@@ -203,43 +236,62 @@ fn attaches_finds_pods_and_takes_over() -> Result<()> {
     assert!(state.own_addresses.contains_key(&ip("192.0.2.10")) && state.pod_interfaces.is_empty());
 
     node.add_pod()?;
-    let asked = Instant::now();
+    let added = Instant::now();
     let state = agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
-    assert!(
-        asked.elapsed() < Duration::from_millis(150),
-        "found after {:?}",
-        asked.elapsed()
-    );
+    let after = added.elapsed();
+    assert!(after < Duration::from_millis(150), "found after {after:?}");
     let interface = &state.pod_interfaces[&ip("10.0.1.5")];
     let veth = node.links.index("veth1")?;
-    assert_eq!(
-        (interface.ifindex, interface.name.as_str(), interface.fast_path),
-        (veth, "veth1", true)
-    );
+    assert_eq!((interface.ifindex, interface.name.as_str()), (veth, "veth1"));
+    assert!(interface.fast_path);
     assert_ne!(interface.pod_mac, interface.host_mac);
-    let hooks = |ifindex| -> Result<Vec<usize>> {
-        node.netns.enter(|| {
-            [Hook::TcIngress, Hook::TcEgress]
-                .iter()
-                .map(|hook| Ok(sys::prog_query(ifindex, hook.attach_type())?.len()))
-                .collect()
-        })
-    };
-    assert_eq!(hooks(eth0)?, [1, 1]);
-    assert_eq!(hooks(veth)?, [1, 1]);
-    assert_eq!(hooks(1)?, [0, 1]);
+    assert_eq!(node.hooks(eth0)?, [1, 1]);
+    assert_eq!(node.hooks(veth)?, [1, 1]);
+    assert_eq!(node.hooks(1)?, [0, 1]);
+
+    let status = node.netns.enter(|| Ok(inspect::inspect(&config.bpffs)?))?;
+    assert!(status.agent_running && status.installed, "{status:?}");
+    assert_eq!(status.warnings, Vec::<String>::new());
+    let ours: Vec<_> = status.attachments.iter().filter(|one| one.ours).collect();
+    assert_eq!(ours.len(), ALL_LINKS, "{status:?}");
+    let eth0: Vec<_> = ours.iter().filter(|one| one.target == "eth0").collect();
+    assert_eq!((&*eth0[0].program, &*eth0[0].mode), ("xdp", "driver"));
+    assert_eq!((&*eth0[1].program, &*eth0[1].mode), ("from_netdev", "tcx"));
+
+    // A device that disappears takes its pins with it.
+    node.netns.enter(|| delete_link(veth))?;
+    agent.wait("the interface's end", |state| state.pod_interfaces.is_empty())?;
+    assert!(node.pins().list_links()?.iter().all(|link| link.ifindex != veth));
+    agent.stop(&node)?;
+    node.clean_up()
+}
+
+/// XDP and two TC programs at the uplink, two at the pod, one at `lo`, eight socket hooks.
+const ALL_LINKS: usize = 3 + 2 + 1 + 8;
+
+#[test]
+fn the_next_start_takes_over() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("again")?;
+    node.add_pod()?;
+    let config = node.config();
+    let agent = node.start(&config)?;
+    agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
+    let (eth0, veth) = (node.links.index("eth0")?, node.links.index("veth1")?);
 
     // A killed agent leaves all of it; the next replaces the programs in place.
     let links = PinnedLinks::new(&node.pins());
-    let before: Vec<_> = node
+    let before = node
         .pins()
         .list_links()?
         .into_iter()
-        .map(|link| (link, links.program_id(link)))
-        .collect();
-    assert_eq!(before.len(), 3 + 2 + 1 + 8, "{before:?}");
+        .map(|link| (link, links.program_id(link)));
+    let before: Vec<_> = before.collect();
+    assert_eq!(before.len(), ALL_LINKS, "{before:?}");
     agent.stop(&node)?;
-    assert_eq!(hooks(eth0)?, [1, 1]);
+    assert_eq!(node.hooks(eth0)?, [1, 1]);
     let agent = node.start(&config)?;
     agent.wait("the pod's interface again", |state| {
         !state.pod_interfaces.is_empty()
@@ -250,68 +302,114 @@ fn attaches_finds_pods_and_takes_over() -> Result<()> {
             .with_context(|| format!("{link} is gone"))?;
         assert_ne!(Some(now), program, "{link} runs the old program");
     }
-    assert_eq!(hooks(eth0)?, [1, 1]);
+    assert_eq!(node.hooks(eth0)?, [1, 1]);
+    assert_eq!(node.hooks(veth)?, [1, 1]);
 
-    // Removing the pod, and then the pod's end of the wish, drops its links.
+    // A pod that is not wanted any more.
     agent.wanted.send_modify(|wanted| {
         wanted.revision = 2;
         wanted.pods.clear();
     });
-    agent.wait("the answer", |state| {
-        state.wanted_revision == 2 && state.pod_interfaces.is_empty()
-    })?;
-    assert_eq!(hooks(veth)?, [0, 0]);
+    agent.wait("the answer", |state| state.wanted_revision == 2)?;
+    assert_eq!(node.hooks(veth)?, [0, 0]);
     agent.stop(&node)?;
+    node.clean_up()?;
+    assert_eq!(node.hooks(eth0)?, [0, 0]);
+    Ok(())
+}
 
-    // Socket hooks switched off are detached.
-    let agent = node.start(&Config {
+#[test]
+fn what_is_switched_off_is_detached() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("off")?;
+    let config = node.config();
+    let eth0 = node.links.index("eth0")?;
+    let agent = node.start(&config)?;
+    agent.wait("the uplink", |state| !state.devices.is_empty())?;
+    agent.stop(&node)?;
+    let off = Config {
         socket_lb: SocketLb::Off,
         datapath: DatapathMode::Tc,
         ..config.clone()
-    })?;
-    agent.wait("the uplink without XDP", |state| {
-        state
-            .devices
-            .get(&eth0)
-            .is_some_and(|device| device.entry.flags == device_flags::ETHERNET)
-    })?;
-    let left: Vec<Program> = node
-        .pins()
-        .list_links()?
-        .into_iter()
-        .map(|link| link.program)
-        .collect();
-    assert!(
-        left.iter()
-            .all(|program| !program.is_cgroup() && *program != Program::Xdp),
-        "{left:?}"
-    );
+    };
+    let agent = node.start(&off)?;
+    let flags = |state: &HostState| state.devices.get(&eth0).map(|device| device.entry.flags);
+    agent.wait("no XDP", |state| flags(state) == Some(device_flags::ETHERNET))?;
+    for link in node.pins().list_links()? {
+        assert!(
+            !link.program.is_cgroup() && link.program != Program::Xdp,
+            "{link}"
+        );
+    }
     agent.stop(&node)?;
 
-    // Other limits are refused by name.
-    let error = node
-        .start(&Config {
-            max_flows: 8192,
-            ..config.clone()
-        })
-        .err()
-        .context("accepted")?;
+    let larger = Config {
+        max_flows: 8192,
+        ..config
+    };
+    let error = node.start(&larger).err().context("accepted")?.to_string();
     assert!(
-        error
-            .to_string()
-            .contains("FLOWS_V4 has entries 4096, this agent wants 8192"),
+        error.contains("FLOWS_V4 has entries 4096, this agent wants 8192"),
         "{error}"
     );
+    node.clean_up()
+}
 
-    node.netns
-        .enter(|| cleanup::cleanup(&config.bpffs).map_err(Into::into))?;
-    assert_eq!(hooks(eth0)?, [0, 0]);
-    assert!(!node.pins().exists());
-    let accept = node
-        .netns
-        .enter(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/conf/lo/accept_local")?))?;
-    assert_eq!(accept.trim(), "0");
-    Ok(())
+#[test]
+fn clsact_filters_replace_themselves_and_go() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("clsact")?;
+    let config = node.config();
+    let eth0 = node.links.index("eth0")?;
+    let wanted = BTreeSet::from([Program::FromNetdev, Program::ToNetdev].map(|program| LinkName {
+        program,
+        ifindex: eth0,
+    }));
+    let run = |adopted: usize| {
+        node.netns.enter(|| {
+            let options = LoadOptions {
+                sizes: Sizes {
+                    limits: config.limits,
+                    flows: 4096,
+                    half_open: 1024,
+                    sock_reverse: 1024,
+                },
+                config: dataplane_common::config::Config::default(),
+                xdp: false,
+                socket_hooks: false,
+            };
+            let loaded = loader::load(node.pins(), &options)?;
+            let mut attacher = Attacher::new(loaded, State::lock(&config.bpffs)?, None, false);
+            let mut socket = RequestSocket::open()?;
+            let devices = tables::dump_links(&mut socket)?;
+            attacher.adopt(&mut socket, &devices)?;
+            let found = wanted
+                .iter()
+                .filter(|link| attacher.is_attached(link.program, link.ifindex))
+                .count();
+            assert_eq!(found, adopted);
+            let errors = attacher.reconcile(&mut socket, &devices, &wanted, |_| false);
+            assert!(errors.is_empty(), "{errors:?}");
+            attacher.verify(&mut socket);
+            assert!(attacher.is_attached(Program::FromNetdev, eth0));
+            let found = filters::list(&mut socket, eth0, Hook::TcIngress)?;
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].program(), Some(Program::FromNetdev));
+            Ok(found[0].prog_id)
+        })
+    };
+    let first = run(0)?;
+    let second = run(2)?;
+    assert_ne!(first, second, "the second start kept the old program");
+    node.clean_up()?;
+    node.netns.enter(|| {
+        assert!(!filters::has_clsact(&mut RequestSocket::open()?, eth0)?);
+        Ok(())
+    })
 }
 
 #[test]

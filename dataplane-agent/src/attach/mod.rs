@@ -4,6 +4,7 @@
 //! new program in place ([`Attacher::adopt`]) before it looks at what else is needed ([`Attacher::reconcile`]).
 
 pub mod cleanup;
+pub mod inspect;
 pub mod observe;
 pub mod start;
 pub mod state;
@@ -140,7 +141,7 @@ impl Attacher {
             match self.attach(socket, link, devices) {
                 Ok(()) => {}
                 Err(AttachError::Link(error)) if link.program == Program::Xdp => {
-                    self.refuse(link, &error, devices)
+                    self.refuse(link, &error, devices);
                 }
                 Err(error) => errors.push(error),
             }

@@ -82,6 +82,12 @@ impl State {
         }
     }
 
+    /// Whether an agent holds the lock.
+    pub fn is_running(bpffs: &Path) -> bool {
+        File::open(folder(bpffs).join("lock"))
+            .is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
+    }
+
     /// Changes the record, on disk too if it differs.
     pub fn change(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), StateError> {
         let before = self.record.clone();

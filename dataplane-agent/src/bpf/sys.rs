@@ -267,6 +267,9 @@ pub struct MapFd<K, V> {
 /// Bytes of a batch cursor: at least as many as any key has.
 const CURSOR_LEN: usize = 64;
 
+/// `CONFIG_NR_CPUS` is at most this.
+const MAX_CPUS: usize = 8192;
+
 /// Types of maps whose value is one element for each possible CPU.
 const PER_CPU_TYPES: [u32; 3] = [5, 6, 10];
 
@@ -331,50 +334,96 @@ impl<K: Pod, V: Pod> MapFd<K, V> {
 
     /// Calls `each` with every entry of a hash or array, in batches; entries that change meanwhile may be missed.
     pub fn for_each(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
-        let mut capacity = 4096.min(self.info.max_entries.max(1)) as usize;
-        let mut keys = vec![K::zeroed(); capacity];
-        let mut values = vec![V::zeroed(); capacity];
-        // Hash maps keep a 32-bit bucket there, arrays a key.
-        let mut cursors = [[0u64; CURSOR_LEN / 8]; 2];
-        let mut started = false;
-        loop {
-            let [from, to] = &mut cursors;
-            let mut attr = BatchAttr {
-                in_batch: if started { address(from) } else { 0 },
-                out_batch: address_mut(to),
-                keys: keys.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                count: capacity as u32,
-                map_fd: raw(self.fd.as_fd()),
-                ..BatchAttr::zeroed()
-            };
-            // SAFETY: `keys` and `values` hold `count` elements of the map's sizes (`new`), and each cursor is no
-            // smaller than a key (`new`); all live across the call.
-            let result = unsafe { bpf(Command::MapLookupBatch, &mut attr) };
-            let end = match result {
-                Ok(_) => false,
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::ENOENT) => true,
-                    // One bucket holds more than fits: the cursor has not moved.
-                    Some(libc::ENOSPC) => {
-                        capacity *= 2;
-                        keys.resize(capacity, K::zeroed());
-                        values.resize(capacity, V::zeroed());
-                        continue;
-                    }
-                    _ => return Err(error),
-                },
-            };
-            for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
-                each(key, value);
+        batches(self.fd.as_fd(), &self.info, |keys, values| {
+            let keys = keys.chunks_exact(size_of::<K>());
+            for (key, value) in keys.zip(values.chunks_exact(size_of::<V>())) {
+                each(
+                    &bytemuck::pod_read_unaligned(key),
+                    &bytemuck::pod_read_unaligned(value),
+                );
             }
-            if end {
-                return Ok(());
-            }
-            started = true;
-            cursors.swap(0, 1);
-        }
+        })
     }
+}
+
+/// How many entries a hash holds.
+pub fn count_entries(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let info = map_info(fd)?;
+    if PER_CPU_TYPES.contains(&info.map_type) || info.key_size as usize > CURSOR_LEN {
+        return Err(io::Error::from(io::ErrorKind::InvalidData));
+    }
+    let mut count = 0;
+    batches(fd, &info, |keys, _| count += keys.len() / info.key_size as usize)?;
+    Ok(count)
+}
+
+/// Calls `each` with the keys and the values of each batch. `info` must be the map's own, its values not per CPU, its
+/// keys no longer than [`CURSOR_LEN`].
+fn batches(fd: BorrowedFd<'_>, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+    let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
+    let mut capacity = 4096.min(info.max_entries.max(1)) as usize;
+    let mut keys = vec![0; capacity * key_size];
+    let mut values = vec![0; capacity * value_size];
+    // Hash maps keep a 32-bit bucket there, arrays a key.
+    let mut cursors = [[0u64; CURSOR_LEN / 8]; 2];
+    let mut started = false;
+    loop {
+        let [from, to] = &mut cursors;
+        let mut attr = BatchAttr {
+            in_batch: if started { address(from) } else { 0 },
+            out_batch: address_mut(to),
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: capacity as u32,
+            map_fd: raw(fd),
+            ..BatchAttr::zeroed()
+        };
+        // SAFETY: `keys` and `values` hold `count` elements of the sizes in `info`, which are the map's, and each
+        // cursor is no smaller than a key; all live across the call.
+        let result = unsafe { bpf(Command::MapLookupBatch, &mut attr) };
+        let end = match result {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT) => true,
+                // One bucket holds more than fits: the cursor has not moved.
+                Some(libc::ENOSPC) => {
+                    capacity *= 2;
+                    keys.resize(capacity * key_size, 0);
+                    values.resize(capacity * value_size, 0);
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        let count = (attr.count as usize).min(capacity);
+        each(&keys[..count * key_size], &values[..count * value_size]);
+        if end {
+            return Ok(());
+        }
+        started = true;
+        cursors.swap(0, 1);
+    }
+}
+
+/// The 64-bit values of one element of a per-CPU array, one for each of `cpus` possible CPUs.
+pub fn lookup_per_cpu(fd: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<Vec<u64>> {
+    let info = map_info(fd)?;
+    if !PER_CPU_TYPES.contains(&info.map_type) || info.key_size != 4 || info.value_size != 8 {
+        return Err(io::Error::from(io::ErrorKind::InvalidData));
+    }
+    // More than any kernel has CPUs, whatever the caller believes.
+    let mut values = vec![0u64; cpus.max(MAX_CPUS)];
+    let mut attr = ElementAttr {
+        map_fd: raw(fd),
+        pad: 0,
+        key: address(&index),
+        value: values.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the key is 4 bytes, `values` holds 8 bytes for each possible CPU; both live across the call.
+    unsafe { bpf(Command::MapLookup, &mut attr) }?;
+    values.truncate(cpus);
+    Ok(values)
 }
 
 /// The memory of an array map with `BPF_F_MMAPABLE`, as 64-bit words.

@@ -158,3 +158,96 @@ fn host_mac(tables: &Tables, link: &Link) -> Mac {
         _ => link.mac,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn veth(ifindex: u32) -> Link {
+        Link {
+            ifindex,
+            name: format!("veth{ifindex}"),
+            kind: "veth".into(),
+            mac: Mac([2, 0, 0, 0, 0, ifindex as u8]),
+            peer: 2,
+            peer_namespace: Some(ifindex.cast_signed()),
+            ..Link::default()
+        }
+    }
+
+    fn candidate(link: &Link, addr: &str) -> Candidate {
+        Candidate {
+            interface: interface_id(link).unwrap(),
+            peer_addresses: BTreeSet::from([addr.parse().unwrap()]),
+            other_addresses: BTreeSet::new(),
+            pod_mac: Mac::default(),
+        }
+    }
+
+    #[test]
+    fn the_next_hop_of_a_bridge_port_is_the_bridge() {
+        let bridge = Link {
+            ifindex: 9,
+            kind: "bridge".into(),
+            mac: Mac([9; 6]),
+            ..Link::default()
+        };
+        let routed = veth(3);
+        let port = Link { master: 9, ..veth(4) };
+        let tables = Tables {
+            links: vec![routed.clone(), port.clone(), bridge],
+            ..Tables::default()
+        };
+        assert_eq!(host_mac(&tables, &routed), routed.mac);
+        assert_eq!(host_mac(&tables, &port), Mac([9; 6]));
+    }
+
+    #[test]
+    fn the_oldest_claim_counts_and_each_interface_serves_one_pod() {
+        let tables = Tables {
+            links: vec![veth(3), veth(4)],
+            ..Tables::default()
+        };
+        let candidates: Vec<Candidate> = tables
+            .links
+            .iter()
+            .map(|link| candidate(link, "10.0.1.5"))
+            .collect();
+        let addresses = BTreeSet::from(["10.0.1.5".parse().unwrap()]);
+        let mut binder = PodBinder::default();
+        binder.bind(
+            &tables,
+            &BTreeMap::from([("default/a", addresses.clone())]),
+            &candidates,
+        );
+        assert_eq!(binder.get("default/a").unwrap().interface.ifindex, 3);
+        binder.bind(
+            &tables,
+            &BTreeMap::from([("default/a", addresses)]),
+            &candidates[1..],
+        );
+        assert_eq!(
+            binder.get("default/a").unwrap().interface.ifindex,
+            3,
+            "a bound pod does not move"
+        );
+    }
+
+    #[test]
+    fn interfaces_inside_this_namespace_are_no_pods() {
+        assert_eq!(
+            interface_id(&Link {
+                peer_namespace: None,
+                ..veth(3)
+            }),
+            None
+        );
+        assert_eq!(
+            interface_id(&Link {
+                kind: "macvlan".into(),
+                ..veth(3)
+            }),
+            None
+        );
+    }
+}

@@ -119,7 +119,7 @@ fn frame(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
 }
 
 fn error_code(body: &[u8]) -> i32 {
-    read_u32(body, 0).map_or(-libc::EBADMSG, |code| code.cast_signed())
+    read_u32(body, 0).map_or(-libc::EBADMSG, u32::cast_signed)
 }
 
 /// A message inside a datagram.

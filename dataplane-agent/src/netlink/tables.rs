@@ -212,7 +212,7 @@ fn parse_link(message: &Message) -> Option<Link> {
                 }
             }
             IFLA_LINK_NETNSID => {
-                link.peer_namespace = read_u32(value, 0).map(u32::cast_signed).filter(|&id| id >= 0)
+                link.peer_namespace = read_u32(value, 0).map(u32::cast_signed).filter(|&id| id >= 0);
             }
             IFLA_XDP => link.xdp = parse_xdp(value),
             _ => {}

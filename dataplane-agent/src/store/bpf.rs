@@ -186,7 +186,7 @@ impl Store for BpfStore {
         self.own4
             .for_each(|key, flags| all.push((IpAddr::from(bytemuck::cast::<u32, [u8; 4]>(*key)), *flags)))?;
         self.own6.for_each(|key, flags| {
-            all.push((IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(*key)), *flags))
+            all.push((IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(*key)), *flags));
         })?;
         Ok(all)
     }

@@ -1,0 +1,358 @@
+//! What is attached on this machine, by the kernel's own queries: ours and everybody else's, in the order in which
+//! they run.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::AsFd,
+    path::Path,
+};
+
+use serde::Serialize;
+
+use super::state::State;
+use crate::{
+    bpf::{
+        Hook, Program, counters, kernel,
+        links::{Cgroup, Links},
+        map_names as names,
+        pins::Pins,
+        sys,
+    },
+    netlink::{
+        filters,
+        socket::RequestSocket,
+        tables::{Link, Tables},
+    },
+    store::{Store, bpf::BpfStore},
+};
+
+/// Everything that `status` shows.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Status {
+    pub agent_running: bool,
+    /// The pin folder is there.
+    pub installed: bool,
+    pub bpffs: String,
+    /// How TC programs are attached: `tcx` or `clsact`.
+    pub tc: &'static str,
+    pub attachments: Vec<Attachment>,
+    /// Devices that are left to TC alone.
+    pub xdp_fallbacks: Vec<Fallback>,
+    pub tables: Vec<TableUse>,
+    /// Reasons that have occurred.
+    pub counters: Vec<Counter>,
+    pub warnings: Vec<String>,
+}
+
+/// One program at one hook.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Attachment {
+    /// A device's name or a cgroup's path.
+    pub target: String,
+    /// 0 for a cgroup.
+    pub ifindex: u32,
+    /// `xdp`, `tc ingress`, `tc egress`, or the name of a cgroup hook.
+    pub hook: String,
+    /// `driver`, `generic`, `hardware`, `tcx`, `clsact` or `cgroup`.
+    pub mode: String,
+    /// Place among the programs of the hook, from 1.
+    pub position: usize,
+    pub program: String,
+    pub program_id: u32,
+    pub ours: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Fallback {
+    pub device: String,
+    pub ifindex: u32,
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct TableUse {
+    pub name: &'static str,
+    pub entries: usize,
+    pub limit: u32,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Counter {
+    pub reason: &'static str,
+    pub meaning: &'static str,
+    pub count: u64,
+}
+
+/// Looks at the machine. Must be called in the network namespace of the host.
+pub fn inspect(bpffs: &Path) -> io::Result<Status> {
+    let state = State::read(bpffs);
+    let pins = Pins::new(bpffs);
+    let mut socket = RequestSocket::open()?;
+    let tables = Tables::dump(&mut socket)?;
+    let tcx = kernel::has_tcx();
+    let links = Links::new(&pins);
+    let ours = pins
+        .list_links()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|link| links.program_id(link))
+        .collect();
+    let mut look = Look {
+        ours,
+        attachments: Vec::new(),
+    };
+    for link in &tables.links {
+        look.xdp(link);
+        for hook in [Hook::TcIngress, Hook::TcEgress] {
+            if tcx {
+                look.tcx(link, hook);
+            }
+            look.clsact(&mut socket, link, hook)?;
+        }
+    }
+    if let Some(path) = &state.record.cgroup {
+        look.cgroup(path);
+    }
+    let attachments = look.attachments;
+    Ok(Status {
+        agent_running: State::is_running(bpffs),
+        installed: pins.exists(),
+        bpffs: bpffs.display().to_string(),
+        tc: if tcx { "tcx" } else { "clsact" },
+        warnings: warnings(&tables, &attachments),
+        attachments,
+        xdp_fallbacks: fallbacks(&state, &tables),
+        tables: table_use(&pins),
+        counters: occurred(&pins),
+    })
+}
+
+struct Look {
+    /// Ids of the programs of our pinned links.
+    ours: BTreeSet<u32>,
+    attachments: Vec<Attachment>,
+}
+
+impl Look {
+    fn xdp(&mut self, link: &Link) {
+        let Some(xdp) = link.xdp else { return };
+        let mode = match xdp.mode {
+            1 => "driver",
+            2 => "generic",
+            3 => "hardware",
+            _ => "several",
+        };
+        self.push(&link.name, link.ifindex, "xdp", mode, 1, xdp.prog_id, None);
+    }
+
+    fn tcx(&mut self, link: &Link, hook: Hook) {
+        for (place, id) in sys::prog_query(link.ifindex, hook.attach_type())
+            .unwrap_or_default()
+            .into_iter()
+            .enumerate()
+        {
+            self.push(
+                &link.name,
+                link.ifindex,
+                tc_name(hook),
+                "tcx",
+                place + 1,
+                id,
+                None,
+            );
+        }
+    }
+
+    /// Filters run behind every TCX program.
+    fn clsact(&mut self, socket: &mut RequestSocket, link: &Link, hook: Hook) -> io::Result<()> {
+        let before = self
+            .attachments
+            .iter()
+            .filter(|other| other.ifindex == link.ifindex && other.hook == tc_name(hook))
+            .count();
+        for (place, filter) in filters::list(socket, link.ifindex, hook)?.iter().enumerate() {
+            let place = before + place + 1;
+            self.push(
+                &link.name,
+                link.ifindex,
+                tc_name(hook),
+                "clsact",
+                place,
+                filter.prog_id,
+                filter.program(),
+            );
+        }
+        Ok(())
+    }
+
+    fn cgroup(&mut self, path: &Path) {
+        let Ok(cgroup) = Cgroup::open(path) else { return };
+        for program in Program::ALL.iter().filter(|program| program.is_cgroup()) {
+            let ids = sys::prog_query(cgroup.target(), program.hook().attach_type()).unwrap_or_default();
+            for (place, id) in ids.into_iter().enumerate() {
+                self.push(
+                    &path.display().to_string(),
+                    0,
+                    program.symbol(),
+                    "cgroup",
+                    place + 1,
+                    id,
+                    None,
+                );
+            }
+        }
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the columns of a row, each a plain value"
+    )]
+    fn push(
+        &mut self,
+        target: &str,
+        ifindex: u32,
+        hook: &str,
+        mode: &str,
+        position: usize,
+        id: u32,
+        own: Option<Program>,
+    ) {
+        let name = match own {
+            Some(program) => program.symbol().to_owned(),
+            // Needs CAP_SYS_ADMIN.
+            None => sys::prog_by_id(id)
+                .and_then(|fd| sys::prog_info(fd.as_fd()))
+                .map_or_else(|_| "?".to_owned(), |info| info.name()),
+        };
+        self.attachments.push(Attachment {
+            target: target.to_owned(),
+            ifindex,
+            hook: hook.to_owned(),
+            mode: mode.to_owned(),
+            position,
+            program: name,
+            program_id: id,
+            ours: own.is_some() || self.ours.contains(&id),
+        });
+    }
+}
+
+fn tc_name(hook: Hook) -> &'static str {
+    if hook == Hook::TcIngress {
+        "tc ingress"
+    } else {
+        "tc egress"
+    }
+}
+
+fn fallbacks(state: &State, tables: &Tables) -> Vec<Fallback> {
+    let name = |ifindex| {
+        tables
+            .link(ifindex)
+            .map_or_else(String::new, |link| link.name.clone())
+    };
+    state
+        .record
+        .xdp_fallback
+        .iter()
+        .map(|(&ifindex, reason)| Fallback {
+            device: name(ifindex),
+            ifindex,
+            reason: reason.clone(),
+        })
+        .collect()
+}
+
+fn warnings(tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut before: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+    for attachment in attachments {
+        let others = before.entry((&attachment.target, &attachment.hook)).or_default();
+        if !attachment.ours {
+            others.push(&attachment.program);
+        } else if !others.is_empty() && attachment.mode != "cgroup" {
+            warnings.push(format!(
+                "{} {}: {} runs before {} and may take packets from it",
+                attachment.target,
+                attachment.hook,
+                others.join(", "),
+                attachment.program
+            ));
+        }
+    }
+    let covered: BTreeSet<u32> = attachments
+        .iter()
+        .filter(|one| one.ours)
+        .map(|one| one.ifindex)
+        .collect();
+    if !covered.is_empty() {
+        warnings.extend(tables.links.iter().filter(|link| !covered.contains(&link.ifindex)).filter_map(|link| {
+            let gateway = tables.routes.iter().any(|route| route.ifindex == link.ifindex && route.has_gateway);
+            gateway.then(|| {
+                format!("{} has a route by a gateway and is not covered: replies that leave by it are not translated back; name it with --device", link.name)
+            })
+        }));
+    }
+    warnings
+}
+
+fn table_use(pins: &Pins) -> Vec<TableUse> {
+    let mut uses = Vec::new();
+    for name in [
+        names::FRONTENDS_V4,
+        names::FRONTENDS_V6,
+        names::FLOWS_V4,
+        names::FLOWS_V6,
+        names::HALF_OPEN_V4,
+        names::HALF_OPEN_V6,
+        names::SOCK_REVERSE_V4,
+        names::SOCK_REVERSE_V6,
+        names::OWN_ADDRS_V4,
+        names::OWN_ADDRS_V6,
+        names::DEVICES,
+    ] {
+        let Ok(fd) = pins.open_map(name) else { continue };
+        if let (Ok(info), Ok(entries)) = (sys::map_info(fd.as_fd()), sys::count_entries(fd.as_fd())) {
+            uses.push(TableUse {
+                name,
+                entries,
+                limit: info.max_entries,
+            });
+        }
+    }
+    if let Ok(store) = BpfStore::open(pins) {
+        let limits = store.limits();
+        let services = (0..limits.services)
+            .filter(|&index| store.read_service(index).is_ok_and(|service| service.family != 0));
+        uses.push(TableUse {
+            name: names::SERVICES,
+            entries: services.count(),
+            limit: limits.services,
+        });
+        let backends = (0..limits.backends).filter(|&id| {
+            store
+                .read_backend(id)
+                .is_ok_and(|backend| backend.head.state != 0)
+        });
+        uses.push(TableUse {
+            name: names::BACKENDS,
+            entries: backends.count(),
+            limit: limits.backends,
+        });
+    }
+    uses
+}
+
+fn occurred(pins: &Pins) -> Vec<Counter> {
+    let counters = counters::read(pins).unwrap_or_default();
+    counters
+        .into_iter()
+        .filter(|&(_, count)| count > 0)
+        .map(|(reason, count)| Counter {
+            reason: reason.label(),
+            meaning: reason.text().trim(),
+            count,
+        })
+        .collect()
+}

@@ -1,0 +1,4 @@
+//! The commands besides `run`.
+
+pub mod cleanup;
+pub mod status;

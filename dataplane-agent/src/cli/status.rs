@@ -1,0 +1,111 @@
+//! `status`: what is attached, by the kernel's own queries, and how full the tables are.
+
+use std::{io::Write, path::Path};
+
+use anyhow::Context;
+use comfy_table::{Table, presets};
+
+use crate::{
+    attach::inspect::{self, Status},
+    bpf::kernel,
+};
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+/// Prints the status of the datapath under `bpffs`.
+pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
+    kernel::check_capabilities()?;
+    let status = inspect::inspect(bpffs).context("failed to query what is attached")?;
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(&status)? + "\n",
+        Output::Table => render(&status),
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("failed to print")
+}
+
+fn render(status: &Status) -> String {
+    let agent = if status.agent_running {
+        "running"
+    } else {
+        "not running"
+    };
+    let datapath = if status.installed {
+        "installed"
+    } else {
+        "not installed"
+    };
+    let mut text = format!(
+        "agent {agent}, datapath {datapath} under {}, tc by {}\n",
+        status.bpffs, status.tc
+    );
+
+    let rows = status.attachments.iter().map(|one| {
+        let owner = if one.ours { "us" } else { "other" };
+        vec![
+            one.target.clone(),
+            one.hook.clone(),
+            one.position.to_string(),
+            one.program.clone(),
+            one.program_id.to_string(),
+            one.mode.clone(),
+            owner.to_owned(),
+        ]
+    });
+    text += &table(&["DEVICE", "HOOK", "#", "PROGRAM", "ID", "MODE", "OF"], rows);
+
+    let rows = status
+        .xdp_fallbacks
+        .iter()
+        .map(|one| vec![one.device.clone(), one.reason.clone()]);
+    text += &table(&["WITHOUT XDP", "REASON"], rows);
+
+    let rows = status.tables.iter().map(|one| {
+        vec![
+            one.name.to_owned(),
+            one.entries.to_string(),
+            one.limit.to_string(),
+        ]
+    });
+    text += &table(&["TABLE", "ENTRIES", "LIMIT"], rows);
+
+    let rows = status.counters.iter().map(|one| {
+        vec![
+            one.reason.to_owned(),
+            one.count.to_string(),
+            one.meaning.to_owned(),
+        ]
+    });
+    text += &table(&["REASON", "COUNT", "MEANING"], rows);
+
+    for warning in &status.warnings {
+        text += "\nwarning: ";
+        text += warning;
+        text += "\n";
+    }
+    text
+}
+
+/// Nothing when there are no rows.
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    if table.row_count() == 0 {
+        return String::new();
+    }
+    let mut text = String::from("\n");
+    for line in table.lines() {
+        text += line.trim_end();
+        text += "\n";
+    }
+    text
+}

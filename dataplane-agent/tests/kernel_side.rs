@@ -538,5 +538,6 @@ fn a_folder_of_another_version_or_filesystem_is_refused() -> Result<()> {
     });
     let error = error.err().context("accepted")?.to_string();
     assert!(error.contains("is not in a cgroup v2 hierarchy"), "{error}");
+    assert!(!State::is_running(&node.places.bpffs));
     Ok(())
 }

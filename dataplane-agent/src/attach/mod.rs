@@ -81,6 +81,13 @@ impl Attacher {
         self.attached.contains(&LinkName { program, ifindex })
     }
 
+    /// Devices that are left to TC alone, with the reason.
+    pub fn refused(&self) -> impl Iterator<Item = (u32, &str)> {
+        self.refused
+            .iter()
+            .map(|(&ifindex, reason)| (ifindex, reason.as_str()))
+    }
+
     /// Gives the links of a former run the new programs, and drops those that are dead or whose program this run
     /// does not use.
     pub fn adopt(&mut self, socket: &mut RequestSocket, devices: &[Link]) -> Result<(), AttachError> {

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::Attacher;
 use crate::{
     bpf::{Program, pins::LinkName},
+    config::DatapathMode,
     host::{HostDevice, HostState, PodInterface, WantedPods},
     netlink::{
         events::Events,
@@ -25,6 +26,8 @@ use crate::{
 
 /// One change of a device brings several notices: wait for the others.
 const SETTLE: Duration = Duration::from_millis(10);
+/// Between two looks this many times as long as a look takes, however many notices come.
+const IDLE_SHARE: u32 = 5;
 /// A look without any notice, and a check of what is attached.
 const FULL_LOOK: Duration = Duration::from_secs(30);
 /// While a pod's interface is wanted and not there: a new address in a pod's namespace may bring no notice here.
@@ -37,7 +40,7 @@ const SEARCH_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub patterns: DevicePatterns,
-    pub xdp: bool,
+    pub datapath: DatapathMode,
     pub socket_hooks: bool,
     pub fast_path: bool,
 }
@@ -78,6 +81,7 @@ impl Observer {
                 full_look = Instant::now();
                 self.attacher.verify(&mut self.socket);
             }
+            let began = Instant::now();
             let pods = wanted.borrow_and_update().clone();
             match self.look(&pods) {
                 Ok(state) => {
@@ -91,6 +95,7 @@ impl Observer {
                 }
                 Err(error) => self.report(BTreeSet::from([format!("failed to list devices: {error}")])),
             }
+            let took = began.elapsed();
             if publish.is_closed() {
                 return Ok(());
             }
@@ -98,7 +103,7 @@ impl Observer {
             tokio::select! {
                 changed = events.changed() => {
                     changed?;
-                    tokio::time::sleep(SETTLE).await;
+                    tokio::time::sleep(SETTLE.max(took * IDLE_SHARE)).await;
                 }
                 changed = wanted.changed() => {
                     if changed.is_err() {
@@ -145,6 +150,16 @@ impl Observer {
                 present.join(", ")
             ));
         }
+        if self.settings.datapath == DatapathMode::Xdp {
+            let refused = self
+                .attacher
+                .refused()
+                .map(|(ifindex, reason)| (tables.link(ifindex), reason));
+            problems.extend(refused.map(|(link, reason)| {
+                let device = link.map_or("?", |link| link.name.as_str());
+                format!("--datapath xdp: {device} is left to TC alone: {reason}")
+            }));
+        }
         if roles.is_empty() {
             problems.insert(
                 "no uplink found: traffic from outside is not handled; name one with --device".to_owned(),
@@ -162,7 +177,7 @@ impl Observer {
     ) -> BTreeSet<LinkName> {
         let mut links = BTreeSet::new();
         for (&ifindex, &role) in roles {
-            let programs: &[Program] = if role == Role::Uplink && self.settings.xdp {
+            let programs: &[Program] = if role == Role::Uplink && self.settings.datapath != DatapathMode::Tc {
                 &[Program::FromNetdev, Program::ToNetdev, Program::Xdp]
             } else {
                 &[Program::FromNetdev, Program::ToNetdev]

@@ -22,7 +22,7 @@ use crate::{
     },
     config::{Config, DatapathMode, FastPath, SocketLb},
     host::{HostState, Kernel, WantedPods},
-    netlink::{select::DevicePatterns, socket::RequestSocket, tables},
+    netlink::{firewall, select::DevicePatterns, socket::RequestSocket, tables},
     store::bpf::BpfStore,
 };
 
@@ -30,12 +30,17 @@ use crate::{
 /// the network namespace of the host.
 pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Result<Kernel> {
     kernel::check()?;
-    let mut state = State::lock(&config.bpffs)?;
     let version = kernel::version()?;
 
     let cookie = netns_cookie(config);
     let socket_hooks = config.socket_lb != SocketLb::Off && cookie.is_some();
     let cgroup = socket_hooks.then(|| cgroup_path(config)).transpose()?;
+    let pins = Pins::new(&config.bpffs);
+    loader::check_object()?;
+    pins.check_bpffs()?;
+    pins.check_version()?;
+    // Nothing has been made before this line.
+    let mut state = State::lock(&config.bpffs)?;
     let options = LoadOptions {
         sizes: Sizes {
             limits: config.limits,
@@ -47,7 +52,7 @@ pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Re
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks,
     };
-    let loaded = loader::load(Pins::new(&config.bpffs), &options)?;
+    let loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
 
     let made_folders = loaded.made_folders.clone();
@@ -70,7 +75,7 @@ pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Re
 
     let settings = Settings {
         patterns: DevicePatterns::new(&config.devices),
-        xdp: options.xdp,
+        datapath: config.datapath,
         socket_hooks,
         fast_path: options.config.flags & config_flags::FAST_PATH != 0,
     };
@@ -104,7 +109,7 @@ fn spawn(
 fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64) -> datapath::Config {
     let mut flags = kernel::config_flags(version);
     for (flag, on) in [
-        (config_flags::FAST_PATH, config.fast_path != FastPath::Off),
+        (config_flags::FAST_PATH, fast_path(config.fast_path)),
         (config_flags::SOCKET_HOST_ONLY, config.socket_lb != SocketLb::All),
         (config_flags::DEBUG, config.debug_log),
     ] {
@@ -121,6 +126,28 @@ fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64)
         backends: config.limits.backends,
         maglev: config.limits.maglev,
         ..datapath::Config::default()
+    }
+}
+
+/// Whether packets between pods of this node may skip the kernel's FORWARD rules.
+fn fast_path(mode: FastPath) -> bool {
+    match mode {
+        FastPath::On => true,
+        FastPath::Off => false,
+        FastPath::Auto => match firewall::policy_engine() {
+            Ok(None) => true,
+            Ok(Some(chain)) => {
+                tracing::info!(
+                    chain,
+                    "fast path off: FORWARD holds another policy engine's rules"
+                );
+                false
+            }
+            Err(error) => {
+                tracing::info!("fast path off: failed to list nftables chains ({error})");
+                false
+            }
+        },
     }
 }
 

@@ -90,15 +90,22 @@ impl Loaded {
     }
 }
 
+/// Fails when the agent was built without the object.
+pub fn check_object() -> Result<(), LoadError> {
+    if OBJECT.is_empty() {
+        Err(LoadError::NoObject)
+    } else {
+        Ok(())
+    }
+}
+
 /// Loads the embedded object.
 pub fn load(pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
     load_object(OBJECT, pins, options)
 }
 
 fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
-    if object.is_empty() {
-        return Err(LoadError::NoObject);
-    }
+    check_object()?;
     kernel::check()?;
     sys::raise_memlock_limit();
     let made_folders = pins.create()?;

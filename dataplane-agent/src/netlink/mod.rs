@@ -2,6 +2,7 @@
 
 pub mod events;
 pub mod filters;
+pub mod firewall;
 pub mod pods;
 pub mod select;
 pub mod socket;

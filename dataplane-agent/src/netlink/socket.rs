@@ -1,10 +1,13 @@
-//! Requests and answers on a route netlink socket, and the parsing of attributes.
+//! Requests and answers on a netlink socket, and the parsing of attributes.
 //!
 //! Only the fields that are used are decoded: a kernel that adds or widens an attribute changes nothing here.
 
 use std::io;
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+};
 
 pub const NLM_F_REQUEST: u16 = 1;
 pub const NLM_F_ACK: u16 = 4;
@@ -37,7 +40,15 @@ pub struct RequestSocket {
 
 impl RequestSocket {
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        Self::open_family(NETLINK_ROUTE)
+    }
+
+    pub fn open_netfilter() -> io::Result<Self> {
+        Self::open_family(NETLINK_NETFILTER)
+    }
+
+    fn open_family(family: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(family)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         // Without strict checking the kernel ignores filters of a dump, IFA_TARGET_NETNSID among them (4.20).

@@ -1,0 +1,78 @@
+//! Whether another policy engine filters forwarded packets by netfilter: a packet that skips the stack skips it too.
+
+use std::io;
+
+use super::socket::{RequestSocket, attributes, read_string};
+
+/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN`.
+const GET_CHAINS: u16 = 10 << 8 | 4;
+const NFGENMSG_LEN: usize = 4;
+const NFTA_CHAIN_TABLE: u16 = 1;
+const NFTA_CHAIN_NAME: u16 = 3;
+
+/// How the chains of policy engines begin: Calico, kube-router, Weave, Antrea, Cilium's and Romana's.
+const CHAINS: [&str; 7] = [
+    "cali-",
+    "KUBE-NWPLCY-",
+    "KUBE-ROUTER-",
+    "WEAVE-NPC",
+    "ANTREA-FORWARD",
+    "CILIUM_FORWARD",
+    "ROMANA-",
+];
+/// Tables that are a policy engine's own.
+const TABLES: [&str; 3] = ["calico", "kindnet-network-policies", "kube-network-policies"];
+
+/// The first chain of a policy engine among those of nftables, iptables' among them (not those of iptables-legacy).
+pub fn policy_engine() -> io::Result<Option<String>> {
+    let mut socket = RequestSocket::open_netfilter()?;
+    let chains = match socket.dump(GET_CHAINS, &[0; NFGENMSG_LEN]) {
+        Ok(chains) => chains,
+        // A kernel without nftables.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(chains
+        .iter()
+        .find_map(|chain| engine_chain(chain.body.get(NFGENMSG_LEN..)?)))
+}
+
+fn engine_chain(body: &[u8]) -> Option<String> {
+    let text = |wanted| {
+        attributes(body)
+            .find(|&(kind, _)| kind == wanted)
+            .map(|(_, value)| read_string(value))
+    };
+    let (table, name) = (text(NFTA_CHAIN_TABLE)?, text(NFTA_CHAIN_NAME)?);
+    let known = TABLES.contains(&table.as_str()) || CHAINS.iter().any(|prefix| name.starts_with(prefix));
+    known.then(|| format!("{table}/{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::socket::push_attribute;
+
+    #[test]
+    fn chains_of_policy_engines_are_known_by_name() {
+        let chain = |table: &[u8], name: &[u8]| {
+            let mut body = Vec::new();
+            push_attribute(&mut body, NFTA_CHAIN_TABLE, table);
+            push_attribute(&mut body, NFTA_CHAIN_NAME, name);
+            engine_chain(&body)
+        };
+        assert_eq!(
+            chain(b"filter\0", b"cali-FORWARD\0").as_deref(),
+            Some("filter/cali-FORWARD")
+        );
+        assert_eq!(
+            chain(b"kindnet-network-policies\0", b"postrouting\0").as_deref(),
+            Some("kindnet-network-policies/postrouting")
+        );
+        assert_eq!(chain(b"filter\0", b"FORWARD\0"), None);
+        assert_eq!(chain(b"filter\0", b"KUBE-FORWARD\0"), None);
+        assert_eq!(chain(b"nat\0", b"CNI-HOSTPORT-DNAT\0"), None);
+    }
+}

@@ -358,6 +358,72 @@ fn what_is_switched_off_is_detached() -> Result<()> {
 }
 
 #[test]
+fn others_programs_stay_and_are_shown() -> Result<()> {
+    const FIRST: u32 = 1 << 3;
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("others")?;
+    let config = node.config();
+    let eth0 = node.links.index("eth0")?;
+    let other = Pins::new(&node.places.bpffs.join("other"));
+    let foreign = node.netns.enter(|| Ok(loader::load(other, &small(&config))?))?;
+    let attach = |program, hook: Hook, flags| {
+        let program = foreign.program(program).context("not loaded")?;
+        node.netns
+            .enter(|| Ok(sys::link_create(program, eth0, hook.attach_type(), flags)?))
+    };
+    let _xdp = attach(Program::Xdp, Hook::Xdp, 1 << 2)?;
+    let _behind = attach(Program::FromPod, Hook::TcIngress, 0)?;
+
+    let agent = node.start(&config)?;
+    let state = agent.wait("the uplink", |state| !state.devices.is_empty())?;
+    assert_eq!(state.devices[&eth0].entry.flags, device_flags::ETHERNET);
+    let status = node.netns.enter(|| Ok(inspect::inspect(&config.bpffs)?))?;
+    assert_eq!(status.xdp_fallbacks[0].device, "eth0");
+    assert_eq!(status.xdp_fallbacks[0].reason, "another XDP program is attached");
+    let order = |status: &inspect::Status| -> Vec<(String, bool)> {
+        let ingress = status
+            .attachments
+            .iter()
+            .filter(|one| one.target == "eth0" && one.hook == "tc ingress");
+        ingress.map(|one| (one.program.clone(), one.ours)).collect()
+    };
+    assert_eq!(
+        order(&status),
+        [("from_netdev".to_owned(), true), ("from_pod".to_owned(), false)]
+    );
+    assert_eq!(status.warnings, Vec::<String>::new());
+
+    let _before = attach(Program::ToPod, Hook::TcIngress, FIRST)?;
+    let status = node.netns.enter(|| Ok(inspect::inspect(&config.bpffs)?))?;
+    assert_eq!(order(&status)[0], ("to_pod".to_owned(), false));
+    assert_eq!(
+        status.warnings,
+        ["eth0 tc ingress: to_pod runs before from_netdev and may take packets from it"]
+    );
+
+    agent.stop(&node)?;
+    node.clean_up()?;
+    assert_eq!(node.hooks(eth0)?, [2, 0]);
+    Ok(())
+}
+
+fn small(config: &Config) -> LoadOptions {
+    LoadOptions {
+        sizes: Sizes {
+            limits: config.limits,
+            flows: 4096,
+            half_open: 1024,
+            sock_reverse: 1024,
+        },
+        config: dataplane_common::config::Config::default(),
+        xdp: true,
+        socket_hooks: false,
+    }
+}
+
+#[test]
 fn clsact_filters_replace_themselves_and_go() -> Result<()> {
     if !ready() {
         return Ok(());
@@ -371,18 +437,7 @@ fn clsact_filters_replace_themselves_and_go() -> Result<()> {
     }));
     let run = |adopted: usize| {
         node.netns.enter(|| {
-            let options = LoadOptions {
-                sizes: Sizes {
-                    limits: config.limits,
-                    flows: 4096,
-                    half_open: 1024,
-                    sock_reverse: 1024,
-                },
-                config: dataplane_common::config::Config::default(),
-                xdp: false,
-                socket_hooks: false,
-            };
-            let loaded = loader::load(node.pins(), &options)?;
+            let loaded = loader::load(node.pins(), &small(&config))?;
             let mut attacher = Attacher::new(loaded, State::lock(&config.bpffs)?, None, false);
             let mut socket = RequestSocket::open()?;
             let devices = tables::dump_links(&mut socket)?;

@@ -255,7 +255,7 @@ fn word(value: &impl ValueEnum) -> String {
 }
 
 /// On a signal everything this process has made is removed, and the process ends.
-fn remove_on_signal() -> Result<()> {
+pub fn remove_on_signal() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("failed to listen for signals")?;
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {

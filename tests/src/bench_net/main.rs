@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use dataplane_tests::cli::remove_on_signal;
+use dataplane_tests::places;
 use dataplane_tests::process::Helper;
 
 use crate::load::Measure;
@@ -71,7 +73,8 @@ fn main() -> Result<()> {
         "there is no agent at {}",
         args.agent.display()
     );
-    dataplane_tests::places::sweep();
+    remove_on_signal()?;
+    places::sweep();
     let helper = Helper::find()?;
     let mut sections = Vec::new();
     for &size in &args.services {

@@ -1,4 +1,4 @@
-//! The fleet as the agent reads it: one node, its two pods, and a Service with its EndpointSlice each, as JSON lists.
+//! The fleet as the agent reads it: one node, its two pods, and a Service with its `EndpointSlice` each, as JSON lists.
 
 use std::fs;
 use std::net::Ipv4Addr;

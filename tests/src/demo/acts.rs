@@ -1,6 +1,7 @@
 //! The acts of the demo, in order, and what each shows. Each returns what did not hold.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -65,8 +66,7 @@ pub fn programmed(stage: &Stage) -> Result<Doubts> {
 pub fn answered(stage: &Stage, to: &Addresses) -> Result<Doubts> {
     let servers = stage.servers();
     let title = format!("2  Who answers {TRIES} new connections");
-    let names: String = servers.iter().map(|server| format!("{server:>7}")).collect();
-    println!("{title:<47}{names}");
+    println!("{title:<47}{}", columns(servers.iter()));
     let mut doubts = Doubts::new();
     for (client, what, to) in [
         ("client-1", "ClusterIP", to.cluster_ip),
@@ -217,6 +217,13 @@ fn get(stage: &Stage, client: &str, to: SocketAddr) -> Result<Result<String, Att
 }
 
 fn counts(servers: &[String], names: &BTreeMap<String, u32>) -> String {
-    let column = |server: &String| format!("{:>7}", names.get(server).copied().unwrap_or_default());
-    servers.iter().map(column).collect()
+    columns(
+        servers
+            .iter()
+            .map(|server| names.get(server).copied().unwrap_or_default()),
+    )
+}
+
+fn columns(cells: impl Iterator<Item = impl Display>) -> String {
+    cells.fold(String::new(), |line, cell| format!("{line}{cell:>7}"))
 }

@@ -11,11 +11,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
+use dataplane_tests::cli::remove_on_signal;
 use dataplane_tests::places;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::stage::Stage;
 
@@ -41,7 +40,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match on_signal().and_then(|()| play(&args)) {
+    match remove_on_signal().and_then(|()| play(&args)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -49,18 +48,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Ctrl-C and the like remove what was made.
-fn on_signal() -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("failed to watch for signals")?;
-    thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            places::close();
-            std::process::exit(128 + signal);
-        }
-    });
-    Ok(())
 }
 
 /// All acts. False if something did not hold.

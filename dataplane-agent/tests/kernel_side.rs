@@ -47,6 +47,18 @@ struct Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        // After a failed test its agent may take a moment to end.
+        let cleaned = || {
+            self.netns
+                .enter(|| cleanup::cleanup(&self.places.bpffs).map_err(Into::into))
+                .is_ok()
+        };
+        let _ = (0..50).any(|_| {
+            cleaned() || {
+                sleep(Duration::from_millis(20));
+                false
+            }
+        });
         self.places.remove();
     }
 }

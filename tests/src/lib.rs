@@ -12,7 +12,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod cluster;
-pub mod ethtool;
+pub mod facing_xdp;
 pub mod links;
 pub mod manifests;
 pub mod netlink;

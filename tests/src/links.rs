@@ -1,14 +1,14 @@
 //! Devices, addresses, routes, neighbours and rules of one namespace, in the words of `ip`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan,
-    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -184,6 +184,17 @@ impl Links {
             .request(RouteNetlinkMessage::NewLink(message), 0)
             .with_context(|| format!("failed to let {name} hairpin"))?;
         Ok(())
+    }
+
+    /// Attaches an XDP program in the driver; the device keeps it.
+    pub fn attach_xdp(&mut self, name: &str, program: &OwnedFd) -> Result<()> {
+        const DRIVER_MODE: u32 = 4;
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(name)?;
+        let xdp = vec![LinkXdp::Fd(program.as_raw_fd()), LinkXdp::Flags(DRIVER_MODE)];
+        message.attributes.push(LinkAttribute::Xdp(xdp));
+        self.set_link(message)
+            .with_context(|| format!("failed to attach an XDP program to {name}"))
     }
 
     fn set_link(&mut self, message: LinkMessage) -> Result<()> {

@@ -1,0 +1,240 @@
+//! Elements of maps: by system call, in batches, and through a mapping.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::atomic::AtomicU64,
+};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{
+    Command, address, address_mut,
+    attr::{BatchAttr, ElementAttr, MapInfo},
+    bpf, map_info, raw,
+};
+
+/// A map whose key and value sizes have been compared with `K` and `V`, so that the kernel reads and writes no more
+/// than they hold.
+#[derive(Debug)]
+pub struct MapFd<K, V> {
+    fd: OwnedFd,
+    info: MapInfo,
+    types: std::marker::PhantomData<(K, V)>,
+}
+
+/// Bytes of a batch cursor: at least as many as any key has.
+const CURSOR_LEN: usize = 64;
+
+/// `CONFIG_NR_CPUS` is at most this.
+const MAX_CPUS: usize = 8192;
+
+/// Types of maps whose value is one element for each possible CPU.
+const PER_CPU_TYPES: [u32; 3] = [5, 6, 10];
+
+impl<K: Pod, V: Pod> MapFd<K, V> {
+    /// Fails with `InvalidData` when the map's sizes are not those of `K` and `V`, or the map is per CPU.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let info = map_info(fd.as_fd())?;
+        if info.key_size as usize != size_of::<K>()
+            || info.value_size as usize != size_of::<V>()
+            || PER_CPU_TYPES.contains(&info.map_type)
+            || size_of::<K>() > CURSOR_LEN
+        {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        Ok(Self {
+            fd,
+            info,
+            types: std::marker::PhantomData,
+        })
+    }
+
+    pub fn info(&self) -> &MapInfo {
+        &self.info
+    }
+
+    pub fn lookup(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = V::zeroed();
+        let mut attr = self.element(key, address_mut(&mut value));
+        // SAFETY: `key` and `value` live across the call and have the map's key and value sizes (`new`).
+        match unsafe { bpf(Command::MapLookup, &mut attr) } {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn update(&self, key: &K, value: &V) -> io::Result<()> {
+        let mut attr = self.element(key, address(value));
+        // SAFETY: `key` and `value` live across the call and have the map's key and value sizes (`new`).
+        unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
+    }
+
+    /// Deleting what is missing succeeds.
+    pub fn delete(&self, key: &K) -> io::Result<()> {
+        let mut attr = self.element(key, 0);
+        // SAFETY: `key` lives across the call and has the map's key size (`new`).
+        match unsafe { bpf(Command::MapDelete, &mut attr) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn element(&self, key: &K, value: u64) -> ElementAttr {
+        ElementAttr {
+            map_fd: raw(self.fd.as_fd()),
+            pad: 0,
+            key: address(key),
+            value,
+            flags: 0,
+        }
+    }
+
+    /// Calls `each` with every entry of a hash or array, in batches; entries that change meanwhile may be missed.
+    pub fn for_each(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
+        batches(self.fd.as_fd(), &self.info, |keys, values| {
+            let keys = keys.chunks_exact(size_of::<K>());
+            for (key, value) in keys.zip(values.chunks_exact(size_of::<V>())) {
+                each(
+                    &bytemuck::pod_read_unaligned(key),
+                    &bytemuck::pod_read_unaligned(value),
+                );
+            }
+        })
+    }
+}
+
+/// How many entries a hash holds.
+pub fn count_entries(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let info = map_info(fd)?;
+    if PER_CPU_TYPES.contains(&info.map_type) || info.key_size as usize > CURSOR_LEN {
+        return Err(io::Error::from(io::ErrorKind::InvalidData));
+    }
+    let mut count = 0;
+    batches(fd, &info, |keys, _| count += keys.len() / info.key_size as usize)?;
+    Ok(count)
+}
+
+/// Calls `each` with the keys and the values of each batch. `info` must be the map's own, its values not per CPU, its
+/// keys no longer than [`CURSOR_LEN`].
+fn batches(fd: BorrowedFd<'_>, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+    let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
+    let mut capacity = 4096.min(info.max_entries.max(1)) as usize;
+    let mut keys = vec![0; capacity * key_size];
+    let mut values = vec![0; capacity * value_size];
+    // Hash maps keep a 32-bit bucket there, arrays a key.
+    let mut cursors = [[0u64; CURSOR_LEN / 8]; 2];
+    let mut started = false;
+    loop {
+        let [from, to] = &mut cursors;
+        let mut attr = BatchAttr {
+            in_batch: if started { address(from) } else { 0 },
+            out_batch: address_mut(to),
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: capacity as u32,
+            map_fd: raw(fd),
+            ..BatchAttr::zeroed()
+        };
+        // SAFETY: `keys` and `values` hold `count` elements of the sizes in `info`, which are the map's, and each
+        // cursor is no smaller than a key; all live across the call.
+        let result = unsafe { bpf(Command::MapLookupBatch, &mut attr) };
+        let end = match result {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT) => true,
+                // One bucket holds more than fits: the cursor has not moved.
+                Some(libc::ENOSPC) => {
+                    capacity *= 2;
+                    keys.resize(capacity * key_size, 0);
+                    values.resize(capacity * value_size, 0);
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        let count = (attr.count as usize).min(capacity);
+        each(&keys[..count * key_size], &values[..count * value_size]);
+        if end {
+            return Ok(());
+        }
+        started = true;
+        cursors.swap(0, 1);
+    }
+}
+
+/// The 64-bit values of one element of a per-CPU array, one for each of `cpus` possible CPUs.
+pub fn lookup_per_cpu(fd: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<Vec<u64>> {
+    let info = map_info(fd)?;
+    if !PER_CPU_TYPES.contains(&info.map_type) || info.key_size != 4 || info.value_size != 8 {
+        return Err(io::Error::from(io::ErrorKind::InvalidData));
+    }
+    // More than any kernel has CPUs, whatever the caller believes.
+    let mut values = vec![0u64; cpus.max(MAX_CPUS)];
+    let mut attr = ElementAttr {
+        map_fd: raw(fd),
+        pad: 0,
+        key: address(&index),
+        value: values.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the key is 4 bytes, `values` holds 8 bytes for each possible CPU; both live across the call.
+    unsafe { bpf(Command::MapLookup, &mut attr) }?;
+    values.truncate(cpus);
+    Ok(values)
+}
+
+/// The memory of an array map with `BPF_F_MMAPABLE`, as 64-bit words.
+#[derive(Debug)]
+pub struct MappedArray {
+    start: NonNull<AtomicU64>,
+    words: usize,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is shared memory that is only ever accessed through atomics.
+unsafe impl Send for MappedArray {}
+// SAFETY: as above.
+unsafe impl Sync for MappedArray {}
+
+impl MappedArray {
+    pub fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let info = map_info(fd)?;
+        let element = (info.value_size as usize).next_multiple_of(8);
+        let words = element / 8 * info.max_entries as usize;
+        // SAFETY: sysconf has no preconditions.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.cast_unsigned() as usize;
+        let bytes = (words * 8).next_multiple_of(page);
+        // SAFETY: a fresh shared mapping at an address of the kernel's choice; the result is checked.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        Ok(Self { start, words, bytes })
+    }
+
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is at least `words * 8` bytes long, page aligned, lives as long as `self`, and is never
+        // accessed but atomically.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for MappedArray {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length, and no reference to it outlives `self`.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}

@@ -1,0 +1,126 @@
+//! Maps, programs and links as objects: what they are, their pins, and where they are attached.
+
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{
+    Command, address_mut,
+    attr::{
+        IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapInfo, ObjAttr, ProgInfo, QueryAttr,
+    },
+    bpf, bpf_fd, path_string, raw,
+};
+
+fn object_info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::zeroed();
+    let mut attr = InfoAttr {
+        fd: raw(fd),
+        len: size_of::<T>() as u32,
+        info: address_mut(&mut info),
+    };
+    // SAFETY: `info` lives across the call and `len` is its size; it is zero, so the kernel follows no address in it.
+    unsafe { bpf(Command::ObjGetInfo, &mut attr) }?;
+    Ok(info)
+}
+
+pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    object_info(fd)
+}
+
+pub fn prog_info(fd: BorrowedFd<'_>) -> io::Result<ProgInfo> {
+    object_info(fd)
+}
+
+pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    object_info(fd)
+}
+
+/// Needs `CAP_SYS_ADMIN`.
+pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no addresses; the command returns a descriptor.
+    unsafe {
+        bpf_fd(
+            Command::ProgGetFdById,
+            &mut IdAttr {
+                id,
+                next_id: 0,
+                open_flags: 0,
+            },
+        )
+    }
+}
+
+pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = path_string(path)?;
+    let mut attr = ObjAttr {
+        path: path.as_ptr() as u64,
+        fd: raw(fd),
+        flags: 0,
+    };
+    // SAFETY: `path` is a terminated string that lives across the call.
+    unsafe { bpf(Command::ObjPin, &mut attr) }.map(drop)
+}
+
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = path_string(path)?;
+    let mut attr = ObjAttr {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    // SAFETY: `path` is a terminated string that lives across the call; the command returns a descriptor.
+    unsafe { bpf_fd(Command::ObjGet, &mut attr) }
+}
+
+/// Attaches `prog` to a device (`target` is its ifindex) or a cgroup (`target` is its descriptor).
+pub fn link_create(prog: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        prog_fd: raw(prog),
+        target,
+        attach_type,
+        flags,
+        ..LinkCreateAttr::zeroed()
+    };
+    // SAFETY: no addresses; the command returns a descriptor.
+    unsafe { bpf_fd(Command::LinkCreate, &mut attr) }
+}
+
+/// Replaces the link's program in place.
+pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr {
+        link_fd: raw(link),
+        new_prog_fd: raw(prog),
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    // SAFETY: no addresses.
+    unsafe { bpf(Command::LinkUpdate, &mut attr) }.map(drop)
+}
+
+/// The ids of the programs at a hook, in the order in which they run.
+pub fn prog_query(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
+    let mut ids = vec![0u32; 64];
+    loop {
+        let mut attr = QueryAttr {
+            target,
+            attach_type,
+            prog_ids: ids.as_mut_ptr() as u64,
+            count: ids.len() as u32,
+            ..QueryAttr::zeroed()
+        };
+        // SAFETY: `ids` holds `count` elements and lives across the call.
+        match unsafe { bpf(Command::ProgQuery, &mut attr) } {
+            Ok(_) => {
+                ids.truncate(attr.count as usize);
+                return Ok(ids);
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => ids.resize(ids.len() * 4, 0),
+            Err(error) => return Err(error),
+        }
+    }
+}

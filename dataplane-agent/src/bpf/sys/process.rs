@@ -1,0 +1,70 @@
+//! Calls about this process, its sockets and its files.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::path_string;
+
+/// `MEMBARRIER_CMD_GLOBAL`: returns when every CPU has passed through a quiescent state (a `synchronize_rcu`).
+pub fn membarrier_global() -> io::Result<()> {
+    // SAFETY: no addresses.
+    match unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Kernels before 5.11 charge maps to this limit.
+pub fn raise_memlock_limit() {
+    let limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: `limit` lives across the call. Failure shows when a map cannot be made.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+}
+
+/// `SO_NETNS_COOKIE` (5.14): the cookie of the network namespace that the socket belongs to.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `cookie` and `len` live across the call, and `len` is the size of `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The `f_type` of the filesystem that holds `path`.
+pub fn filesystem_magic(path: &Path) -> io::Result<u32> {
+    let path = path_string(path)?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `path` is a terminated string and `stat` is large enough; both live across the call.
+    if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `statfs` is plain integers, for which zeroes are valid, and the kernel has filled it in.
+    Ok(unsafe { stat.assume_init() }.f_type.cast_unsigned() as u32)
+}
+
+/// Waits for a descriptor inside a tokio runtime.
+pub fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the `AsyncFd` owns the descriptor, so it stays open and the same for as long as it is registered.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
+}

@@ -22,7 +22,10 @@ pub fn step<T>(what: &str, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::
     match &result {
         Ok(_) if took < Duration::from_millis(250) => {}
         Ok(_) => note(&format!("{what}: done in {:.1} s", took.as_secs_f64())),
-        Err(_) => note(&format!("{what}: failed after {:.1} s", took.as_secs_f64())),
+        Err(error) => note(&format!(
+            "{what}: failed after {:.1} s: {error:#}",
+            took.as_secs_f64()
+        )),
     }
     result
 }

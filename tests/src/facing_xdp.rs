@@ -39,22 +39,6 @@ struct Instruction {
     immediate: i32,
 }
 
-/// `r0 = XDP_PASS; exit`.
-static PASS: [Instruction; 2] = [
-    Instruction {
-        code: 0xb7,
-        registers: 0,
-        offset: 0,
-        immediate: 2,
-    },
-    Instruction {
-        code: 0x95,
-        registers: 0,
-        offset: 0,
-        immediate: 0,
-    },
-];
-
 /// The part of `union bpf_attr` that loading a program needs.
 #[repr(C)]
 struct ProgramLoad {
@@ -78,12 +62,35 @@ pub fn complete_checksums(device: &str) -> Result<()> {
         .with_context(|| format!("failed to turn checksum offload off at {device}"))
 }
 
-/// Loads a program that passes every packet on.
-pub fn load_pass() -> Result<OwnedFd> {
+/// What a program says to every packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Pass = 2,
+    /// Send it back.
+    Transmit = 3,
+}
+
+/// Loads a program that gives one answer to every packet.
+pub fn load(answer: Answer) -> Result<OwnedFd> {
+    // r0 = answer; exit
+    let program = [
+        Instruction {
+            code: 0xb7,
+            registers: 0,
+            offset: 0,
+            immediate: answer as i32,
+        },
+        Instruction {
+            code: 0x95,
+            registers: 0,
+            offset: 0,
+            immediate: 0,
+        },
+    ];
     let load = ProgramLoad {
         program_type: PROG_TYPE_XDP,
         instruction_count: 2,
-        instructions: (&raw const PASS) as u64,
+        instructions: program.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         log_level: 0,
         log_size: 0,
@@ -91,8 +98,8 @@ pub fn load_pass() -> Result<OwnedFd> {
         kernel_version: 0,
         flags: 0,
     };
-    // SAFETY: `load` is the first 48 bytes of a `bpf_attr` as its size says; instructions and license are static, and the
-    // kernel only reads them.
+    // SAFETY: `load` is the first 48 bytes of a `bpf_attr` as its size says; instructions and license outlive the
+    // call, which only reads them.
     let fd = unsafe {
         nix::libc::syscall(
             nix::libc::SYS_bpf,

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 
-use crate::facing_xdp;
+use crate::facing_xdp::{self, Answer};
 use crate::links::{Links, Route, everywhere, host};
 use crate::netns::{NetNs, set_sysctls};
 use crate::places::Places;
@@ -88,7 +88,7 @@ impl Underlay {
         self.links.add_veth(&port, UPLINK, netns.fd(), None)?;
         self.netns.enter(|| facing_xdp::complete_checksums(&port))?;
         self.links.set_bridge(&port, BRIDGE, false)?;
-        self.links.attach_xdp(&port, &facing_xdp::load_pass()?)?;
+        self.links.attach_xdp(&port, &facing_xdp::load(Answer::Pass)?)?;
         self.links.set_up(&port)?;
         links.set_up(UPLINK)?;
         for ip in node.addresses.iter().chain(&node.extra_addresses) {

@@ -3,8 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::cluster::Cluster;
+use dataplane_tests::facing_xdp::{self, Answer};
+use dataplane_tests::links::Links;
+use dataplane_tests::netns::NetNs;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
 use dataplane_tests::worker::protocol::{Attempt, Probe, Proto, Request, Response};
@@ -63,6 +66,20 @@ fn shape(network: Network) -> Shape {
 fn attempts(cluster: &Cluster, from: &str, proto: Proto, to: SocketAddr) -> Result<Vec<Attempt>> {
     let probe = Probe {
         proto,
+        ..udp_probe(to)
+    };
+    match cluster
+        .worker(from)?
+        .call(Request::Probe(probe), Duration::from_secs(10))?
+    {
+        Response::Attempts(attempts) => Ok(attempts),
+        other => bail!("unexpected answer {other:?}"),
+    }
+}
+
+fn udp_probe(to: SocketAddr) -> Probe {
+    Probe {
+        proto: Proto::Udp,
         to,
         source_port: None,
         connections: 2,
@@ -72,13 +89,6 @@ fn attempts(cluster: &Cluster, from: &str, proto: Proto, to: SocketAddr) -> Resu
         stop_after_failures: 1,
         until_backend_changes: false,
         first_backend: None,
-    };
-    match cluster
-        .worker(from)?
-        .call(Request::Probe(probe), Duration::from_secs(10))?
-    {
-        Response::Attempts(attempts) => Ok(attempts),
-        other => bail!("unexpected answer {other:?}"),
     }
 }
 
@@ -177,6 +187,52 @@ fn everyone_reaches_everyone(network: Network, name: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Frames that a node's XDP program sends back arrive at the switch.
+#[test]
+fn xdp_transmit_is_received() -> Result<()> {
+    const COUNT: u32 = 50;
+    let helper = Helper::new(env!("CARGO_BIN_EXE_dataplane-scenarios"));
+    let cluster = Cluster::build("xdp", shape(Network::Routed), &helper)?;
+    cluster.listen("node1", Proto::Udp, 80)?;
+    // The router must know the node's address from here on: nothing is answered any more.
+    let first = attempts(&cluster, "ext1", Proto::Udp, "192.168.77.11:80".parse()?)?;
+    ensure!(
+        first.iter().all(|attempt| attempt.backend().is_some()),
+        "{first:?}"
+    );
+    let switch = NetNs::open(&cluster.places().netns("underlay"))?;
+    let received = || switch.enter(|| received_packets("n1"));
+    let mut links = Links::open(cluster.node_netns("node1")?)?;
+    links.attach_xdp("eth0", &facing_xdp::load(Answer::Transmit)?)?;
+    let before = received()?;
+    let probe = Probe {
+        connections: COUNT,
+        parallel: true,
+        timeout_ms: 500,
+        ..udp_probe("192.168.77.11:80".parse()?)
+    };
+    cluster
+        .worker("ext1")?
+        .call(Request::Probe(probe), Duration::from_secs(10))?;
+    let returned = received()? - before;
+    ensure!(
+        returned >= u64::from(COUNT),
+        "{returned} of {COUNT} frames came back"
+    );
+    Ok(())
+}
+
+fn received_packets(device: &str) -> Result<u64> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+    let line = table
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'));
+    let count = line
+        .and_then(|line| line.split_whitespace().nth(1))
+        .context("the device is not listed")?;
+    Ok(count.parse()?)
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! `compile` and `sync`.
 
 pub mod bpf;
+pub mod memory;
 
 use std::net::IpAddr;
 

@@ -1,0 +1,194 @@
+//! What the tables should say, by table, and which entries to look at: kept up to date Service by Service.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
+
+use super::encode;
+use crate::{
+    compile::{BackendKey, Balancer, BalancerKey, Compiled, FrontendAddr},
+    model::Name,
+    store::FrontendKey,
+};
+
+/// How a backend is used, counted over balancers and Services.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    pub chosen: u32,
+    pub serving: u32,
+    pub local: u32,
+    pub total: u32,
+}
+
+/// A balancer's part of an entry of `SERVICES`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub backends: Arc<[BackendKey]>,
+    pub drop_when_empty: bool,
+}
+
+/// Entries that may differ from what is programmed.
+#[derive(Debug, Default)]
+pub struct Touched {
+    pub balancers: BTreeSet<BalancerKey>,
+    pub frontends: BTreeSet<FrontendKey>,
+    pub backends: BTreeSet<BackendKey>,
+    pub ports: BTreeSet<u32>,
+}
+
+impl Touched {
+    pub fn is_empty(&self) -> bool {
+        let Self {
+            balancers,
+            frontends,
+            backends,
+            ports,
+        } = self;
+        balancers.is_empty() && frontends.is_empty() && backends.is_empty() && ports.is_empty()
+    }
+}
+
+/// The desired state.
+#[derive(Debug)]
+pub struct Desired {
+    services: HashMap<Name, Arc<Compiled>>,
+    pub balancers: HashMap<BalancerKey, Wanted>,
+    pub frontends: HashMap<FrontendKey, BalancerKey>,
+    pub backends: BTreeMap<BackendKey, Uses>,
+    pub ports: Vec<PortSet>,
+    /// Frontends of a port, and how many of these are on the unspecified address.
+    port_uses: HashMap<(u8, u16), (u32, u32)>,
+}
+
+impl Default for Desired {
+    fn default() -> Self {
+        Self {
+            services: HashMap::new(),
+            balancers: HashMap::new(),
+            frontends: HashMap::new(),
+            backends: BTreeMap::new(),
+            ports: vec![PortSet::default(); PORT_SETS as usize],
+            port_uses: HashMap::new(),
+        }
+    }
+}
+
+impl Desired {
+    /// Takes Services out, or replaces them. All that leave do so before any comes in, so that an address can pass
+    /// from one to another.
+    pub fn update(&mut self, updates: Vec<(Name, Option<Arc<Compiled>>)>, touched: &mut Touched) {
+        let mut arriving = Vec::new();
+        for (name, compiled) in updates {
+            if self.services.get(&name) == compiled.as_ref() {
+                continue;
+            }
+            if let Some(previous) = self.services.remove(&name) {
+                self.remove(&name, &previous, touched);
+            }
+            arriving.extend(compiled.map(|compiled| (name, compiled)));
+        }
+        for (name, compiled) in arriving {
+            self.add(&name, &compiled, touched);
+            self.services.insert(name, compiled);
+        }
+    }
+
+    pub fn services(&self) -> usize {
+        self.services.len()
+    }
+
+    fn add(&mut self, name: &Name, compiled: &Compiled, touched: &mut Touched) {
+        for (backend, info) in &compiled.endpoints {
+            let uses = self.backends.entry(*backend).or_default();
+            uses.total += 1;
+            uses.serving += u32::from(info.serving);
+            uses.local += u32::from(info.local);
+            touched.backends.insert(*backend);
+        }
+        for balancer in &compiled.balancers {
+            for backend in balancer.backends.iter() {
+                self.backends.entry(*backend).or_default().chosen += 1;
+            }
+            let key = key(name, balancer);
+            for scope in scopes(balancer) {
+                let frontend = encode::frontend_key(&balancer.frontend, scope);
+                self.frontends.insert(frontend, key.clone());
+                touched.frontends.insert(frontend);
+                self.use_port(&balancer.frontend, 1, touched);
+            }
+            touched.balancers.insert(key.clone());
+            let wanted = Wanted {
+                backends: balancer.backends.clone(),
+                drop_when_empty: balancer.drop_when_empty,
+            };
+            self.balancers.insert(key, wanted);
+        }
+    }
+
+    fn remove(&mut self, name: &Name, compiled: &Compiled, touched: &mut Touched) {
+        for balancer in &compiled.balancers {
+            for backend in balancer.backends.iter() {
+                if let Some(uses) = self.backends.get_mut(backend) {
+                    uses.chosen -= 1;
+                }
+            }
+            let key = key(name, balancer);
+            for scope in scopes(balancer) {
+                let frontend = encode::frontend_key(&balancer.frontend, scope);
+                if self.frontends.get(&frontend) == Some(&key) {
+                    self.frontends.remove(&frontend);
+                }
+                touched.frontends.insert(frontend);
+                self.use_port(&balancer.frontend, -1, touched);
+            }
+            self.balancers.remove(&key);
+            touched.balancers.insert(key);
+        }
+        for (backend, info) in &compiled.endpoints {
+            if let Some(uses) = self.backends.get_mut(backend) {
+                uses.total -= 1;
+                uses.serving -= u32::from(info.serving);
+                uses.local -= u32::from(info.local);
+                if uses.total == 0 {
+                    self.backends.remove(backend);
+                }
+            }
+            touched.backends.insert(*backend);
+        }
+    }
+
+    fn use_port(&mut self, frontend: &FrontendAddr, change: i32, touched: &mut Touched) {
+        let FrontendAddr { addr, port, proto } = frontend;
+        let uses = self.port_uses.entry((proto.number(), *port)).or_default();
+        uses.0 = uses.0.saturating_add_signed(change);
+        if addr.is_unspecified() {
+            uses.1 = uses.1.saturating_add_signed(change);
+        }
+        let (any, wildcard) = *uses;
+        if any == 0 {
+            self.port_uses.remove(&(proto.number(), *port));
+        }
+        let index = port_set_index(proto.number(), *port);
+        let set = &mut self.ports[index as usize];
+        let bit = 1 << (port & 63);
+        set.any = if any > 0 { set.any | bit } else { set.any & !bit };
+        set.wildcard = if wildcard > 0 { set.wildcard | bit } else { set.wildcard & !bit };
+        touched.ports.insert(index);
+    }
+}
+
+fn key(owner: &Name, balancer: &Balancer) -> BalancerKey {
+    BalancerKey {
+        owner: owner.clone(),
+        frontend: balancer.frontend,
+        policy: balancer.policy,
+    }
+}
+
+fn scopes(balancer: &Balancer) -> impl Iterator<Item = Scope> {
+    let internal = balancer.internal.then_some(Scope::Internal);
+    internal.into_iter().chain(balancer.external.then_some(Scope::External))
+}

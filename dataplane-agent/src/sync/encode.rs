@@ -1,0 +1,222 @@
+//! From our own types to the tables' entries and back.
+
+use std::net::IpAddr;
+
+use dataplane_common::{
+    addr::{AnyAddr, proto},
+    backend::{Backend, BackendHead, backend_flags},
+    service::{FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES},
+};
+
+use super::arena::Slice;
+use crate::{
+    compile::{BackendKey, FrontendAddr},
+    host::PodInterface,
+    model::Protocol,
+    store::FrontendKey,
+};
+
+pub fn any_addr(addr: IpAddr) -> AnyAddr {
+    match addr {
+        IpAddr::V4(addr) => [u32::from(addr).to_be(), 0, 0, 0],
+        IpAddr::V6(addr) => words(addr.octets()),
+    }
+}
+
+fn words(octets: [u8; 16]) -> [u32; 4] {
+    bytemuck::cast(octets)
+}
+
+fn ip(addr: AnyAddr, is_ipv6: bool) -> IpAddr {
+    if is_ipv6 {
+        IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(addr))
+    } else {
+        IpAddr::from(addr[0].to_ne_bytes())
+    }
+}
+
+pub fn frontend_key(frontend: &FrontendAddr, scope: Scope) -> FrontendKey {
+    let FrontendAddr { addr, port, proto } = frontend;
+    let (port_be, proto, scope) = (port.to_be(), proto.number(), scope as u8);
+    match addr {
+        IpAddr::V4(addr) => FrontendKey::V4(FrontendKey4 {
+            addr_be: u32::from(*addr).to_be(),
+            port_be,
+            proto,
+            scope,
+        }),
+        IpAddr::V6(addr) => FrontendKey::V6(FrontendKey6 {
+            addr_be: words(addr.octets()),
+            port_be,
+            proto,
+            scope,
+        }),
+    }
+}
+
+/// A service's entry around its head.
+pub fn service(frontend: &FrontendAddr, head: ServiceHead) -> Service {
+    let FrontendAddr { addr, port, proto } = frontend;
+    Service {
+        head,
+        addr_be: any_addr(*addr),
+        port_be: port.to_be(),
+        proto: proto.number(),
+        family: if addr.is_ipv4() { 4 } else { 6 },
+        affinity_timeout_s: 0,
+    }
+}
+
+/// The address and port that a service's entry is about; `None` for an entry that was never used.
+pub fn service_frontend(service: &Service) -> Option<FrontendAddr> {
+    Some(FrontendAddr {
+        addr: ip(service.addr_be, service.family == 6),
+        port: u16::from_be(service.port_be),
+        proto: protocol(service.proto)?,
+    })
+}
+
+/// The address and port that a backend's entry is about; `None` for an entry that was never used.
+pub fn backend_key(backend: &Backend) -> Option<BackendKey> {
+    let flags = backend.head.flags;
+    (backend.head.generation != 0).then(|| BackendKey {
+        addr: ip(backend.addr_be, flags & backend_flags::IPV6 != 0),
+        port: u16::from_be(backend.head.port_be),
+        proto: if flags & backend_flags::UDP != 0 { Protocol::Udp } else { Protocol::Tcp },
+    })
+}
+
+fn protocol(number: u8) -> Option<Protocol> {
+    match number {
+        proto::TCP => Some(Protocol::Tcp),
+        proto::UDP => Some(Protocol::Udp),
+        _ => None,
+    }
+}
+
+/// Where a backend is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whereabouts<'a> {
+    /// In this host's own network namespace.
+    Host,
+    /// A pod of this node, with its interface once that is known.
+    Local(Option<&'a PodInterface>),
+    Remote,
+}
+
+pub fn backend(key: &BackendKey, generation: u32, state: u8, place: Whereabouts<'_>) -> Backend {
+    let mut flags = 0;
+    if key.addr.is_ipv6() {
+        flags |= backend_flags::IPV6;
+    }
+    if key.proto == Protocol::Udp {
+        flags |= backend_flags::UDP;
+    }
+    let interface = match place {
+        Whereabouts::Host => {
+            flags |= backend_flags::HOST;
+            None
+        }
+        Whereabouts::Local(interface) => {
+            flags |= backend_flags::LOCAL;
+            interface
+        }
+        Whereabouts::Remote => None,
+    };
+    if interface.is_some_and(|interface| interface.fast_path) {
+        flags |= backend_flags::FAST_PATH;
+    }
+    Backend {
+        head: BackendHead {
+            generation,
+            port_be: key.port.to_be(),
+            state,
+            flags,
+        },
+        addr_be: any_addr(key.addr),
+        ifindex: interface.map_or(0, |interface| interface.ifindex),
+        pod_mac: interface.map_or_else(Default::default, |interface| interface.pod_mac),
+        host_mac: interface.map_or_else(Default::default, |interface| interface.host_mac),
+    }
+}
+
+/// Elements that a list of ids takes.
+fn id_words(ids: usize) -> u32 {
+    ids.div_ceil(2) as u32
+}
+
+/// Elements that the slots of a table take.
+pub fn slot_words(class: u8) -> u32 {
+    TABLE_SIZES[usize::from(class & 15)].div_ceil(4)
+}
+
+/// Elements of a slice.
+pub fn slice_len(ids: usize, class: u8) -> u32 {
+    id_words(ids) + slot_words(class)
+}
+
+/// Where the slots begin in a slice.
+pub fn slots_offset(slice: Slice, ids: usize) -> u32 {
+    slice.start + id_words(ids)
+}
+
+/// The slice that begins so many ids before its slots; `None` when it would begin before the table.
+pub fn slice_at(slots_offset: u32, ids: usize, class: u8) -> Option<Slice> {
+    Some(Slice {
+        start: slots_offset.checked_sub(id_words(ids))?,
+        len: slice_len(ids, class),
+    })
+}
+
+/// The elements of a slice, in the layout that [`Service`] documents: ids backwards from the slots.
+pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
+    let mut words: Vec<u64> = ids
+        .chunks(2)
+        .map(|pair| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32)
+        .collect();
+    words.reverse();
+    words.extend(slots.chunks(4).map(|four| {
+        four.iter()
+            .enumerate()
+            .fold(0, |word, (lane, slot)| word | u64::from(*slot) << (lane * 16))
+    }));
+    words
+}
+
+/// How many ids a table's slots refer to.
+pub fn ids_in_slots(words: &[u64], class: u8) -> usize {
+    let size = TABLE_SIZES[usize::from(class & 15)] as usize;
+    let slots = words.iter().flat_map(|word| (0..4).map(move |lane| (word >> (lane * 16)) as u16));
+    slots.take(size).max().map_or(0, |highest| usize::from(highest) + 1)
+}
+
+/// The ids of a slice, in their order.
+pub fn slice_ids(words: &[u64], ids: usize) -> Vec<u32> {
+    (0..ids)
+        .map(|number| (words[id_words(ids) as usize - 1 - number / 2] >> (number % 2 * 32)) as u32)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_reads_as_it_was_written() {
+        for ids in [vec![7], vec![7, 9], vec![1, 2, 3]] {
+            let slots: Vec<u16> = (0..101).map(|slot| slot % ids.len() as u16).collect();
+            let words = slice_words(&ids, &slots);
+            assert_eq!(words.len() as u32, slice_len(ids.len(), 1));
+            let slots_at = words.len() - slot_words(1) as usize;
+            assert_eq!(ids_in_slots(&words[slots_at..], 1), ids.len());
+            assert_eq!(slice_ids(&words, ids.len()), ids);
+        }
+    }
+
+    #[test]
+    fn addresses_are_in_network_order() {
+        assert_eq!(any_addr("10.96.0.1".parse().unwrap())[0].to_ne_bytes(), [10, 96, 0, 1]);
+        let v6: IpAddr = "fd00::1".parse().unwrap();
+        assert_eq!(ip(any_addr(v6), true), v6);
+    }
+}

@@ -1,0 +1,418 @@
+//! Keeps the tables equal to what is desired, in an order that never exposes half a state: backends before the
+//! tables that choose them, these before the services' heads, frontends last; on removal the other way round.
+//!
+//! [`desired`] says what should be, [`programmed`] what is; [`Syncer::run`] brings the touched entries of one to the
+//! other. Only what was written is recorded as written, so whatever fails stays touched and is tried again.
+
+mod arena;
+mod desired;
+mod encode;
+mod ids;
+mod programmed;
+mod restore;
+mod services;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use dataplane_common::{backend::backend_state, device::Device};
+
+use self::{
+    desired::{Desired, Touched, Uses},
+    encode::Whereabouts,
+    ids::Given,
+    programmed::Programmed,
+};
+use crate::{
+    compile::{BackendKey, Update},
+    host::PodInterface,
+    store::{Limits, Store, StoreError},
+};
+
+/// What the tables should say of this machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostTables {
+    /// With `own_flags`.
+    pub own_addresses: BTreeMap<IpAddr, u32>,
+    pub devices: BTreeMap<u32, Device>,
+    pub pod_interfaces: BTreeMap<IpAddr, PodInterface>,
+}
+
+/// What [`Syncer::run`] did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Entries written or deleted.
+    pub writes: usize,
+    /// What is not as desired, by what it is about. Tried again by the next run.
+    pub failed: BTreeMap<String, String>,
+}
+
+impl Report {
+    fn failed(&mut self, what: impl ToString, error: &dyn std::error::Error) {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        self.failed.insert(what.to_string(), text);
+    }
+
+    /// Records the outcome of a write; true when it succeeded.
+    fn note(&mut self, what: impl ToString, outcome: Result<(), StoreError>) -> bool {
+        match outcome {
+            Ok(()) => {
+                self.writes += 1;
+                true
+            }
+            Err(error) => {
+                self.failed(what, &error);
+                false
+            }
+        }
+    }
+}
+
+/// Why something could not even be tried.
+#[derive(Debug, thiserror::Error)]
+enum NoRoom {
+    #[error("no backend id is free ({limit} backends)")]
+    Backends { limit: u32 },
+    #[error("no service index is free ({limit} services)")]
+    Services { limit: u32 },
+    #[error("no room for a table of {wanted} elements ({limit} elements in all)")]
+    Maglev { wanted: u32, limit: u32 },
+    #[error("{backends} endpoints are more than a table can number")]
+    TooMany { backends: usize },
+    #[error("an endpoint has no backend id")]
+    Unnumbered,
+    #[error("its service entry is not written")]
+    NoService,
+}
+
+/// The desired and the programmed state, and the way from one to the other.
+#[derive(Debug)]
+pub struct Syncer {
+    limits: Limits,
+    desired: Desired,
+    host: HostTables,
+    touched: Touched,
+    programmed: Programmed,
+}
+
+impl Syncer {
+    /// Reads what the tables hold already.
+    pub fn restore(store: &dyn Store) -> Result<Self, StoreError> {
+        let mut touched = Touched::default();
+        let programmed = restore::restore(store, &mut touched)?;
+        Ok(Self {
+            limits: store.limits(),
+            desired: Desired::default(),
+            host: HostTables::default(),
+            touched,
+            programmed,
+        })
+    }
+
+    /// Changes what is desired of Services.
+    pub fn update(&mut self, updates: Vec<Update>) {
+        self.desired.update(updates, &mut self.touched);
+    }
+
+    /// Changes what is desired of this machine.
+    pub fn set_host(&mut self, host: HostTables) {
+        let before = std::mem::replace(&mut self.host, host);
+        let mut moved: BTreeSet<IpAddr> = BTreeSet::new();
+        let host = &self.host;
+        for addr in before.pod_interfaces.keys().chain(host.pod_interfaces.keys()) {
+            if before.pod_interfaces.get(addr) != host.pod_interfaces.get(addr) {
+                moved.insert(*addr);
+            }
+        }
+        for addr in before.own_addresses.keys().chain(host.own_addresses.keys()) {
+            if before.own_addresses.contains_key(addr) != host.own_addresses.contains_key(addr) {
+                moved.insert(*addr);
+            }
+        }
+        for addr in moved {
+            let first = BackendKey {
+                addr,
+                port: 0,
+                proto: crate::model::Protocol::Tcp,
+            };
+            let backends = self.desired.backends.range(first..).map(|(key, _)| *key);
+            self.touched.backends.extend(backends.take_while(|key| key.addr == addr));
+        }
+    }
+
+    /// Whether there is nothing left to write.
+    pub fn is_settled(&self) -> bool {
+        self.touched.is_empty() && !self.programmed.has_orphans() && self.is_host_settled()
+    }
+
+    fn is_host_settled(&self) -> bool {
+        self.programmed.own_addresses == self.host.own_addresses && self.programmed.devices == self.host.devices
+    }
+
+    /// Writes what differs. Never call it before the source is complete: what nobody desires is deleted.
+    pub fn run(&mut self, store: &mut dyn Store) -> Report {
+        let mut report = Report::default();
+        self.put_host(store, &mut report);
+        self.put_backends(store, &mut report);
+        self.put_services(store, &mut report);
+        self.put_ports(store, &mut report);
+        self.put_frontends(store, &mut report);
+        self.delete_frontends(store, &mut report);
+        self.trim_ports(store, &mut report);
+        self.delete_services(store, &mut report);
+        self.demote_backends(store, &mut report);
+        self.delete_host(store, &mut report);
+        report
+    }
+
+    /// Whether [`Syncer::reclaim`] has something to do.
+    pub fn has_garbage(&self) -> bool {
+        self.programmed.has_garbage()
+    }
+
+    /// Waits until no program uses what was replaced, and makes it free. Off the critical path, and batched.
+    pub fn reclaim(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
+        if self.has_garbage() {
+            store.grace_period()?;
+            self.programmed.reclaim(&self.desired);
+        }
+        Ok(())
+    }
+
+    /// How full the tables are: services, backends and elements of `MAGLEV`.
+    pub fn usage(&self) -> (usize, usize, u32) {
+        self.programmed.usage()
+    }
+
+    /// Services known, programmed or not.
+    pub fn services(&self) -> usize {
+        self.desired.services()
+    }
+
+    fn put_host(&mut self, store: &mut dyn Store, report: &mut Report) {
+        for (ifindex, device) in &self.host.devices {
+            if self.programmed.devices.get(ifindex) != Some(device)
+                && report.note(format!("device {ifindex}"), store.put_device(*ifindex, device))
+            {
+                self.programmed.devices.insert(*ifindex, *device);
+            }
+        }
+        for (addr, flags) in &self.host.own_addresses {
+            if self.programmed.own_addresses.get(addr) != Some(flags)
+                && report.note(format!("own address {addr}"), store.put_own_address(*addr, *flags))
+            {
+                self.programmed.own_addresses.insert(*addr, *flags);
+            }
+        }
+    }
+
+    fn delete_host(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let host = &self.host;
+        self.programmed.own_addresses.retain(|addr, _| {
+            host.own_addresses.contains_key(addr)
+                || !report.note(format!("own address {addr}"), store.delete_own_address(*addr))
+        });
+        self.programmed.devices.retain(|ifindex, _| {
+            host.devices.contains_key(ifindex)
+                || !report.note(format!("device {ifindex}"), store.delete_device(*ifindex))
+        });
+    }
+
+    /// Numbers new backends, and writes what makes a backend more usable or changes where it is.
+    fn put_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
+        for key in self.touched.backends.clone() {
+            let Some(uses) = self.desired.backends.get(&key).copied() else {
+                continue;
+            };
+            let given = match self.programmed.backend_ids.give(&key) {
+                Some(given) => given,
+                None => {
+                    let limit = self.limits.backends;
+                    report.failed(describe(&key), &NoRoom::Backends { limit });
+                    continue;
+                }
+            };
+            // A demotion waits until no table chooses the backend any more.
+            let at_least = match given {
+                Given::Same(id) => rank(self.programmed.backend(id).head.state),
+                Given::New(_) => 0,
+            };
+            let state = state(&uses);
+            if rank(state) < at_least {
+                continue;
+            }
+            self.write_backend(store, report, &key, given, state, &uses);
+        }
+    }
+
+    /// Writes the backends' final states.
+    fn demote_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let in_use = self.backends_of_stale_services();
+        for key in std::mem::take(&mut self.touched.backends) {
+            let Some(id) = self.programmed.backend_ids.get(&key) else {
+                if self.desired.backends.contains_key(&key) {
+                    self.touched.backends.insert(key);
+                }
+                continue;
+            };
+            if in_use.contains(&id) {
+                self.touched.backends.insert(key);
+                continue;
+            }
+            let uses = self.desired.backends.get(&key).copied().unwrap_or_default();
+            let done = self.write_backend(store, report, &key, Given::Same(id), state(&uses), &uses);
+            if !done {
+                self.touched.backends.insert(key);
+            } else if uses.total == 0 {
+                self.programmed.backend_garbage.push(key);
+            }
+        }
+    }
+
+    fn write_backend(
+        &mut self,
+        store: &mut dyn Store,
+        report: &mut Report,
+        key: &BackendKey,
+        given: Given,
+        state: u8,
+        uses: &Uses,
+    ) -> bool {
+        let (id, is_new) = match given {
+            Given::Same(id) => (id, false),
+            Given::New(id) => (id, true),
+        };
+        let before = self.programmed.backend(id);
+        let generation = if encode::backend_key(&before) != Some(*key) {
+            before.head.generation.wrapping_add(1).max(1)
+        } else {
+            before.head.generation
+        };
+        let place = if self.host.own_addresses.contains_key(&key.addr) {
+            Whereabouts::Host
+        } else if let Some(interface) = self.host.pod_interfaces.get(&key.addr) {
+            Whereabouts::Local(Some(interface))
+        } else if uses.local > 0 {
+            Whereabouts::Local(None)
+        } else {
+            Whereabouts::Remote
+        };
+        let backend = encode::backend(key, generation, state, place);
+        if backend == before {
+            return true;
+        }
+        let done = report.note(describe(key), store.write_backend(id, &backend));
+        if done {
+            self.programmed.set_backend(id, backend);
+        } else if is_new {
+            self.programmed.backend_ids.take_back(key);
+        }
+        done
+    }
+
+    fn put_ports(&mut self, store: &mut dyn Store, report: &mut Report) {
+        for index in &self.touched.ports {
+            let (desired, programmed) = (self.desired.ports[*index as usize], self.programmed.ports[*index as usize]);
+            let mut union = programmed;
+            union.any |= desired.any;
+            union.wildcard |= desired.wildcard;
+            if union != programmed && report.note(format!("ports {index}"), store.write_ports(*index, union)) {
+                self.programmed.ports[*index as usize] = union;
+            }
+        }
+    }
+
+    /// Clears the bits of ports that no frontend uses; not while a frontend waits for its deletion.
+    fn trim_ports(&mut self, store: &mut dyn Store, report: &mut Report) {
+        if !self.touched.frontends.is_empty() {
+            return;
+        }
+        let (desired, programmed) = (&self.desired.ports, &mut self.programmed.ports);
+        self.touched.ports.retain(|index| {
+            let at = *index as usize;
+            if desired[at] == programmed[at] {
+                return false;
+            }
+            let done = report.note(format!("ports {index}"), store.write_ports(*index, desired[at]));
+            if done {
+                programmed[at] = desired[at];
+            }
+            !done
+        });
+    }
+
+    fn put_frontends(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let (desired, programmed) = (&self.desired, &mut self.programmed);
+        self.touched.frontends.retain(|frontend| {
+            let Some(key) = desired.frontends.get(frontend) else {
+                return true;
+            };
+            let Some(index) = programmed.written_service(key) else {
+                report
+                    .failed
+                    .entry(services::describe(key))
+                    .or_insert_with(|| NoRoom::NoService.to_string());
+                return true;
+            };
+            if programmed.frontends.get(frontend) == Some(&index) {
+                return false;
+            }
+            let done = report.note(services::describe(key), store.put_frontend(*frontend, index));
+            if done {
+                programmed.frontends.insert(*frontend, index);
+            }
+            !done
+        });
+    }
+
+    fn delete_frontends(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let (desired, programmed) = (&self.desired, &mut self.programmed);
+        self.touched.frontends.retain(|frontend| {
+            if desired.frontends.contains_key(frontend) {
+                return true;
+            }
+            if !programmed.frontends.contains_key(frontend) {
+                return false;
+            }
+            let done = report.note(format!("{frontend:?}"), store.delete_frontend(*frontend));
+            if done {
+                programmed.frontends.remove(frontend);
+            }
+            !done
+        });
+    }
+}
+
+/// The state in which a backend belongs.
+fn state(uses: &Uses) -> u8 {
+    if uses.chosen > 0 {
+        backend_state::ACTIVE
+    } else if uses.serving > 0 {
+        backend_state::SERVING
+    } else {
+        backend_state::DRAINING
+    }
+}
+
+/// States by how much they allow.
+fn rank(state: u8) -> u8 {
+    match state {
+        backend_state::ACTIVE => 3,
+        backend_state::SERVING => 2,
+        backend_state::DRAINING => 1,
+        _ => 0,
+    }
+}
+
+fn describe(key: &BackendKey) -> String {
+    let BackendKey { addr, port, proto } = key;
+    format!("backend {}/{}", std::net::SocketAddr::new(*addr, *port), proto.as_str())
+}

@@ -1,0 +1,187 @@
+//! What the tables hold, as far as we wrote it or found it: the bookkeeping behind every decision not to write.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use dataplane_common::{
+    backend::Backend,
+    device::Device,
+    service::{PortSet, Scope, Service, service_flags},
+};
+
+use super::{
+    arena::{Arena, Slice},
+    desired::Desired,
+    encode,
+    ids::Ids,
+};
+use crate::{
+    compile::{BackendKey, BalancerKey},
+    store::FrontendKey,
+};
+
+/// Who has a service index.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ServiceId {
+    Known(BalancerKey),
+    /// Found in the table at start, by index. The table does not say whose it was.
+    Found(u32),
+}
+
+/// An entry of `SERVICES` and its slice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slot {
+    pub value: Service,
+    pub slice: Option<Slice>,
+    /// The backend ids that the slice begins with.
+    pub ids: Vec<u32>,
+}
+
+/// The programmed state.
+#[derive(Debug)]
+pub struct Programmed {
+    pub frontends: HashMap<FrontendKey, u32>,
+    pub ports: Vec<PortSet>,
+    pub own_addresses: BTreeMap<IpAddr, u32>,
+    pub devices: BTreeMap<u32, Device>,
+    pub backend_ids: Ids<BackendKey>,
+    pub service_ids: Ids<ServiceId>,
+    pub arena: Arena,
+    backends: HashMap<u32, Backend>,
+    slots: HashMap<u32, Slot>,
+    /// Services found at start that no balancer has adopted yet.
+    pub found: BTreeSet<u32>,
+    /// Their slices, until they have been compared.
+    pub found_words: HashMap<u32, Vec<u64>>,
+    pub backend_garbage: Vec<BackendKey>,
+    pub slice_garbage: Vec<Slice>,
+    service_garbage: Vec<ServiceId>,
+}
+
+impl Programmed {
+    pub fn new(services: u32, backends: u32, maglev: u32) -> Self {
+        Self {
+            frontends: HashMap::new(),
+            ports: Vec::new(),
+            own_addresses: BTreeMap::new(),
+            devices: BTreeMap::new(),
+            backend_ids: Ids::new(backends),
+            service_ids: Ids::new(services),
+            arena: Arena::new(maglev),
+            backends: HashMap::new(),
+            slots: HashMap::new(),
+            found: BTreeSet::new(),
+            found_words: HashMap::new(),
+            backend_garbage: Vec::new(),
+            slice_garbage: Vec::new(),
+            service_garbage: Vec::new(),
+        }
+    }
+
+    pub fn usage(&self) -> (usize, usize, u32) {
+        (self.service_ids.used(), self.backend_ids.used(), self.arena.used())
+    }
+
+    /// What the table says of a backend id; zero where nothing was ever written.
+    pub fn backend(&self, id: u32) -> Backend {
+        self.backends.get(&id).copied().unwrap_or_default()
+    }
+
+    pub fn set_backend(&mut self, id: u32, backend: Backend) {
+        self.backends.insert(id, backend);
+    }
+
+    /// The id of a backend whose entry is in the table.
+    pub fn written_backend(&self, key: &BackendKey) -> Option<u32> {
+        let id = self.backend_ids.get(key)?;
+        (encode::backend_key(self.backends.get(&id)?) == Some(*key)).then_some(id)
+    }
+
+    pub fn slot(&self, index: u32) -> Slot {
+        self.slots.get(&index).cloned().unwrap_or_default()
+    }
+
+    pub fn set_slot(&mut self, index: u32, slot: Slot) {
+        self.slots.insert(index, slot);
+    }
+
+    /// The index of a balancer whose entry is in the table.
+    pub fn written_service(&self, key: &BalancerKey) -> Option<u32> {
+        let index = self.service_ids.get(&ServiceId::Known(key.clone()))?;
+        let slot = self.slots.get(&index)?;
+        let is_live = slot.value.head.flags & service_flags::DELETED == 0;
+        (is_live && encode::service_frontend(&slot.value) == Some(key.frontend)).then_some(index)
+    }
+
+    /// Gives a balancer without index the one that was found behind its frontends.
+    pub fn adopt(&mut self, key: &BalancerKey, desired: &HashMap<FrontendKey, BalancerKey>) {
+        if self.found.is_empty() || self.service_ids.get(&ServiceId::Known(key.clone())).is_some() {
+            return;
+        }
+        for scope in [Scope::Internal, Scope::External] {
+            let frontend = encode::frontend_key(&key.frontend, scope);
+            if desired.get(&frontend) == Some(key)
+                && let Some(index) = self.frontends.get(&frontend)
+                && self.found.remove(index)
+            {
+                self.service_ids
+                    .rename(&ServiceId::Found(*index), ServiceId::Known(key.clone()));
+                return;
+            }
+        }
+    }
+
+    /// Services found at start that nobody has adopted.
+    pub fn orphans(&self) -> Vec<ServiceId> {
+        self.found.iter().copied().map(ServiceId::Found).collect()
+    }
+
+    pub fn has_orphans(&self) -> bool {
+        !self.found.is_empty()
+    }
+
+    /// Whether a frontend still leads to a service that is about to be deleted.
+    pub fn leads_to(&self, index: u32, id: &ServiceId) -> bool {
+        let frontend = match id {
+            ServiceId::Known(key) => Some(key.frontend),
+            ServiceId::Found(_) => encode::service_frontend(&self.slot(index).value),
+        };
+        frontend.is_some_and(|frontend| {
+            [Scope::Internal, Scope::External]
+                .into_iter()
+                .any(|scope| self.frontends.get(&encode::frontend_key(&frontend, scope)) == Some(&index))
+        })
+    }
+
+    /// Lets a service index go, after a grace period.
+    pub fn discard(&mut self, id: ServiceId) {
+        if let ServiceId::Found(index) = id {
+            self.found.remove(&index);
+        }
+        self.service_garbage.push(id);
+    }
+
+    pub fn has_garbage(&self) -> bool {
+        !self.backend_garbage.is_empty() || !self.slice_garbage.is_empty() || !self.service_garbage.is_empty()
+    }
+
+    /// Frees what was discarded, save what has come back since.
+    pub fn reclaim(&mut self, desired: &Desired) {
+        for slice in self.slice_garbage.drain(..) {
+            self.arena.free(slice);
+        }
+        for key in self.backend_garbage.drain(..) {
+            if !desired.backends.contains_key(&key) {
+                self.backend_ids.retire(&key);
+            }
+        }
+        for id in self.service_garbage.drain(..) {
+            let is_back = matches!(&id, ServiceId::Known(key) if desired.balancers.contains_key(key));
+            if !is_back {
+                self.service_ids.retire(&id);
+            }
+        }
+    }
+}

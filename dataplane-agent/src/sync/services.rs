@@ -1,0 +1,256 @@
+//! Entries of `SERVICES` and their slices of `MAGLEV`: a new slice is written beside the old one, then the head is
+//! flipped, then the old one is garbage.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use dataplane_common::service::{Service, ServiceHead, service_flags, size_class};
+
+use super::{
+    NoRoom, Report, Syncer,
+    arena::Slice,
+    desired::Wanted,
+    encode,
+    ids::Given,
+    programmed::{ServiceId, Slot},
+};
+use crate::{
+    compile::{BackendKey, BalancerKey, maglev},
+    store::{Store, StoreError},
+};
+
+/// The table that was computed last: a Service's frontends follow each other and share their backends.
+#[derive(Default)]
+struct LastTable(Option<(Arc<[BackendKey]>, Vec<u16>)>);
+
+impl LastTable {
+    fn slots(&mut self, backends: &Arc<[BackendKey]>, class: u8) -> &[u16] {
+        if self.0.as_ref().is_none_or(|(of, _)| of != backends) {
+            self.0 = Some((backends.clone(), maglev::table(backends, &[], class)));
+        }
+        self.0.as_ref().map_or(&[], |(_, slots)| slots)
+    }
+}
+
+impl Syncer {
+    /// Writes the services that are desired.
+    pub(super) fn put_services(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let mut last = LastTable::default();
+        for key in self.touched.balancers.clone() {
+            let Some(wanted) = self.desired.balancers.get(&key).cloned() else {
+                continue;
+            };
+            let mut outcome = self.put_service(store, report, &key, &wanted, &mut last);
+            if matches!(outcome, Err(Failure::NoRoom(_))) && self.has_garbage() && self.reclaim(store).is_ok() {
+                outcome = self.put_service(store, report, &key, &wanted, &mut last);
+            }
+            match outcome {
+                Ok(()) => {
+                    self.touched.balancers.remove(&key);
+                }
+                Err(Failure::NoRoom(error)) => report.failed(describe(&key), &error),
+                Err(Failure::Store(error)) => report.failed(describe(&key), &error),
+            }
+        }
+    }
+
+    fn put_service(
+        &mut self,
+        store: &mut dyn Store,
+        report: &mut Report,
+        key: &BalancerKey,
+        wanted: &Wanted,
+        last: &mut LastTable,
+    ) -> Result<(), Failure> {
+        let Wanted {
+            backends,
+            drop_when_empty,
+        } = wanted;
+        if backends.len() > maglev::MAX_BACKENDS {
+            let backends = backends.len();
+            return Err(NoRoom::TooMany { backends }.into());
+        }
+        let numbers = backends.iter().map(|backend| self.programmed.written_backend(backend));
+        let ids: Vec<u32> = numbers.collect::<Option<_>>().ok_or(NoRoom::Unnumbered)?;
+        let (index, is_new) = match self.index(key)? {
+            Given::Same(index) => (index, false),
+            Given::New(index) => (index, true),
+        };
+        let before = self.programmed.slot(index);
+        let class = size_class(ids.len());
+        let undo = |syncer: &mut Self, slice: Option<Slice>| syncer.forget_new(key, is_new, slice);
+        let keep = !is_new && self.slice_fits(index, &before, &ids, class, backends, last);
+        let slice = if class == 0 {
+            None
+        } else if keep {
+            before.slice
+        } else {
+            let len = encode::slice_len(ids.len(), class);
+            let Some(slice) = self.programmed.arena.allocate(len) else {
+                undo(self, None);
+                let limit = self.limits.maglev;
+                return Err(NoRoom::Maglev { wanted: len, limit }.into());
+            };
+            let words = encode::slice_words(&ids, last.slots(backends, class));
+            if let Err(error) = store.write_maglev(slice.start, &words) {
+                undo(self, Some(slice));
+                return Err(error.into());
+            }
+            report.writes += 1;
+            Some(slice)
+        };
+        let generation = before.value.head.generation;
+        let head = ServiceHead {
+            slots_offset: slice.map_or(0, |slice| encode::slots_offset(slice, ids.len())),
+            generation: if is_new || generation == 0 { generation.wrapping_add(1) } else { generation },
+            size_class: class,
+            flags: if *drop_when_empty { service_flags::DROP_WHEN_EMPTY } else { 0 },
+        };
+        let value = encode::service(&key.frontend, head);
+        if value != before.value {
+            if let Err(error) = store.write_service(index, &value) {
+                undo(self, slice.filter(|_| !keep));
+                return Err(error.into());
+            }
+            report.writes += 1;
+        }
+        if !keep {
+            self.programmed.slice_garbage.extend(before.slice);
+        }
+        self.programmed.set_slot(index, Slot { value, slice, ids });
+        Ok(())
+    }
+
+    /// Whether the slice in force is already what is wanted.
+    fn slice_fits(
+        &mut self,
+        index: u32,
+        before: &Slot,
+        ids: &[u32],
+        class: u8,
+        backends: &Arc<[BackendKey]>,
+        last: &mut LastTable,
+    ) -> bool {
+        let found = self.programmed.found_words.remove(&index);
+        if before.value.head.size_class != class || before.ids != ids || before.slice.is_none() != (class == 0) {
+            return false;
+        }
+        match found {
+            // Written by an earlier process: perhaps by another version, so compare it in full.
+            Some(found) => found == encode::slice_words(ids, last.slots(backends, class)),
+            None => true,
+        }
+    }
+
+    fn forget_new(&mut self, key: &BalancerKey, is_new: bool, slice: Option<Slice>) {
+        if let Some(slice) = slice {
+            self.programmed.arena.free(slice);
+        }
+        // The table does not know the new owner: the next try has to bump the generation again.
+        if is_new {
+            self.programmed.service_ids.take_back(&ServiceId::Known(key.clone()));
+        }
+    }
+
+    /// The index of a balancer: its own, one found in the tables behind its frontend, or a new one.
+    fn index(&mut self, key: &BalancerKey) -> Result<Given, NoRoom> {
+        self.programmed.adopt(key, &self.desired.frontends);
+        self.programmed
+            .service_ids
+            .give(&ServiceId::Known(key.clone()))
+            .ok_or(NoRoom::Services {
+                limit: self.limits.services,
+            })
+    }
+
+    /// The backends in the tables of services that are not as desired: a run that failed leaves them in use.
+    pub(super) fn backends_of_stale_services(&self) -> BTreeSet<u32> {
+        let stale = self.touched.balancers.iter().cloned().map(ServiceId::Known);
+        let indexes = stale.chain(self.programmed.orphans()).filter_map(|id| self.programmed.service_ids.get(&id));
+        indexes.flat_map(|index| self.programmed.slot(index).ids).collect()
+    }
+
+    /// Marks the services that nobody desires as deleted; established flows know their backends.
+    pub(super) fn delete_services(&mut self, store: &mut dyn Store, report: &mut Report) {
+        let mut gone: Vec<ServiceId> = self.programmed.orphans();
+        for key in &self.touched.balancers {
+            if !self.desired.balancers.contains_key(key) {
+                gone.push(ServiceId::Known(key.clone()));
+            }
+        }
+        for id in gone {
+            if self.delete_service(store, report, &id)
+                && let ServiceId::Known(key) = &id
+            {
+                self.touched.balancers.remove(key);
+            }
+        }
+    }
+
+    fn delete_service(&mut self, store: &mut dyn Store, report: &mut Report, id: &ServiceId) -> bool {
+        let Some(index) = self.programmed.service_ids.get(id) else {
+            return true;
+        };
+        // A frontend that could not be deleted or moved still leads here.
+        if self.programmed.leads_to(index, id) {
+            return false;
+        }
+        let before = self.programmed.slot(index);
+        let head = ServiceHead {
+            slots_offset: 0,
+            size_class: 0,
+            flags: service_flags::DELETED,
+            generation: before.value.head.generation,
+        };
+        let value = Service { head, ..before.value };
+        if value != before.value {
+            if let Err(error) = store.write_service(index, &value) {
+                report.failed(format!("service index {index}"), &error);
+                return false;
+            }
+            report.writes += 1;
+        }
+        self.programmed.slice_garbage.extend(before.slice);
+        self.programmed.found_words.remove(&index);
+        let slot = Slot {
+            value,
+            slice: None,
+            ids: Vec::new(),
+        };
+        self.programmed.set_slot(index, slot);
+        self.programmed.discard(id.clone());
+        true
+    }
+}
+
+enum Failure {
+    NoRoom(NoRoom),
+    Store(StoreError),
+}
+
+impl From<NoRoom> for Failure {
+    fn from(error: NoRoom) -> Self {
+        Failure::NoRoom(error)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure::Store(error)
+    }
+}
+
+/// A balancer for people.
+pub fn describe(key: &BalancerKey) -> String {
+    let BalancerKey {
+        owner,
+        frontend,
+        policy: _,
+    } = key;
+    let proto = frontend.proto.as_str();
+    if frontend.addr.is_unspecified() {
+        let family = if frontend.addr.is_ipv4() { "IPv4" } else { "IPv6" };
+        return format!("Service {owner}: node port {}/{proto} ({family})", frontend.port);
+    }
+    let at = std::net::SocketAddr::new(frontend.addr, frontend.port);
+    format!("Service {owner}: {at}/{proto}")
+}

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::needs::{self, Need};
 use crate::toolchain::{self, Compiler, Toolchain};
@@ -50,7 +50,7 @@ pub fn toolchain() -> Result<Toolchain> {
         install_compiler()?;
     }
     install_linker()?;
-    toolchain::find().with_context(instructions)
+    toolchain::find().map_err(stuck)
 }
 
 /// The lint driver of the kernel side's compiler; nothing but `cargo xtask lint` fails without it.
@@ -92,7 +92,7 @@ pub fn programs() -> Result<()> {
 fn check() -> Result<()> {
     let missing = needs::missing();
     report_missing(&missing);
-    let toolchain = toolchain::find().with_context(instructions)?;
+    let toolchain = toolchain::find().map_err(stuck)?;
     if !missing.is_empty() {
         bail!(
             "{} programs are missing: `cargo xtask setup` installs them where it can",
@@ -143,7 +143,7 @@ fn install_compiler() -> Result<()> {
         })
         .with_context(instructions);
     }
-    bail!("{}", instructions())
+    return Err(stuck(anyhow!("no way to install it was found here")));
 }
 
 /// A linker for the first compiler that one can be had for.
@@ -160,7 +160,7 @@ fn install_linker() -> Result<()> {
             .arg(paths::tools());
         return progress::step("installing bpf-linker", || process::run_captured(&mut command));
     }
-    bail!("{}", instructions())
+    return Err(stuck(anyhow!("no way to install it was found here")));
 }
 
 /// Where the development files of the compiler's LLVM are, installed if they can be.
@@ -236,13 +236,19 @@ fn lock() -> Result<File> {
     Ok(file)
 }
 
+/// The error of a set-up that cannot go on: the cause, and the way out.
+#[expect(clippy::needless_pass_by_value, reason = "it stands in `map_err`")]
+fn stuck(cause: anyhow::Error) -> anyhow::Error {
+    anyhow!("{cause:#}\n\n{}", instructions())
+}
+
 /// What a person does where we cannot install.
 fn instructions() -> String {
     let tools = paths::tools();
     let packages: Vec<&str> = needs::PROGRAMS.iter().map(|need| need.package).collect();
     format!(
         "\
-set-up cannot go on by itself here. Any one of these, then run the command again:
+Set-up cannot go on by itself here. Any one of these, then run the command again:
 
   with rustup, on any Linux:
     rustup toolchain install nightly --component rust-src,clippy

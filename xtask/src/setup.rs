@@ -143,7 +143,7 @@ fn install_compiler() -> Result<()> {
         })
         .with_context(instructions);
     }
-    return Err(stuck(anyhow!("no way to install it was found here")));
+    Err(stuck(anyhow!("no way to install it was found here")))
 }
 
 /// A linker for the first compiler that one can be had for.
@@ -160,7 +160,7 @@ fn install_linker() -> Result<()> {
             .arg(paths::tools());
         return progress::step("installing bpf-linker", || process::run_captured(&mut command));
     }
-    return Err(stuck(anyhow!("no way to install it was found here")));
+    Err(stuck(anyhow!("no way to install it was found here")))
 }
 
 /// Where the development files of the compiler's LLVM are, installed if they can be.

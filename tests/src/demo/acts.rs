@@ -53,8 +53,8 @@ pub fn programmed(stage: &Stage) -> Result<Doubts> {
     let maps = kernel::maps(&stage.cluster.places().bpffs.join("node1"))?;
     let frontends = kernel::frontends(&maps)?;
     let backends = kernel::backends(&maps)?;
-    println!("   frontends  {}", frontends.join("  "));
-    println!("   backends   {}\n", backends.join("  "));
+    println!("{}", wrapped("   frontends", &frontends));
+    println!("{}\n", wrapped("   backends", &backends));
     let mut doubts = Doubts::new();
     if frontends.is_empty() || backends.is_empty() {
         doubts.push("the maps are empty".to_owned());
@@ -222,6 +222,21 @@ fn counts(servers: &[String], names: &BTreeMap<String, u32>) -> String {
             .iter()
             .map(|server| names.get(server).copied().unwrap_or_default()),
     )
+}
+
+/// A list of at most 100 columns a line, indented behind its title.
+fn wrapped(title: &str, items: &[String]) -> String {
+    let (mut text, mut column) = (format!("{title:<12}"), 12);
+    for item in items {
+        if column + item.len() > 98 {
+            text.push_str("\n            ");
+            column = 12;
+        }
+        text.push_str("  ");
+        text.push_str(item);
+        column += item.len() + 2;
+    }
+    text
 }
 
 fn columns(cells: impl Iterator<Item = impl Display>) -> String {

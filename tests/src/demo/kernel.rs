@@ -58,6 +58,7 @@ pub fn backends(maps: &Path) -> Result<Vec<String>> {
         found.push((address(&value["addr_be"]), port(&value["head"]["port_be"]), state));
     }
     found.sort();
+    found.dedup();
     Ok(found
         .into_iter()
         .map(|(ip, port, state)| shown(ip, port) + state)

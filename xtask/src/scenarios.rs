@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 use crate::test::Counts;
 use crate::{build, paths, process, progress, setup};
 
+/// Options of the runner that no value follows.
+const WITHOUT_VALUE: [&str; 3] = ["--hold", "--help", "-h"];
+
 /// The tag of what this version promises; `--rotate` runs these.
 const PROMISED: &str = "first-light";
 
@@ -24,7 +27,7 @@ pub struct Args {
     #[arg(long)]
     rotate: bool,
 
-    /// Folders or files, then the runner's own options: --filter EXPR, --socket-lb off|all, --datapath xdp|tc,
+    /// Folders or files (tests/scenarios/services if none), then the runner's own options: --filter EXPR, --socket-lb off|all, --datapath xdp|tc,
     /// --network routed|bridge|vxlan, --source folder|api, --agent PATH, --jobs N, -o json
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     passed_on: Vec<String>,
@@ -69,6 +72,9 @@ pub fn run(args: &Args) -> Result<()> {
     // Options before the folders are ours; those after them went to the runner's list, and mean the same.
     let matrix = args.matrix | take(&mut passed_on, "--matrix");
     let rotate = args.rotate | take(&mut passed_on, "--rotate");
+    if places_and_options(&passed_on).0.is_empty() {
+        passed_on.insert(0, default_folder());
+    }
     if (matrix || rotate) && passed_on.iter().any(|arg| is_chosen_by_us(arg)) {
         bail!(
             "--matrix and --rotate choose --socket-lb, --datapath and --network themselves, and add up text, not json"
@@ -118,15 +124,10 @@ fn runner(args: &[String]) -> Result<std::process::Command> {
 
 /// Each promised scenario once: as many runs as there are configurations, each with its share of the ids.
 fn rotated(args: &[String]) -> Result<Counts> {
-    let (folders, options): (Vec<_>, Vec<_>) = args.iter().cloned().partition(|arg| Path::new(arg).exists());
+    let (folders, options) = places_and_options(args);
     if options.iter().any(|arg| arg.starts_with("--filter")) {
         bail!("--rotate chooses the scenarios by the tag {PROMISED}: leave --filter out");
     }
-    let folders = if folders.is_empty() {
-        default_folders()
-    } else {
-        folders
-    };
     let ids = ids_with_tag(&folders, PROMISED)?;
     if ids.is_empty() {
         bail!("no scenario of {} has the tag {PROMISED}", folders.join(" "));
@@ -151,13 +152,28 @@ fn rotated(args: &[String]) -> Result<Counts> {
     Ok(total)
 }
 
-fn default_folders() -> Vec<String> {
-    vec![
-        paths::root()
-            .join("tests/scenarios/services")
-            .display()
-            .to_string(),
-    ]
+fn default_folder() -> String {
+    paths::root()
+        .join("tests/scenarios/services")
+        .display()
+        .to_string()
+}
+
+/// Tells folders and files from options and their values.
+fn places_and_options(args: &[String]) -> (Vec<String>, Vec<String>) {
+    let (mut places, mut options) = (Vec::new(), Vec::new());
+    let mut is_value = false;
+    for arg in args {
+        let is_option = arg.starts_with('-');
+        let list = if is_option || is_value {
+            &mut options
+        } else {
+            &mut places
+        };
+        list.push(arg.clone());
+        is_value = is_option && !arg.contains('=') && !WITHOUT_VALUE.contains(&arg.as_str());
+    }
+    (places, options)
 }
 
 /// One run of the runner: its lines are ours, but for the last, which is counted.
@@ -259,6 +275,14 @@ mod tests {
             assert!(!all[..index].contains(configuration), "{configuration:?} twice");
         }
         assert_eq!(all.len(), 12);
+    }
+
+    #[test]
+    fn the_value_of_an_option_is_no_folder() {
+        let args = ["a", "--agent", "/bin/true", "--hold", "b", "--jobs=2", "c"].map(str::to_owned);
+        let (places, options) = places_and_options(&args);
+        assert_eq!(places, ["a", "b", "c"]);
+        assert_eq!(options, ["--agent", "/bin/true", "--hold", "--jobs=2"]);
     }
 
     #[test]

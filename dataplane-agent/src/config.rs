@@ -72,7 +72,8 @@ pub enum FastPath {
 }
 
 /// An inclusive range of ports, written `A-B`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(try_from = "String")]
 pub struct PortRange {
     pub min: u16,
     pub max: u16,
@@ -96,6 +97,14 @@ impl std::str::FromStr for PortRange {
             return Err(wrong());
         }
         Ok(Self { min, max })
+    }
+}
+
+impl TryFrom<String> for PortRange {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 

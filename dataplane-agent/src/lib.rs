@@ -3,12 +3,15 @@
 //! Data flows one way: [`source`] → [`decode`] → [`model`] → [`compile`] → [`sync`] → [`store`]. [`agent`] is the
 //! loop around it, [`host`] the seam to what finds out about this machine ([`attach`], [`netlink`], [`bpf`]).
 
+pub mod agent;
+pub mod args;
 pub mod attach;
 pub mod bpf;
 pub mod cli;
 pub mod compile;
 pub mod config;
 pub mod decode;
+pub mod health;
 pub mod host;
 pub mod model;
 pub mod netlink;

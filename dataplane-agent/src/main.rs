@@ -1,3 +1,10 @@
 //! The binary; everything is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use dataplane_agent::{args::Cli, cli};
+
+fn main() -> ExitCode {
+    cli::main(Cli::parse())
+}

@@ -1,4 +1,50 @@
-//! The commands besides `run`.
+//! The commands.
 
+pub mod check;
 pub mod cleanup;
 pub mod status;
+pub mod wait;
+
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    agent,
+    args::{Cli, Command},
+};
+
+/// Runs a command; errors go to stderr, with their causes.
+pub fn main(cli: Cli) -> ExitCode {
+    log_to_stderr();
+    run(cli.command).unwrap_or_else(|error| {
+        // Nothing is left to report to when stderr is closed.
+        let _closed = writeln!(std::io::stderr(), "error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(run) => agent::run(run.resolve()?)?,
+        Command::Check { folder } => return check::run(&folder),
+        Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
+        Command::Status { bpffs, output } => status::run(&bpffs, output)?,
+        Command::Cleanup { bpffs } => cleanup::run(&bpffs)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Levels by `DATAPLANE_LOG`, as `tracing` writes them; colours only on a terminal and without `NO_COLOR`.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("DATAPLANE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .init();
+}

@@ -16,7 +16,7 @@ use std::{
 
 use claims::Claims;
 
-use crate::model::{Dirty, Index, Name, Problem, Protocol};
+use crate::model::{Dirty, Index, Kind, Name, ObjectRef, Origin, Problem, Protocol, Rejected};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -116,6 +116,24 @@ impl Compiler {
     /// Addresses and ports that a Service does not get, by Service.
     pub fn problems(&self) -> &BTreeMap<Name, Vec<Problem>> {
         &self.problems
+    }
+
+    /// The same as rejections, with what `origin` knows of a Service.
+    pub fn rejected(&self, origin: impl Fn(&Name) -> Option<Origin>) -> Vec<Rejected> {
+        let of_service = |(name, problems): (&Name, &Vec<Problem>)| {
+            let object = ObjectRef {
+                kind: Kind::Service,
+                name: name.clone(),
+            };
+            let origin = origin(name);
+            let reject = move |problem: &Problem| Rejected {
+                origin: origin.clone(),
+                object: object.to_string(),
+                problem: problem.clone(),
+            };
+            problems.iter().map(reject).collect::<Vec<_>>()
+        };
+        self.problems.iter().flat_map(of_service).collect()
     }
 
     /// Whether an address belongs to a Service.

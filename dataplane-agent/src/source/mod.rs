@@ -6,12 +6,17 @@ use std::collections::BTreeMap;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::model::{Object, ObjectRef, Rejected};
+use crate::model::{Object, ObjectRef, Origin, Rejected};
 
 /// One change of one object.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
-    Apply(Object),
+    Apply {
+        key: ObjectRef,
+        object: Object,
+        /// The document it is in, if it is in one.
+        origin: Option<Origin>,
+    },
     Delete(ObjectRef),
 }
 

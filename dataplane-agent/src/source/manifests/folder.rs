@@ -240,8 +240,13 @@ impl Folder {
             *from = origin;
             return None;
         }
-        self.in_force.insert(key.clone(), (origin, object.clone()));
-        Some(Change::Apply(object))
+        self.in_force
+            .insert(key.clone(), (origin.clone(), object.clone()));
+        Some(Change::Apply {
+            key: key.clone(),
+            object,
+            origin: Some(origin),
+        })
     }
 
     fn rejected(&self, unreadable: &BTreeMap<PathBuf, io::Error>) -> Vec<Rejected> {
@@ -285,11 +290,6 @@ impl Folder {
             *ignored.entry(kind.clone()).or_default() += count;
         }
         ignored
-    }
-
-    /// Where an object that is in force comes from.
-    pub fn origin(&self, key: &ObjectRef) -> Option<&Origin> {
-        self.in_force.get(key).map(|(origin, _)| origin)
     }
 }
 

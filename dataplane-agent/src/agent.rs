@@ -1,0 +1,340 @@
+//! The loop: batches of the source and observations of the machine in, table entries out.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use dataplane_common::device::own_flags;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    time,
+};
+
+use crate::{
+    attach,
+    compile::Compiler,
+    config::{Config, NodePortAddresses},
+    health::{self, Health, LookAgain, Progress},
+    host::{HostState, Kernel, OwnAddress, Reach, WantedPods},
+    model::{Dirty, Index, Kind, Name, Origin, Rejected},
+    source::{self, Batch, Change},
+    store::Store,
+    sync::{HostTables, Syncer},
+};
+
+/// The first wait after a failed write; it doubles up to [`RETRY_AT_MOST`].
+const RETRY: Duration = Duration::from_millis(100);
+const RETRY_AT_MOST: Duration = Duration::from_secs(30);
+/// What was replaced is collected for so long before it is freed.
+const RECLAIM_AFTER: Duration = Duration::from_millis(100);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+
+/// Runs the agent until it is told to stop. The datapath stays.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?
+        .block_on(start(config))
+}
+
+async fn start(config: Config) -> anyhow::Result<()> {
+    let source = source::manifests::start(&config.manifests)
+        .with_context(|| format!("failed to watch {}", config.manifests.display()))?;
+    let (wanted, wanted_seen) = watch::channel(WantedPods::default());
+    let Kernel { store, mut host } = attach::start::start(&config, wanted_seen)?;
+    let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
+    let (progress, progress_seen) = watch::channel(Progress::default());
+    let (look_again, mut looks) = mpsc::unbounded_channel();
+    let health = Health {
+        progress: progress_seen,
+        rescan: source.rescan.clone(),
+        look_again,
+    };
+    if let Some(addr) = config.health_addr {
+        let listener = TcpListener::bind(addr)
+            .await
+            .with_context(|| format!("failed to listen on {addr}"))?;
+        tokio::spawn(health.clone().serve_tcp(listener));
+    }
+    tokio::spawn(health.serve_unix(health::bind_unix(&config.socket)?));
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut alive = time::interval(SIGN_OF_LIFE);
+    let mut batches = source.batches;
+    let mut agent = Agent::new(&config, store, syncer, wanted, progress);
+    tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
+    loop {
+        let reclaim_at = agent.reclaim_at;
+        let retry_at = agent.retry_at;
+        tokio::select! {
+            batch = batches.recv() => agent.take_batch(batch.context("the source has ended")?),
+            changed = host.changed() => {
+                changed.context("the observation of this machine has ended")?;
+                let state = host.borrow_and_update().clone();
+                agent.take_host(state);
+            }
+            Some(reply) = looks.recv() => agent.look_again(reply),
+            () = at(retry_at), if retry_at.is_some() => agent.write(),
+            () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
+            _ = alive.tick() => agent.sign_of_life(),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopped; the datapath stays, `cleanup` removes it");
+    // Gone already if somebody removed it.
+    let _gone = std::fs::remove_file(&config.socket);
+    Ok(())
+}
+
+async fn at(time: Option<Instant>) {
+    if let Some(time) = time {
+        time::sleep_until(time.into()).await;
+    }
+}
+
+/// The state of the loop.
+struct Agent {
+    node_port_addresses: NodePortAddresses,
+    index: Index,
+    compiler: Compiler,
+    syncer: Syncer,
+    store: Box<dyn Store + Send>,
+    host: Option<HostState>,
+    wanted: watch::Sender<WantedPods>,
+    progress: watch::Sender<Progress>,
+    origins: HashMap<Name, Origin>,
+    /// The source has been read completely.
+    complete: bool,
+    taken: u64,
+    source_rejected: Vec<Rejected>,
+    rejected: BTreeSet<Rejected>,
+    failed: BTreeMap<String, String>,
+    ignored: BTreeSet<String>,
+    retry: Duration,
+    retry_at: Option<Instant>,
+    reclaim_at: Option<Instant>,
+}
+
+impl Agent {
+    fn new(
+        config: &Config,
+        store: Box<dyn Store + Send>,
+        syncer: Syncer,
+        wanted: watch::Sender<WantedPods>,
+        progress: watch::Sender<Progress>,
+    ) -> Self {
+        Self {
+            node_port_addresses: config.node_port_addresses.clone(),
+            index: Index::new(&config.node_name),
+            compiler: Compiler::default(),
+            syncer,
+            store,
+            host: None,
+            wanted,
+            progress,
+            origins: HashMap::new(),
+            complete: false,
+            taken: 0,
+            source_rejected: Vec::new(),
+            rejected: BTreeSet::new(),
+            failed: BTreeMap::new(),
+            ignored: BTreeSet::new(),
+            retry: RETRY,
+            retry_at: None,
+            reclaim_at: None,
+        }
+    }
+
+    fn take_batch(&mut self, batch: Batch) {
+        let Batch {
+            revision,
+            complete,
+            changes,
+            rejected,
+            ignored,
+        } = batch;
+        let mut dirty = Dirty::default();
+        for change in changes {
+            dirty.merge(self.take_change(change));
+        }
+        self.complete |= complete;
+        self.taken = revision;
+        self.source_rejected = rejected;
+        for kind in ignored.into_keys() {
+            if !self.ignored.contains(&kind) {
+                tracing::info!(kind, "not read");
+                self.ignored.insert(kind);
+            }
+        }
+        let updates = self.compiler.update(&self.index, &dirty);
+        self.syncer.update(updates);
+        if dirty.local_pods {
+            self.publish_wanted(false);
+        }
+        self.report_rejected();
+        self.retry = RETRY;
+        self.write();
+    }
+
+    fn take_change(&mut self, change: Change) -> Dirty {
+        match change {
+            Change::Apply { key, object, origin } => {
+                if key.kind == Kind::Service {
+                    self.origins.extend(origin.map(|origin| (key.name, origin)));
+                }
+                self.index.apply(object)
+            }
+            Change::Delete(key) => {
+                if key.kind == Kind::Service {
+                    self.origins.remove(&key.name);
+                }
+                self.index.delete(&key)
+            }
+        }
+    }
+
+    fn take_host(&mut self, state: Option<HostState>) {
+        if state.is_some() {
+            self.host = state;
+            self.retry = RETRY;
+            self.write();
+        }
+    }
+
+    fn look_again(&mut self, reply: LookAgain) {
+        self.publish_wanted(true);
+        // Whoever asked may have gone.
+        let _gone = reply.send(self.wanted.borrow().revision);
+    }
+
+    /// Tells the kernel side which pods' interfaces to find.
+    fn publish_wanted(&mut self, look_again: bool) {
+        let mut pods = BTreeMap::new();
+        for pod in self.index.local_pods().filter(|pod| !pod.host_network) {
+            pods.extend(pod.ips.iter().map(|ip| (*ip, pod.name.to_string())));
+        }
+        self.wanted.send_if_modified(|wanted| {
+            let news = look_again || wanted.pods != pods;
+            if news {
+                wanted.revision += 1;
+                wanted.pods = pods;
+            }
+            news
+        });
+    }
+
+    /// Writes what differs, once everything is known that decides what may be deleted.
+    fn write(&mut self) {
+        let (true, Some(host)) = (self.complete, &self.host) else {
+            self.publish_progress();
+            return;
+        };
+        self.syncer.set_host(self.host_tables(host));
+        let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
+        if report.writes > 0 {
+            tracing::debug!(revision = self.taken, writes = report.writes, "programmed");
+        }
+        for (what, reason) in &report.failed {
+            if self.failed.get(what) != Some(reason) {
+                tracing::error!(what, reason, "not programmed");
+            }
+        }
+        self.failed = report.failed;
+        self.retry_at = (!self.failed.is_empty()).then(|| Instant::now() + self.retry);
+        self.retry = (self.retry * 2).min(RETRY_AT_MOST);
+        if self.syncer.has_garbage() && self.reclaim_at.is_none() {
+            self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
+        }
+        self.publish_progress();
+    }
+
+    fn reclaim(&mut self) {
+        self.reclaim_at = None;
+        if let Err(error) = tokio::task::block_in_place(|| self.syncer.reclaim(&mut *self.store)) {
+            tracing::warn!("failed to wait for a grace period: {error}");
+            self.reclaim_at = Some(Instant::now() + RETRY_AT_MOST);
+        }
+    }
+
+    fn sign_of_life(&mut self) {
+        self.progress.send_modify(|progress| progress.alive = Instant::now());
+    }
+
+    fn publish_progress(&self) {
+        let host_revision = self.host.as_ref().map_or(0, |host| host.wanted_revision);
+        let started = self.complete && self.host.is_some();
+        let settled = started && self.failed.is_empty() && self.syncer.is_settled();
+        self.progress.send_modify(|progress| {
+            progress.alive = Instant::now();
+            progress.taken = self.taken;
+            progress.started |= settled;
+            if settled {
+                progress.revision = self.taken;
+                progress.host_revision = host_revision;
+            }
+            progress.rejected = self.rejected.iter().map(ToString::to_string).collect();
+            progress.failed = self
+                .failed
+                .iter()
+                .map(|(what, reason)| format!("{what}: {reason}"))
+                .collect();
+        });
+    }
+
+    /// Logs what is newly rejected.
+    fn report_rejected(&mut self) {
+        let of_services = self.compiler.rejected(|name| self.origins.get(name).cloned());
+        let rejected: BTreeSet<Rejected> = self.source_rejected.iter().cloned().chain(of_services).collect();
+        for one in rejected.difference(&self.rejected) {
+            tracing::warn!("rejected: {one}");
+        }
+        for one in self.rejected.difference(&rejected) {
+            tracing::info!("no longer rejected: {one}");
+        }
+        self.rejected = rejected;
+    }
+
+    /// What the tables should say of this machine.
+    fn host_tables(&self, host: &HostState) -> HostTables {
+        let own = host
+            .own_addresses
+            .iter()
+            .filter(|(addr, _)| !self.compiler.is_service_address(**addr));
+        HostTables {
+            own_addresses: own
+                .map(|(addr, own)| {
+                    let flags = if self.has_node_ports(*addr, own) { own_flags::NODE_PORT } else { 0 };
+                    (*addr, flags)
+                })
+                .collect(),
+            devices: host
+                .devices
+                .iter()
+                .map(|(ifindex, device)| (*ifindex, device.entry))
+                .collect(),
+            pod_interfaces: host.pod_interfaces.clone(),
+        }
+    }
+
+    /// Whether node ports answer at an own address.
+    fn has_node_ports(&self, addr: IpAddr, own: &OwnAddress) -> bool {
+        let is_internal_ip = self.index.node().is_some_and(|node| node.internal_ips.contains(&addr));
+        match &self.node_port_addresses {
+            // A node's own address may live on `lo`, where routes are announced by BGP.
+            NodePortAddresses::All => own.reach == Reach::Global || is_internal_ip,
+            NodePortAddresses::Primary => is_internal_ip,
+            NodePortAddresses::Within(cidrs) => {
+                !addr.is_loopback() && cidrs.iter().any(|cidr| cidr.contains(addr))
+            }
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! The command line. Every flag of `run` is also a key of the configuration file and an environment variable; the
+//! flag counts before the variable, the variable before the file, the file before the default.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use serde::Deserialize;
+
+use crate::{
+    cli::status::Output,
+    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, SocketLb},
+    store::Limits,
+};
+
+const BPFFS: &str = "/sys/fs/bpf";
+const SOCKET: &str = "/run/dataplane/agent.sock";
+
+/// An eBPF dataplane for Kubernetes: one small program a node.
+#[derive(Debug, Parser)]
+#[command(name = "dataplane-agent", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Keep this node's datapath equal to what Kubernetes says.
+    Run(Box<Run>),
+    /// Say what in a folder of manifests would not be served, without touching the kernel.
+    Check {
+        /// The folder of manifests.
+        folder: PathBuf,
+    },
+    /// Wait until a running agent has programmed all that its source holds now.
+    Wait {
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        /// Give up after so many seconds.
+        #[arg(long, default_value = "60", value_parser = seconds)]
+        timeout: Duration,
+    },
+    /// Say what is attached and how full the tables are.
+    Status {
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Remove everything that agents have made on this node.
+    Cleanup {
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// A YAML file with any of the flags below, by their names without dashes in front.
+    #[arg(long, env = "DATAPLANE_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Flags, variables and keys of the file are this one type, so that none can be forgotten.
+#[derive(Clone, Debug, Default, Args, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+struct Settings {
+    /// The name of this node's Node object.
+    #[arg(long, env = "DATAPLANE_NODE_NAME")]
+    node_name: Option<String>,
+    /// The folder of manifests to serve.
+    #[arg(long, env = "DATAPLANE_MANIFESTS")]
+    manifests: Option<PathBuf>,
+    /// Uplinks: names or patterns, of which the first that matches a device counts (`wg0,eth*`). Default: the
+    /// devices of the default route and of the node's addresses.
+    #[arg(long, env = "DATAPLANE_DEVICE")]
+    device: Option<Vec<String>>,
+    /// The BPF file system in which maps and links are pinned [default: /sys/fs/bpf].
+    #[arg(long, env = "DATAPLANE_BPFFS")]
+    bpffs: Option<PathBuf>,
+    /// The cgroup v2 folder whose processes get socket hooks [default: the hierarchy's root].
+    #[arg(long, env = "DATAPLANE_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// Where /healthz, /livez and /readyz are served [default: nowhere].
+    #[arg(long, env = "DATAPLANE_HEALTH_ADDR")]
+    health_addr: Option<SocketAddr>,
+    /// The unix socket of `wait` [default: /run/dataplane/agent.sock].
+    #[arg(long, env = "DATAPLANE_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Whose sockets are translated at connect [default: auto, which means host-only].
+    #[arg(long, env = "DATAPLANE_SOCKET_LB", value_enum)]
+    socket_lb: Option<SocketLb>,
+    /// Where packets from outside are handled [default: auto, which means XDP with TC as fall back].
+    #[arg(long, env = "DATAPLANE_DATAPATH", value_enum)]
+    datapath: Option<DatapathMode>,
+    /// Hand packets between pods of this node directly [default: auto].
+    #[arg(long, env = "DATAPLANE_FAST_PATH", value_enum)]
+    fast_path: Option<FastPath>,
+    /// Source ports for translation [default: 61000-65535].
+    #[arg(long, env = "DATAPLANE_SNAT_PORTS")]
+    snat_ports: Option<PortRange>,
+    /// The cluster's node ports [default: 30000-32767].
+    #[arg(long, env = "DATAPLANE_NODE_PORTS")]
+    node_ports: Option<PortRange>,
+    /// At which of the node's addresses node ports answer: CIDRs, or `primary` for the Node's InternalIPs [default:
+    /// all but loopback, link-local and Service addresses].
+    #[arg(long, env = "DATAPLANE_NODE_PORT_ADDRESSES", value_delimiter = ',')]
+    node_port_addresses: Option<Vec<String>>,
+    /// Addresses and ports of Services, by family and scope [default: 131072].
+    #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
+    max_frontends: Option<u32>,
+    /// Service entries: one for each address and port [default: 65536].
+    #[arg(long, env = "DATAPLANE_MAX_SERVICES")]
+    max_services: Option<u32>,
+    /// Endpoints [default: 65536].
+    #[arg(long, env = "DATAPLANE_MAX_BACKENDS")]
+    max_backends: Option<u32>,
+    /// 8-byte elements of all Maglev tables together [default: 4194304].
+    #[arg(long, env = "DATAPLANE_MAX_MAGLEV")]
+    max_maglev: Option<u32>,
+    /// Established flows, by family and direction [default: 262144].
+    #[arg(long, env = "DATAPLANE_MAX_FLOWS")]
+    max_flows: Option<u32>,
+    /// Flows that nobody has answered yet, by family [default: 65536].
+    #[arg(long, env = "DATAPLANE_MAX_HALF_OPEN")]
+    max_half_open: Option<u32>,
+    /// Write a line for every new flow and every drop.
+    #[arg(long, env = "DATAPLANE_DEBUG_LOG", num_args = 0..=1, default_missing_value = "true")]
+    debug_log: Option<bool>,
+}
+
+/// The first of two settings that is set.
+macro_rules! first_set {
+    ($first:ident, $second:ident: $($field:ident),+ $(,)?) => {
+        Settings { $($field: $first.$field.or($second.$field),)+ }
+    };
+}
+
+impl Settings {
+    fn or(self, other: Settings) -> Settings {
+        first_set!(self, other:
+            node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
+            snat_ports, node_ports, node_port_addresses, max_frontends, max_services, max_backends, max_maglev,
+            max_flows, max_half_open, debug_log,
+        )
+    }
+
+    fn read(path: &Path) -> anyhow::Result<Settings> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+        if text.trim().is_empty() {
+            return Ok(Settings::default());
+        }
+        serde_norway::from_str(&text).with_context(|| format!("failed to parse {}", path.display()))
+    }
+
+    fn resolve(self) -> anyhow::Result<Config> {
+        let Settings {
+            node_name,
+            manifests,
+            device,
+            bpffs,
+            cgroup,
+            health_addr,
+            socket,
+            socket_lb,
+            datapath,
+            fast_path,
+            snat_ports,
+            node_ports,
+            node_port_addresses,
+            max_frontends,
+            max_services,
+            max_backends,
+            max_maglev,
+            max_flows,
+            max_half_open,
+            debug_log,
+        } = self;
+        let config = Config {
+            node_name: node_name
+                .filter(|name| !name.is_empty())
+                .context("the node has no name: give --node-name")?,
+            manifests: manifests.context("there is no source: give --manifests")?,
+            devices: device.unwrap_or_default(),
+            bpffs: bpffs.unwrap_or_else(|| BPFFS.into()),
+            cgroup,
+            health_addr,
+            socket: socket.unwrap_or_else(|| SOCKET.into()),
+            socket_lb: socket_lb.unwrap_or(SocketLb::Auto),
+            datapath: datapath.unwrap_or(DatapathMode::Auto),
+            fast_path: fast_path.unwrap_or(FastPath::Auto),
+            snat_ports: snat_ports.unwrap_or(PortRange {
+                min: 61000,
+                max: 65535,
+            }),
+            node_ports: node_ports.unwrap_or(PortRange {
+                min: 30000,
+                max: 32767,
+            }),
+            node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
+            limits: Limits {
+                frontends: positive("max-frontends", max_frontends, 131_072)?,
+                services: positive("max-services", max_services, 65_536)?,
+                backends: positive("max-backends", max_backends, 65_536)?,
+                maglev: positive("max-maglev", max_maglev, 4_194_304)?,
+            },
+            max_flows: positive("max-flows", max_flows, 262_144)?,
+            max_half_open: positive("max-half-open", max_half_open, 65_536)?,
+            debug_log: debug_log.unwrap_or(false),
+        };
+        let (snat, node) = (config.snat_ports, config.node_ports);
+        anyhow::ensure!(
+            snat.max < node.min || node.max < snat.min,
+            "--snat-ports {}-{} and --node-ports {}-{} overlap",
+            snat.min,
+            snat.max,
+            node.min,
+            node.max
+        );
+        Ok(config)
+    }
+}
+
+impl Run {
+    /// Puts flags, environment, file and defaults together.
+    pub fn resolve(self) -> anyhow::Result<Config> {
+        let file = self.config.as_deref().map(Settings::read).transpose()?;
+        self.settings.or(file.unwrap_or_default()).resolve()
+    }
+}
+
+fn positive(flag: &str, value: Option<u32>, default: u32) -> anyhow::Result<u32> {
+    let value = value.unwrap_or(default);
+    anyhow::ensure!(value > 1, "--{flag} {value} is too small");
+    Ok(value)
+}
+
+fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddresses> {
+    let texts: Vec<&str> = texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()).collect();
+    if texts.is_empty() {
+        return Ok(NodePortAddresses::All);
+    }
+    if texts == ["primary"] {
+        return Ok(NodePortAddresses::Primary);
+    }
+    let cidrs: Result<Vec<_>, String> = texts.iter().map(|text| text.parse()).collect();
+    cidrs
+        .map(NodePortAddresses::Within)
+        .map_err(|error| anyhow::anyhow!("--node-port-addresses: {error}"))
+}
+
+/// Seconds, with or without `s` behind.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text
+        .strip_suffix('s')
+        .unwrap_or(text)
+        .parse()
+        .map_err(|_| format!("`{text}` is no number of seconds"))?;
+    Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(arguments: &[&str]) -> anyhow::Result<Config> {
+        let cli = Cli::try_parse_from(["dataplane-agent", "run"].iter().chain(arguments))?;
+        let Command::Run(run) = cli.command else {
+            anyhow::bail!("another command");
+        };
+        run.resolve()
+    }
+
+    #[test]
+    fn a_flag_counts_before_the_file_and_the_file_before_the_default() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "node-name: a\nmanifests: /m\nmax-flows: 5\nsnat-ports: 50000-50999\nsocket-lb: host-only\n";
+        std::fs::write(&file, text).unwrap();
+        let config = run(&["--config", file.path().to_str().unwrap(), "--max-flows", "7"]).unwrap();
+        assert_eq!(config.max_flows, 7);
+        assert_eq!(config.snat_ports.min, 50000);
+        assert_eq!(config.socket_lb, SocketLb::HostOnly);
+        assert_eq!(config.max_half_open, 65_536);
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        let refused = |arguments: &[&str]| run(arguments).unwrap_err().to_string();
+        assert!(refused(&["--manifests", "/m"]).contains("--node-name"));
+        assert!(refused(&["--node-name", "a"]).contains("--manifests"));
+        let base = ["--node-name", "a", "--manifests", "/m"];
+        assert!(refused(&[&base[..], &["--snat-ports", "32000-33000"]].concat()).contains("overlap"));
+        assert!(refused(&[&base[..], &["--node-port-addresses", "10.0.0.0/33"]].concat()).contains("CIDR"));
+    }
+}

@@ -175,5 +175,5 @@ mod tests {
         assert_eq!(digest, PINNED, "clients would be spread anew by an upgrade");
     }
 
-    const PINNED: u64 = 0;
+    const PINNED: u64 = 11_017_018_675_584_241_408;
 }

@@ -5,6 +5,8 @@
 //! `compile` and `sync`.
 
 pub mod bpf;
+#[cfg(test)]
+pub mod faulty;
 pub mod memory;
 
 use std::net::IpAddr;

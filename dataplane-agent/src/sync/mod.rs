@@ -11,6 +11,8 @@ mod ids;
 mod programmed;
 mod restore;
 mod services;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,0 +1,332 @@
+//! Histories of random changes, with writes that fail and restarts in between, end where a fresh start would.
+
+use std::net::IpAddr;
+
+use proptest::{prelude::*, strategy::ValueTree};
+
+use super::{HostTables, Syncer};
+use crate::{
+    compile::Compiler,
+    model::{
+        Dirty, Endpoint, EndpointSlice, Index, Kind, Name, Object, ObjectRef, Protocol, Service, ServicePort,
+        SliceFamily, SlicePort, TargetPort,
+    },
+    store::{Limits, faulty::Faulty, memory::Memory},
+};
+
+const LIMITS: Limits = Limits {
+    frontends: 1000,
+    services: 200,
+    backends: 200,
+    maglev: 20_000,
+};
+
+#[derive(Clone, Debug)]
+enum Step {
+    Apply(Object),
+    Delete(ObjectRef),
+    /// The agent is killed and starts again.
+    Restart,
+    /// So many writes succeed, then so many fail.
+    Fail(usize, usize),
+}
+
+fn name(number: u8) -> Name {
+    Name::new("ns", &format!("s{number}"))
+}
+
+fn service() -> impl Strategy<Value = Object> {
+    // Few addresses and node ports, so that Services are often in each other's way.
+    (0..4u8, 0..5u8, proptest::option::of(0..3u16), any::<bool>(), any::<bool>()).prop_map(
+        |(number, last, node_port, internal_local, external_local)| {
+            Object::Service(Service {
+                name: name(number),
+                proxied: last != 4,
+                cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
+                external_ips: Vec::new(),
+                ingress_ips: Vec::new(),
+                ipv4: true,
+                ipv6: false,
+                ports: vec![ServicePort {
+                    place: 0,
+                    name: "".into(),
+                    proto: Protocol::Tcp,
+                    port: 80,
+                    node_port: node_port.map(|port| 30000 + port),
+                    target: TargetPort::Number(80),
+                }],
+                selector: std::collections::BTreeMap::new(),
+                internal_local,
+                external_local: external_local && node_port.is_some(),
+                publish_not_ready: false,
+                created_ns: 0,
+            })
+        },
+    )
+}
+
+fn endpoint() -> impl Strategy<Value = Endpoint> {
+    (0..6u8, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |(last, ready, serving, terminating, local)| Endpoint {
+            addr: IpAddr::from([10, 244, 0, last]),
+            ready,
+            serving,
+            terminating,
+            node: local.then(|| "n1".into()),
+            zone_hints: Box::default(),
+            node_hints: Box::default(),
+        },
+    )
+}
+
+fn slice() -> impl Strategy<Value = Object> {
+    (0..4u8, 0..2u8, proptest::collection::vec(endpoint(), 0..5)).prop_map(|(number, part, endpoints)| {
+        Object::EndpointSlice(EndpointSlice {
+            name: Name::new("ns", &format!("s{number}-{part}")),
+            service: Some(name(number)),
+            family: SliceFamily::V4,
+            ports: vec![SlicePort {
+                name: "".into(),
+                proto: Protocol::Tcp,
+                port: 8080,
+            }],
+            endpoints,
+        })
+    })
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let delete = |kind| {
+        (0..4u8, 0..2u8).prop_map(move |(number, part)| {
+            let name = if kind == Kind::Service {
+                name(number)
+            } else {
+                Name::new("ns", &format!("s{number}-{part}"))
+            };
+            Step::Delete(ObjectRef { kind, name })
+        })
+    };
+    prop_oneof![
+        6 => service().prop_map(Step::Apply),
+        6 => slice().prop_map(Step::Apply),
+        2 => delete(Kind::Service),
+        2 => delete(Kind::EndpointSlice),
+        1 => Just(Step::Restart),
+        2 => (0..12usize, 1..6usize).prop_map(|(good, bad)| Step::Fail(good, bad)),
+    ]
+}
+
+fn host() -> HostTables {
+    HostTables {
+        own_addresses: [(IpAddr::from([192, 0, 2, 1]), 1)].into(),
+        ..HostTables::default()
+    }
+}
+
+/// The agent, its tables, and the objects that it has been told of.
+struct Agent {
+    index: Index,
+    compiler: Compiler,
+    syncer: Syncer,
+}
+
+impl Agent {
+    fn new(memory: &Memory) -> Self {
+        let mut syncer = Syncer::restore(memory).unwrap();
+        syncer.set_host(host());
+        Self {
+            index: Index::new("n1"),
+            compiler: Compiler::default(),
+            syncer,
+        }
+    }
+
+    fn take(&mut self, objects: impl IntoIterator<Item = Object>) {
+        let mut dirty = Dirty::default();
+        for object in objects {
+            dirty.merge(self.index.apply(object));
+        }
+        self.update(&dirty);
+    }
+
+    fn update(&mut self, dirty: &Dirty) {
+        self.syncer.update(self.compiler.update(&self.index, dirty));
+    }
+}
+
+fn key(object: &Object) -> ObjectRef {
+    match object {
+        Object::Service(service) => ObjectRef {
+            kind: Kind::Service,
+            name: service.name.clone(),
+        },
+        Object::EndpointSlice(slice) => ObjectRef {
+            kind: Kind::EndpointSlice,
+            name: slice.name.clone(),
+        },
+        other => panic!("not generated: {other:?}"),
+    }
+}
+
+/// Whatever failed, no packet may meet an entry that was not meant for it.
+fn check_consistent(memory: &Memory) -> Result<(), TestCaseError> {
+    for line in memory.dump().lines().filter(|line| line.starts_with("frontend")) {
+        for never in ["no service", "no backend", "deleted", "gone"] {
+            prop_assert!(!line.contains(never), "{line}");
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_history_ends_as_a_fresh_start(steps in proptest::collection::vec(step(), 1..40)) {
+        let mut objects: Vec<(ObjectRef, Object)> = Vec::new();
+        let mut memory = Memory::new(LIMITS);
+        let mut agent = Agent::new(&memory);
+        for step in steps {
+            let mut failing = 0..0;
+            match step {
+                Step::Apply(object) => {
+                    let key = key(&object);
+                    objects.retain(|(known, _)| *known != key);
+                    objects.push((key, object.clone()));
+                    agent.take([object]);
+                }
+                Step::Delete(key) => {
+                    objects.retain(|(known, _)| *known != key);
+                    let dirty = agent.index.delete(&key);
+                    agent.update(&dirty);
+                }
+                Step::Restart => {
+                    agent = Agent::new(&memory);
+                    agent.take(objects.iter().map(|(_, object)| object.clone()));
+                }
+                Step::Fail(good, bad) => failing = good + 1..good + bad + 1,
+            }
+            let mut store = Faulty::new(memory, |attempt| failing.contains(&attempt));
+            let report = agent.syncer.run(&mut store);
+            prop_assert!(failing.start > 0 || report.failed.is_empty(), "{:?}", report.failed);
+            check_consistent(&store.memory)?;
+            // Garbage that waits for a grace period may fail too, and is collected later.
+            let _failed = agent.syncer.reclaim(&mut store);
+            memory = store.memory;
+        }
+        let report = agent.syncer.run(&mut memory);
+        prop_assert!(report.failed.is_empty(), "{:?}", report.failed);
+        prop_assert!(agent.syncer.is_settled());
+        agent.syncer.reclaim(&mut memory).unwrap();
+
+        let mut fresh_memory = Memory::new(LIMITS);
+        let mut fresh = Agent::new(&fresh_memory);
+        fresh.take(objects.into_iter().map(|(_, object)| object));
+        fresh.syncer.run(&mut fresh_memory);
+        fresh.syncer.reclaim(&mut fresh_memory).unwrap();
+        prop_assert_eq!(memory.dump(), fresh_memory.dump());
+        prop_assert_eq!(agent.syncer.usage(), fresh.syncer.usage());
+    }
+}
+
+/// Runs several changes, each with the failures of one write, so that faults meet changes in flight.
+#[test]
+fn each_single_failure_is_made_good() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    for _ in 0..20 {
+        let objects: Vec<Object> = proptest::collection::vec(prop_oneof![service(), slice()], 1..12)
+            .new_tree(&mut runner)
+            .unwrap()
+            .current();
+        for failing in 1..60 {
+            let mut store = Faulty::new(Memory::new(LIMITS), |attempt| attempt == failing);
+            let mut agent = Agent::new(&store.memory);
+            for object in &objects {
+                agent.take([object.clone()]);
+                agent.syncer.run(&mut store);
+                check_consistent(&store.memory).unwrap();
+            }
+            let report = agent.syncer.run(&mut store);
+            assert!(report.failed.is_empty(), "{:?}", report.failed);
+            let mut fresh_memory = Memory::new(LIMITS);
+            let mut fresh = Agent::new(&fresh_memory);
+            fresh.take(objects.clone());
+            fresh.syncer.run(&mut fresh_memory);
+            assert_eq!(store.memory.dump(), fresh_memory.dump());
+        }
+    }
+}
+
+/// A full table leaves the rest served, is reported by name, and is made good when there is room.
+#[test]
+fn a_full_table_is_reported_and_made_good() {
+    let limits = Limits {
+        maglev: 40,
+        ..LIMITS
+    };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    let object = |number: u8| {
+        let service = Service {
+            name: name(number),
+            proxied: true,
+            cluster_ips: vec![IpAddr::from([10, 96, 0, number])],
+            external_ips: Vec::new(),
+            ingress_ips: Vec::new(),
+            ipv4: true,
+            ipv6: false,
+            ports: vec![ServicePort {
+                place: 0,
+                name: "".into(),
+                proto: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+                target: TargetPort::Number(80),
+            }],
+            selector: std::collections::BTreeMap::new(),
+            internal_local: false,
+            external_local: false,
+            publish_not_ready: false,
+            created_ns: 0,
+        };
+        let slice = EndpointSlice {
+            name: name(number),
+            service: Some(name(number)),
+            family: SliceFamily::V4,
+            ports: vec![SlicePort {
+                name: "".into(),
+                proto: Protocol::Tcp,
+                port: 80,
+            }],
+            endpoints: vec![Endpoint {
+                addr: IpAddr::from([10, 244, 0, number]),
+                ready: true,
+                serving: true,
+                terminating: false,
+                node: None,
+                zone_hints: Box::default(),
+                node_hints: Box::default(),
+            }],
+        };
+        [Object::Service(service), Object::EndpointSlice(slice)]
+    };
+    agent.take(object(1));
+    agent.take(object(2));
+    let report = agent.syncer.run(&mut memory);
+    assert_eq!(report.failed.len(), 1);
+    let (what, reason) = report.failed.first_key_value().unwrap();
+    assert_eq!(what, "Service ns/s2: 10.96.0.2:80/TCP");
+    assert_eq!(reason, "no room for a table of 27 elements (40 elements in all)");
+    assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
+    assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+
+    let dirty = agent.index.delete(&ObjectRef {
+        kind: Kind::Service,
+        name: name(1),
+    });
+    agent.update(&dirty);
+    agent.syncer.run(&mut memory);
+    let report = agent.syncer.run(&mut memory);
+    assert!(report.failed.is_empty(), "{:?}", report.failed);
+    assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+}

@@ -10,7 +10,7 @@ use dataplane_common::{
 
 use super::{FrontendKey, Limits, Store, StoreError, memory::Memory};
 
-/// Memory in which a write fails when `refuse` says so of its number.
+/// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.
 #[derive(Debug)]
 pub struct Faulty<F> {
     pub memory: Memory,
@@ -18,7 +18,7 @@ pub struct Faulty<F> {
     attempts: usize,
 }
 
-impl<F: FnMut(usize) -> bool> Faulty<F> {
+impl<F: FnMut(usize, &Memory) -> bool> Faulty<F> {
     pub fn new(memory: Memory, refuse: F) -> Self {
         Self {
             memory,
@@ -29,7 +29,7 @@ impl<F: FnMut(usize) -> bool> Faulty<F> {
 
     fn attempt(&mut self, verb: &'static str, table: &'static str) -> Result<&mut Memory, StoreError> {
         self.attempts += 1;
-        if (self.refuse)(self.attempts) {
+        if (self.refuse)(self.attempts, &self.memory) {
             return Err(StoreError::Io {
                 verb,
                 table,
@@ -40,7 +40,7 @@ impl<F: FnMut(usize) -> bool> Faulty<F> {
     }
 }
 
-impl<F: FnMut(usize) -> bool> Store for Faulty<F> {
+impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     fn limits(&self) -> Limits {
         self.memory.limits()
     }

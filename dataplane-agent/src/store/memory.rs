@@ -9,7 +9,7 @@ use std::{
 use dataplane_common::{
     backend::{Backend, backend_flags, backend_state},
     device::Device,
-    service::{PORT_SETS, PortSet, Scope, Service, TABLE_SIZES, service_flags},
+    service::{PORT_SETS, PortSet, Scope, Service, TABLE_SIZES, port_set_index, service_flags},
 };
 
 use super::{FrontendKey, Limits, Store, StoreError};
@@ -48,10 +48,7 @@ impl Memory {
 
     /// One line an entry that a packet could meet, sorted; numbers that only name things are left out.
     pub fn dump(&self) -> String {
-        let mut lines = Vec::new();
-        for (key, index) in &self.frontends {
-            lines.push(format!("frontend {} -> {}", self.frontend(key), self.service(*index)));
-        }
+        let mut lines: Vec<String> = self.frontend_lines().collect();
         for (id, backend) in &self.backends {
             if backend.head.state == backend_state::ACTIVE || backend.head.state == backend_state::SERVING {
                 lines.push(self.backend(*id));
@@ -74,6 +71,26 @@ impl Memory {
             text.push_str(line);
             text.push('\n');
             text
+        })
+    }
+
+    /// The lines of [`Memory::dump`] that are about frontends and where they lead.
+    pub fn frontend_lines(&self) -> impl Iterator<Item = String> {
+        let line = |(key, index): (&FrontendKey, &u32)| format!("frontend {} -> {}", self.frontend(key), self.service(*index));
+        self.frontends.iter().map(line)
+    }
+
+    /// Whether the bits of `PORTS` let packets to every frontend through.
+    pub fn has_port_of_every_frontend(&self) -> bool {
+        self.frontends.keys().all(|key| {
+            let (is_wildcard, port_be, proto) = match key {
+                FrontendKey::V4(key) => (key.addr_be == 0, key.port_be, key.proto),
+                FrontendKey::V6(key) => (key.addr_be == [0; 4], key.port_be, key.proto),
+            };
+            let port = u16::from_be(port_be);
+            let set = self.ports[port_set_index(proto, port) as usize];
+            let bit = 1 << (port & 63);
+            set.any & bit != 0 && (!is_wildcard || set.wildcard & bit != 0)
         })
     }
 

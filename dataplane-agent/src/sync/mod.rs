@@ -93,6 +93,8 @@ enum NoRoom {
     Unnumbered,
     #[error("its service entry is not written")]
     NoService,
+    #[error("its port is not written")]
+    NoPort,
 }
 
 /// The desired and the programmed state, and the way from one to the other.
@@ -357,12 +359,15 @@ impl Syncer {
             let Some(key) = desired.frontends.get(frontend) else {
                 return true;
             };
-            let Some(index) = programmed.written_service(key) else {
-                report
-                    .failed
-                    .entry(services::describe(key))
-                    .or_insert_with(|| NoRoom::NoService.to_string());
-                return true;
+            let index = programmed.written_service(key).ok_or(NoRoom::NoService);
+            let index = index.and_then(|index| programmed.lets_through(&key.frontend).then_some(index).ok_or(NoRoom::NoPort));
+            let index = match index {
+                Ok(index) => index,
+                Err(error) => {
+                    let reason = report.failed.entry(services::describe(key));
+                    reason.or_insert_with(|| error.to_string());
+                    return true;
+                }
             };
             if programmed.frontends.get(frontend) == Some(&index) {
                 return false;

@@ -8,7 +8,7 @@ use std::{
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    service::{PortSet, Scope, Service, service_flags},
+    service::{PortSet, Scope, Service, port_set_index, service_flags},
 };
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
     ids::Ids,
 };
 use crate::{
-    compile::{BackendKey, BalancerKey},
+    compile::{BackendKey, BalancerKey, FrontendAddr},
     store::FrontendKey,
 };
 
@@ -113,6 +113,14 @@ impl Programmed {
         let slot = self.slots.get(&index)?;
         let is_live = slot.value.head.flags & service_flags::DELETED == 0;
         (is_live && encode::service_frontend(&slot.value) == Some(key.frontend)).then_some(index)
+    }
+
+    /// Whether the bits of `PORTS` send packets for a frontend to the frontends' table.
+    pub fn lets_through(&self, frontend: &FrontendAddr) -> bool {
+        let FrontendAddr { addr, port, proto } = frontend;
+        let set = self.ports[port_set_index(proto.number(), *port) as usize];
+        let bit = 1 << (port & 63);
+        set.any & bit != 0 && (!addr.is_unspecified() || set.wildcard & bit != 0)
     }
 
     /// Gives a balancer without index the one that was found behind its frontends.

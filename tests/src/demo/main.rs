@@ -91,32 +91,37 @@ fn hold(stage: &Stage, agent: &std::path::Path) -> Result<()> {
     };
     let bpffs = places.bpffs.join("node1");
     let (agent, socket) = (agent.display(), places.work.join("node1.sock"));
+    let in_client = format!("ip netns exec {}", namespace("client-1"));
+    let in_outside = format!("ip netns exec {}", namespace(stage::OUTSIDE));
+    let maps = kernel::maps(&bpffs)?;
+    // `ip netns exec` would hide bpffs behind a /sys of its own.
+    let node = places.netns("node1");
     println!(
         "
-Up until Ctrl-C. Things to try, in another terminal (as root):
+Up until Ctrl-C. Things to try in another terminal, as root:
 
-  ip netns exec {client} curl -s http://10.96.0.80/             a pod asks the ClusterIP
-  ip netns exec {client} curl -s 'http://[fd00:10:96::80]/'     the same by IPv6
-  ip netns exec {outside} curl -s http://192.168.77.12:30080/   a NodePort, from outside
-  ip netns exec {client} curl -s http://10.96.0.99/             nobody is behind it: refused at once
-  bpftool map dump pinned {maps}/FRONTENDS_V4
-  bpftool map dump pinned {maps}/FLOWS_V4
-  ip netns exec {node} {agent} status --bpffs {bpffs}
-  {agent} wait --socket {socket}
-  ls {manifests}       the manifests: change or delete one, the agents follow
-  tail -f {logs}",
-        client = namespace("client-1"),
-        outside = namespace(stage::OUTSIDE),
-        node = places
-            .netns("node1")
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default(),
-        maps = kernel::maps(&bpffs)?.display(),
+  a pod asks the ClusterIP, by IPv4 and by IPv6
+    {in_client} curl -s http://10.96.0.80/
+    {in_client} curl -s 'http://[fd00:10:96::80]/'
+  a NodePort, from outside
+    {in_outside} curl -s http://192.168.77.12:30080/
+  nobody is behind this one: refused at once
+    {in_client} curl -sS http://10.96.0.99/
+  what the kernel holds on node1
+    bpftool map dump pinned {maps}/FRONTENDS_V4
+    bpftool map dump pinned {maps}/FLOWS_V4
+  what the agent of node1 says
+    nsenter --net={node} {agent} status --bpffs {bpffs}
+    {agent} wait --socket {socket}
+    tail -f {log}
+  the manifests: change or delete one, the agents follow
+    ls {manifests}",
+        maps = maps.display(),
+        node = node.display(),
         bpffs = bpffs.display(),
         socket = socket.display(),
         manifests = stage.manifests.dir().display(),
-        logs = places.work.join("node1.log").display(),
+        log = places.work.join("node1.log").display(),
     );
     loop {
         thread::park();

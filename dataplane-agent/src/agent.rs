@@ -32,6 +32,8 @@ const RETRY: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(30);
 /// What was replaced is collected for so long before it is freed.
 const RECLAIM_AFTER: Duration = Duration::from_millis(100);
+/// Between comparisons of the tables with what we believe is in them.
+const AUDIT: Duration = Duration::from_mins(1);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -68,6 +70,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut alive = time::interval(SIGN_OF_LIFE);
+    let mut audit = time::interval_at(time::Instant::now() + AUDIT, AUDIT);
     let mut batches = source.batches;
     let mut agent = Agent::new(&config, store, syncer, wanted, progress);
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
@@ -84,6 +87,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
             Some(reply) = looks.recv() => agent.look_again(reply),
             () = at(retry_at), if retry_at.is_some() => agent.write(),
             () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
+            _ = audit.tick() => agent.audit(),
             _ = alive.tick() => agent.sign_of_life(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -265,8 +269,23 @@ impl Agent {
         }
     }
 
+    fn audit(&mut self) {
+        if !self.progress.borrow().started {
+            return;
+        }
+        match tokio::task::block_in_place(|| self.syncer.audit(&*self.store)) {
+            Ok(0) => {}
+            Ok(entries) => {
+                tracing::warn!(entries, "the tables were changed by somebody else");
+                self.write();
+            }
+            Err(error) => tracing::warn!("failed to compare the tables: {error}"),
+        }
+    }
+
     fn sign_of_life(&mut self) {
-        self.progress.send_modify(|progress| progress.alive = Instant::now());
+        self.progress
+            .send_modify(|progress| progress.alive = Instant::now());
     }
 
     fn publish_progress(&self) {
@@ -312,7 +331,11 @@ impl Agent {
         HostTables {
             own_addresses: own
                 .map(|(addr, own)| {
-                    let flags = if self.has_node_ports(*addr, own) { own_flags::NODE_PORT } else { 0 };
+                    let flags = if self.has_node_ports(*addr, own) {
+                        own_flags::NODE_PORT
+                    } else {
+                        0
+                    };
                     (*addr, flags)
                 })
                 .collect(),
@@ -327,7 +350,10 @@ impl Agent {
 
     /// Whether node ports answer at an own address.
     fn has_node_ports(&self, addr: IpAddr, own: &OwnAddress) -> bool {
-        let is_internal_ip = self.index.node().is_some_and(|node| node.internal_ips.contains(&addr));
+        let is_internal_ip = self
+            .index
+            .node()
+            .is_some_and(|node| node.internal_ips.contains(&addr));
         match &self.node_port_addresses {
             // A node's own address may live on `lo`, where routes are announced by BGP.
             NodePortAddresses::All => own.reach == Reach::Global || is_internal_ip,

@@ -112,7 +112,7 @@ struct Settings {
     /// The cluster's node ports [default: 30000-32767].
     #[arg(long, env = "DATAPLANE_NODE_PORTS")]
     node_ports: Option<PortRange>,
-    /// At which of the node's addresses node ports answer: CIDRs, or `primary` for the Node's InternalIPs [default:
+    /// At which of the node's addresses node ports answer: CIDRs, or `primary` for the Node's `InternalIP`s [default:
     /// all but loopback, link-local and Service addresses].
     #[arg(long, env = "DATAPLANE_NODE_PORT_ADDRESSES", value_delimiter = ',')]
     node_port_addresses: Option<Vec<String>>,
@@ -156,7 +156,8 @@ impl Settings {
     }
 
     fn read(path: &Path) -> anyhow::Result<Settings> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
         if text.trim().is_empty() {
             return Ok(Settings::default());
         }
@@ -246,7 +247,11 @@ fn positive(flag: &str, value: Option<u32>, default: u32) -> anyhow::Result<u32>
 }
 
 fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddresses> {
-    let texts: Vec<&str> = texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()).collect();
+    let texts: Vec<&str> = texts
+        .iter()
+        .map(|text| text.trim())
+        .filter(|text| !text.is_empty())
+        .collect();
     if texts.is_empty() {
         return Ok(NodePortAddresses::All);
     }
@@ -284,7 +289,8 @@ mod tests {
     #[test]
     fn a_flag_counts_before_the_file_and_the_file_before_the_default() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let text = "node-name: a\nmanifests: /m\nmax-flows: 5\nsnat-ports: 50000-50999\nsocket-lb: host-only\n";
+        let text =
+            "node-name: a\nmanifests: /m\nmax-flows: 5\nsnat-ports: 50000-50999\nsocket-lb: host-only\n";
         std::fs::write(&file, text).unwrap();
         let config = run(&["--config", file.path().to_str().unwrap(), "--max-flows", "7"]).unwrap();
         assert_eq!(config.max_flows, 7);

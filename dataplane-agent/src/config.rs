@@ -113,7 +113,7 @@ impl TryFrom<String> for PortRange {
 pub enum NodePortAddresses {
     /// Every own address except loopback, link-local and Service addresses.
     All,
-    /// The InternalIPs of this node's Node object.
+    /// The `InternalIP`s of this node's Node object.
     Primary,
     /// Own addresses inside one of these.
     Within(Vec<Cidr>),

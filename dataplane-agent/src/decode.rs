@@ -82,11 +82,15 @@ pub fn decode(value: &Value) -> Decoded {
             .and_then(|service| service::decode(name, service, &mut problems))
             .map(Object::Service),
         Kind::EndpointSlice => parse(value)
-            .and_then(|slice| slice::decode(name, slice, &mut problems))
+            .and_then(|slice| slice::decode(name, &slice, &mut problems))
             .map(Object::EndpointSlice),
     };
     match object {
-        Ok(object) => Decoded::Object { key, object, problems },
+        Ok(object) => Decoded::Object {
+            key,
+            object,
+            problems,
+        },
         Err(mut refused) => {
             refused.append(&mut problems);
             Decoded::Failed {
@@ -131,7 +135,10 @@ fn parse<T: DeserializeOwned>(value: &Value) -> Result<T, Refused> {
 
 fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
     let mut internal_ips: Vec<IpAddr> = Vec::new();
-    let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+    let addresses = node
+        .status
+        .and_then(|status| status.addresses)
+        .unwrap_or_default();
     for (i, address) in addresses.into_iter().enumerate() {
         if address.type_ != "InternalIP" {
             continue;
@@ -163,7 +170,8 @@ fn parse_ip(text: &str) -> Result<IpAddr, String> {
     let octets: Option<Vec<u8>> = text
         .split('.')
         .map(|octet| {
-            let digits = !octet.is_empty() && octet.len() <= 8 && octet.bytes().all(|byte| byte.is_ascii_digit());
+            let digits =
+                !octet.is_empty() && octet.len() <= 8 && octet.bytes().all(|byte| byte.is_ascii_digit());
             digits.then(|| octet.parse().ok()).flatten()
         })
         .collect();

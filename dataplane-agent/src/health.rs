@@ -19,6 +19,8 @@ use tokio::{
 use crate::source::Rescan;
 
 const REQUEST_AT_MOST: usize = 8192;
+/// How long `/wait` lasts unless it says.
+const WAIT: Duration = Duration::from_mins(1);
 const REQUEST_WITHIN: Duration = Duration::from_secs(5);
 /// The loop shows a sign of life more often than this.
 const ALIVE_WITHIN: Duration = Duration::from_secs(30);
@@ -67,7 +69,7 @@ pub struct Health {
 
 /// The answer of `/readyz`.
 #[derive(Serialize)]
-struct Ready<'a> {
+struct Page<'a> {
     ready: bool,
     /// Everything up to this revision of the source is programmed.
     revision: u64,
@@ -128,7 +130,7 @@ impl Health {
                 let timeout = query
                     .split('&')
                     .find_map(|pair| pair.strip_prefix("timeout_ms=")?.parse().ok())
-                    .map_or(Duration::from_secs(60), Duration::from_millis);
+                    .map_or(WAIT, Duration::from_millis);
                 let done = time::timeout(timeout, self.wait()).await;
                 let progress = self.progress.borrow().clone();
                 match done {
@@ -164,7 +166,9 @@ impl Health {
         self.look_again.send(reply).ok()?;
         let look = look.await.ok()?;
         self.progress
-            .wait_for(|progress| progress.started && progress.revision >= revision && progress.host_revision >= look)
+            .wait_for(|progress| {
+                progress.started && progress.revision >= revision && progress.host_revision >= look
+            })
             .await
             .ok()?;
         Some(())
@@ -185,7 +189,7 @@ pub fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 fn answer(good: bool, progress: &Progress) -> Answer {
-    let ready = Ready {
+    let page = Page {
         ready: good,
         revision: progress.revision,
         source_revision: progress.taken,
@@ -194,7 +198,7 @@ fn answer(good: bool, progress: &Progress) -> Answer {
     };
     Answer {
         status: if good { "200 OK" } else { "503 Service Unavailable" },
-        json: serde_json::to_string(&ready).unwrap_or_default() + "\n",
+        json: serde_json::to_string(&page).unwrap_or_default() + "\n",
     }
 }
 

@@ -89,6 +89,8 @@ pub struct Kernel {
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kernel").field("host", &self.host).finish_non_exhaustive()
+        f.debug_struct("Kernel")
+            .field("host", &self.host)
+            .finish_non_exhaustive()
     }
 }

@@ -47,7 +47,11 @@ fn documents_come_and_go() {
     let mut folder = Folder::new(dir.path().to_owned());
     fs::create_dir(dir.path().join("sub")).unwrap();
     let file = dir.path().join("sub/a.yaml");
-    fs::write(&file, service("a", "10.96.0.1") + "---\n" + &service("b", "10.96.0.2")).unwrap();
+    fs::write(
+        &file,
+        service("a", "10.96.0.1") + "---\n" + &service("b", "10.96.0.2"),
+    )
+    .unwrap();
     assert_eq!(changes(&mut folder), ["+a", "+b"]);
     fs::write(&file, service("b", "10.96.0.2")).unwrap();
     assert_eq!(changes(&mut folder), ["-a"]);
@@ -111,7 +115,11 @@ fn a_config_map_is_swapped_as_a_whole() {
     let begun = Instant::now();
     fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
     let second = source.batches.blocking_recv().unwrap();
-    assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_millis(500),
+        "{:?}",
+        begun.elapsed()
+    );
     assert_eq!(describe(second.changes), ["+a"]);
     assert_eq!(second.revision, 2);
 }
@@ -124,7 +132,9 @@ fn the_same_object_twice_names_both_places() {
     let problems = problems(dir.path());
     assert_eq!(
         problems,
-        ["b.yaml: document 1: Service default/a: metadata.name: the same object is in a.yaml: document 1, which is in force"]
+        [
+            "b.yaml: document 1: Service default/a: metadata.name: the same object is in a.yaml: document 1, which is in force"
+        ]
     );
 }
 

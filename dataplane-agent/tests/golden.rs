@@ -71,7 +71,9 @@ fn golden() -> Vec<Change> {
 
 /// `UPDATE_GOLDEN=1` writes the file anew.
 fn compare(dump: &str, name: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         fs::write(&path, dump).unwrap();
     }
@@ -107,8 +109,7 @@ fn deleting_everything_ends_empty() {
     let mut pipeline = Pipeline::new(Memory::new(LIMITS));
     pipeline.take(golden());
     let delete = |change| match change {
-        Change::Apply { key, .. } => Change::Delete(key),
-        Change::Delete(key) => Change::Delete(key),
+        Change::Apply { key, .. } | Change::Delete(key) => Change::Delete(key),
     };
     pipeline.take(golden().into_iter().map(delete).collect());
     assert_eq!(pipeline.memory.dump(), "own 192.0.2.1 flags=1\n");

@@ -1,11 +1,6 @@
 //! `check`: what in a folder of manifests would not be served, and why.
 
-use std::{
-    collections::BTreeMap,
-    io::Write,
-    path::Path,
-    process::ExitCode,
-};
+use std::{collections::BTreeMap, io::Write, path::Path, process::ExitCode};
 
 use anyhow::Context;
 
@@ -22,7 +17,11 @@ pub fn run(folder: &Path) -> anyhow::Result<ExitCode> {
     for one in &rejected {
         writeln!(out, "{one}").context("failed to print")?;
     }
-    Ok(if rejected.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if rejected.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Everything that is rejected in a folder.

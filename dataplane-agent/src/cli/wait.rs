@@ -22,7 +22,8 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
             Ok(answer) => return judge(&answer, timeout),
             // Not there yet, or replaced while we asked.
             Err(error) if Instant::now() + RETRY >= deadline => {
-                return Err(error).with_context(|| format!("failed to reach an agent at {}", socket.display()));
+                return Err(error)
+                    .with_context(|| format!("failed to reach an agent at {}", socket.display()));
             }
             Err(_) => thread::sleep(RETRY),
         }
@@ -33,7 +34,11 @@ fn ask(socket: &Path, left: Duration) -> anyhow::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     // The agent answers in time; what does not is no agent.
     stream.set_read_timeout(Some(left + Duration::from_secs(2)))?;
-    write!(stream, "GET /wait?timeout_ms={} HTTP/1.1\r\nHost: agent\r\n\r\n", left.as_millis())?;
+    write!(
+        stream,
+        "GET /wait?timeout_ms={} HTTP/1.1\r\nHost: agent\r\n\r\n",
+        left.as_millis()
+    )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     anyhow::ensure!(!answer.is_empty(), "the agent hung up");
@@ -46,6 +51,9 @@ fn judge(answer: &str, timeout: Duration) -> anyhow::Result<()> {
     match status {
         Some("200") => Ok(()),
         Some("504") => bail!("not programmed within {} s: {body}", timeout.as_secs_f32()),
-        _ => bail!("the agent answered `{}`", answer.lines().next().unwrap_or_default()),
+        _ => bail!(
+            "the agent answered `{}`",
+            answer.lines().next().unwrap_or_default()
+        ),
     }
 }

@@ -24,7 +24,8 @@ impl Claims {
     pub fn set(&mut self, name: &Name, service: Option<&Service>) -> BTreeSet<Name> {
         let before = self.by_service.remove(name);
         let after = service.map(|service| {
-            let mut frontends: Vec<FrontendAddr> = services::frontends(service).map(|(addr, ..)| addr).collect();
+            let mut frontends: Vec<FrontendAddr> =
+                services::frontends(service).map(|(addr, ..)| addr).collect();
             frontends.sort_unstable();
             frontends.dedup();
             (rank(service), frontends)
@@ -85,5 +86,9 @@ impl Claims {
 
 /// Objects without a creation time come last.
 fn rank(service: &Service) -> i128 {
-    if service.created_ns == 0 { i128::MAX } else { service.created_ns }
+    if service.created_ns == 0 {
+        i128::MAX
+    } else {
+        service.created_ns
+    }
 }

@@ -140,7 +140,8 @@ fn from_pod(service: &Service, port: &ServicePort, ipv4: bool, pod: &Pod) -> Opt
     let number = match &port.target {
         TargetPort::Number(number) => *number,
         TargetPort::Name(name) => {
-            let named = |candidate: &&crate::model::PodPort| candidate.name == *name && candidate.proto == port.proto;
+            let named =
+                |candidate: &&crate::model::PodPort| candidate.name == *name && candidate.proto == port.proto;
             pod.ports.iter().find(named)?.port
         }
     };
@@ -212,7 +213,9 @@ mod tests {
     fn check(endpoints: &[PortEndpoint], cluster: &[u8], local: &[u8], any_usable: bool) {
         let last = |chosen: Vec<&PortEndpoint>| -> Vec<u8> {
             let addrs = chosen.into_iter().map(|endpoint| endpoint.addr.to_string());
-            addrs.map(|addr| addr.rsplit('.').next().unwrap().parse().unwrap()).collect()
+            addrs
+                .map(|addr| addr.rsplit('.').next().unwrap().parse().unwrap())
+                .collect()
         };
         let selection = select(endpoints, &VIEW);
         assert_eq!(last(selection.cluster), cluster, "cluster");
@@ -222,17 +225,81 @@ mod tests {
 
     #[test]
     fn ready_ones_first_then_the_lingering() {
-        check(&[endpoint(1, "ready", "n1", &[]), endpoint(2, "lingering", "n1", &[])], &[1], &[1], true);
-        check(&[endpoint(1, "ready", "n2", &[]), endpoint(2, "lingering", "n1", &[])], &[1], &[2], true);
-        check(&[endpoint(1, "not-ready", "n1", &[]), endpoint(2, "lingering", "n2", &[])], &[2], &[], true);
-        check(&[endpoint(1, "terminating", "n1", &[]), endpoint(2, "not-ready", "n1", &[])], &[], &[], false);
+        check(
+            &[
+                endpoint(1, "ready", "n1", &[]),
+                endpoint(2, "lingering", "n1", &[]),
+            ],
+            &[1],
+            &[1],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "ready", "n2", &[]),
+                endpoint(2, "lingering", "n1", &[]),
+            ],
+            &[1],
+            &[2],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "not-ready", "n1", &[]),
+                endpoint(2, "lingering", "n2", &[]),
+            ],
+            &[2],
+            &[],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "terminating", "n1", &[]),
+                endpoint(2, "not-ready", "n1", &[]),
+            ],
+            &[],
+            &[],
+            false,
+        );
     }
 
     #[test]
     fn hints_count_when_all_have_them_and_one_is_for_here() {
-        check(&[endpoint(1, "ready", "n2", &["a"]), endpoint(2, "ready", "n1", &["b"])], &[1], &[2], true);
-        check(&[endpoint(1, "ready", "n2", &["a"]), endpoint(2, "ready", "n2", &[])], &[1, 2], &[], true);
-        check(&[endpoint(1, "ready", "n2", &["b"]), endpoint(2, "ready", "n2", &["c"])], &[1, 2], &[], true);
-        check(&[endpoint(1, "ready", "n2", &["a"]), endpoint(2, "not-ready", "n2", &[])], &[1], &[], true);
+        check(
+            &[
+                endpoint(1, "ready", "n2", &["a"]),
+                endpoint(2, "ready", "n1", &["b"]),
+            ],
+            &[1],
+            &[2],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "ready", "n2", &["a"]),
+                endpoint(2, "ready", "n2", &[]),
+            ],
+            &[1, 2],
+            &[],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "ready", "n2", &["b"]),
+                endpoint(2, "ready", "n2", &["c"]),
+            ],
+            &[1, 2],
+            &[],
+            true,
+        );
+        check(
+            &[
+                endpoint(1, "ready", "n2", &["a"]),
+                endpoint(2, "not-ready", "n2", &[]),
+            ],
+            &[1],
+            &[],
+            true,
+        );
     }
 }

@@ -141,8 +141,8 @@ mod tests {
         assert!((counts[1] - 2 * counts[0]).abs_diff(0) <= 2, "{counts:?}");
     }
 
-    /// Of the slots of backends that stay, how many move when one backend of `count` leaves.
-    fn disruption(count: u32, class: u8) -> f64 {
+    /// Of ten thousand slots, how many move between backends that stay when one of `count` leaves.
+    fn disruption(count: u32, class: u8) -> usize {
         let all = backends(count);
         let leaver = count / 2;
         let mut fewer = all.clone();
@@ -155,7 +155,7 @@ mod tests {
             .filter(|(old, new)| all[usize::from(**old)] != fewer[usize::from(**new)])
             .count();
         let unavoidable = before.iter().filter(|slot| u32::from(**slot) == leaver).count();
-        (moved - unavoidable) as f64 / before.len() as f64
+        (moved - unavoidable) * 10_000 / before.len()
     }
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
         // The published tables move 0.6 to 1.3 % at 100 slots a backend and more.
         for (count, class) in [(100, 8), (100, 10), (1000, 11)] {
             let moved = disruption(count, class);
-            assert!(moved < 0.02, "{count} backends in class {class}: {moved}");
+            assert!(moved < 200, "{count} backends in class {class}: {moved} of 10000");
         }
     }
 
@@ -171,7 +171,9 @@ mod tests {
     fn tables_never_change_between_versions() {
         let slots = table(&backends(3), &[], 1);
         assert_eq!(slots.len(), 101);
-        let digest = slots.iter().fold(0u64, |sum, slot| sum.wrapping_mul(31).wrapping_add(u64::from(*slot)));
+        let digest = slots.iter().fold(0u64, |sum, slot| {
+            sum.wrapping_mul(31).wrapping_add(u64::from(*slot))
+        });
         assert_eq!(digest, PINNED, "clients would be spread anew by an upgrade");
     }
 

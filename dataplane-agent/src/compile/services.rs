@@ -31,7 +31,11 @@ pub fn frontends(service: &Service) -> impl Iterator<Item = (FrontendAddr, &Serv
             proto: port.proto,
         };
         let cluster = service.cluster_ips.iter().enumerate().map(move |(i, addr)| {
-            let field = if i == 0 { "spec.clusterIP".to_owned() } else { format!("spec.clusterIPs[{i}]") };
+            let field = if i == 0 {
+                "spec.clusterIP".to_owned()
+            } else {
+                format!("spec.clusterIPs[{i}]")
+            };
             (at(*addr, port.port), port, Reached::ByClusterIp, field)
         });
         let external = service.external_ips.iter().map(move |addr| {
@@ -77,10 +81,7 @@ pub fn compile(index: &Index, service: &Service, claims: &Claims) -> (Compiled, 
         if let Some(owner) = claims.owner(&frontend)
             && *owner != service.name
         {
-            let reason = format!(
-                "{} is taken by Service {owner}",
-                describe(&frontend)
-            );
+            let reason = format!("{} is taken by Service {owner}", describe(&frontend));
             problems.push(Problem::new(field, reason));
             continue;
         }

@@ -20,7 +20,10 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
     let mut refused = Refused::new();
     let kind = spec.type_.as_deref().unwrap_or("ClusterIP");
     if !matches!(kind, "ClusterIP" | "NodePort" | "LoadBalancer" | "ExternalName") {
-        refused.push(Problem::new("spec.type", format!("`{kind}` is no type of Service")));
+        refused.push(Problem::new(
+            "spec.type",
+            format!("`{kind}` is no type of Service"),
+        ));
     }
     let headless = spec.cluster_ip.as_deref() == Some("None");
     let proxied = kind != "ExternalName"
@@ -28,7 +31,11 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
         && label(&service.metadata, PROXY_NAME).is_none()
         && label(&service.metadata, HEADLESS).is_none();
 
-    let cluster_ips = if proxied { cluster_ips(&spec, &mut refused) } else { Vec::new() };
+    let cluster_ips = if proxied {
+        cluster_ips(&spec, &mut refused)
+    } else {
+        Vec::new()
+    };
     if proxied && cluster_ips.is_empty() && refused.is_empty() {
         let reason = "missing: addresses are not allocated here, give one or `None`";
         problems.push(Problem::new("spec.clusterIP", reason));
@@ -100,7 +107,10 @@ fn cluster_ips(spec: &ServiceSpec, refused: &mut Refused) -> Vec<IpAddr> {
             }
             Ok(ip) if ips.contains(&ip) => {}
             Ok(ip) if ips.iter().any(|other| other.is_ipv4() == ip.is_ipv4()) => {
-                refused.push(Problem::new(field, format!("{ip} is a second address of its family")));
+                refused.push(Problem::new(
+                    field,
+                    format!("{ip} is a second address of its family"),
+                ));
             }
             Ok(ip) => ips.push(ip),
             Err(reason) => refused.push(Problem::new(field, reason)),

@@ -11,7 +11,7 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 pub fn decode(
     name: Name,
-    slice: discovery::EndpointSlice,
+    slice: &discovery::EndpointSlice,
     problems: &mut Vec<Problem>,
 ) -> Result<EndpointSlice, Refused> {
     let family = match slice.address_type.as_str() {
@@ -29,7 +29,7 @@ pub fn decode(
             namespace: name.namespace.clone(),
             name: service.into(),
         });
-    let ports = ports(&slice, problems)?;
+    let ports = ports(slice, problems)?;
     let endpoints = if family == SliceFamily::Fqdn {
         Vec::new()
     } else {
@@ -78,11 +78,17 @@ fn endpoint(
     let field = || format!("endpoints[{place}].addresses[0]");
     let addr = match parse_ip(text) {
         Ok(addr) if addr.is_ipv4() != (family == SliceFamily::V4) => {
-            problems.push(Problem::new(field(), format!("{addr} is not of the slice's address type")));
+            problems.push(Problem::new(
+                field(),
+                format!("{addr} is not of the slice's address type"),
+            ));
             return None;
         }
         Ok(addr) if addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() => {
-            problems.push(Problem::new(field(), format!("{addr} is no address for an endpoint")));
+            problems.push(Problem::new(
+                field(),
+                format!("{addr} is no address for an endpoint"),
+            ));
             return None;
         }
         Ok(addr) => addr,

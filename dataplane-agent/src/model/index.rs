@@ -210,7 +210,10 @@ impl Index {
             dirty.services.extend(previous.service);
         }
         if let Some(service) = &slice.service {
-            self.slices_of.entry(service.clone()).or_default().insert(slice.name);
+            self.slices_of
+                .entry(service.clone())
+                .or_default()
+                .insert(slice.name);
             dirty.services.insert(service.clone());
         }
         dirty

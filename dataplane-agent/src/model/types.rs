@@ -31,6 +31,10 @@ impl Protocol {
 }
 
 /// A Service.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "as many independent fields of the API"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Service {
     pub name: Name,
@@ -117,6 +121,10 @@ pub struct Endpoint {
 }
 
 /// A Pod.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "as many independent fields of the API"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pod {
     pub name: Name,

@@ -61,7 +61,11 @@ impl Memory {
             for bit in 0..64 {
                 if set.any >> bit & 1 == 1 {
                     let proto = if index >= 1024 { "UDP" } else { "TCP" };
-                    let wildcard = if set.wildcard >> bit & 1 == 1 { " wildcard" } else { "" };
+                    let wildcard = if set.wildcard >> bit & 1 == 1 {
+                        " wildcard"
+                    } else {
+                        ""
+                    };
                     lines.push(format!("port {}/{proto}{wildcard}", (index % 1024) * 64 + bit));
                 }
             }
@@ -76,7 +80,9 @@ impl Memory {
 
     /// The lines of [`Memory::dump`] that are about frontends and where they lead.
     pub fn frontend_lines(&self) -> impl Iterator<Item = String> {
-        let line = |(key, index): (&FrontendKey, &u32)| format!("frontend {} -> {}", self.frontend(key), self.service(*index));
+        let line = |(key, index): (&FrontendKey, &u32)| {
+            format!("frontend {} -> {}", frontend(key), self.service(*index))
+        };
         self.frontends.iter().map(line)
     }
 
@@ -92,19 +98,6 @@ impl Memory {
             let bit = 1 << (port & 63);
             set.any & bit != 0 && (!is_wildcard || set.wildcard & bit != 0)
         })
-    }
-
-    fn frontend(&self, key: &FrontendKey) -> String {
-        let (addr, port_be, proto, scope): (IpAddr, _, _, _) = match key {
-            FrontendKey::V4(key) => (key.addr_be.to_ne_bytes().into(), key.port_be, key.proto, key.scope),
-            FrontendKey::V6(key) => {
-                let octets: [u8; 16] = bytemuck::cast(key.addr_be);
-                (octets.into(), key.port_be, key.proto, key.scope)
-            }
-        };
-        let scope = if scope == Scope::Internal as u8 { "internal" } else { "external" };
-        let proto = if proto == 6 { "TCP" } else { "UDP" };
-        format!("{addr} {}/{proto} {scope}", u16::from_be(port_be))
     }
 
     fn service(&self, index: u32) -> String {
@@ -150,7 +143,11 @@ impl Memory {
         } else {
             addr_be[0].to_ne_bytes().into()
         };
-        let proto = if head.flags & backend_flags::UDP != 0 { "UDP" } else { "TCP" };
+        let proto = if head.flags & backend_flags::UDP != 0 {
+            "UDP"
+        } else {
+            "TCP"
+        };
         let state = match head.state {
             backend_state::ACTIVE => "active",
             backend_state::SERVING => "serving",
@@ -171,6 +168,29 @@ impl Memory {
     }
 }
 
+/// A frontend for people.
+fn frontend(key: &FrontendKey) -> String {
+    let (addr, port_be, proto, scope): (IpAddr, _, _, _) = match key {
+        FrontendKey::V4(key) => (
+            key.addr_be.to_ne_bytes().into(),
+            key.port_be,
+            key.proto,
+            key.scope,
+        ),
+        FrontendKey::V6(key) => {
+            let octets: [u8; 16] = bytemuck::cast(key.addr_be);
+            (octets.into(), key.port_be, key.proto, key.scope)
+        }
+    };
+    let scope = if scope == Scope::Internal as u8 {
+        "internal"
+    } else {
+        "external"
+    };
+    let proto = if proto == 6 { "TCP" } else { "UDP" };
+    format!("{addr} {}/{proto} {scope}", u16::from_be(port_be))
+}
+
 impl Store for Memory {
     fn limits(&self) -> Limits {
         self.limits
@@ -179,7 +199,10 @@ impl Store for Memory {
     fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError> {
         self.writes += 1;
         let is_v4 = matches!(key, FrontendKey::V4(_));
-        let used = self.frontends.keys().filter(|key| matches!(key, FrontendKey::V4(_)) == is_v4);
+        let used = self
+            .frontends
+            .keys()
+            .filter(|key| matches!(key, FrontendKey::V4(_)) == is_v4);
         if !self.frontends.contains_key(&key) && used.count() >= self.limits.frontends as usize {
             return Err(StoreError::Full {
                 table: if is_v4 { "FRONTENDS_V4" } else { "FRONTENDS_V6" },
@@ -271,10 +294,18 @@ impl Store for Memory {
     }
 
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {
-        Ok(self.own_addresses.iter().map(|(addr, flags)| (*addr, *flags)).collect())
+        Ok(self
+            .own_addresses
+            .iter()
+            .map(|(addr, flags)| (*addr, *flags))
+            .collect())
     }
 
     fn devices(&self) -> Result<Vec<(u32, Device)>, StoreError> {
-        Ok(self.devices.iter().map(|(ifindex, device)| (*ifindex, *device)).collect())
+        Ok(self
+            .devices
+            .iter()
+            .map(|(ifindex, device)| (*ifindex, *device))
+            .collect())
     }
 }

@@ -175,7 +175,11 @@ impl Desired {
         let set = &mut self.ports[index as usize];
         let bit = 1 << (port & 63);
         set.any = if any > 0 { set.any | bit } else { set.any & !bit };
-        set.wildcard = if wildcard > 0 { set.wildcard | bit } else { set.wildcard & !bit };
+        set.wildcard = if wildcard > 0 {
+            set.wildcard | bit
+        } else {
+            set.wildcard & !bit
+        };
         touched.ports.insert(index);
     }
 }
@@ -190,5 +194,7 @@ fn key(owner: &Name, balancer: &Balancer) -> BalancerKey {
 
 fn scopes(balancer: &Balancer) -> impl Iterator<Item = Scope> {
     let internal = balancer.internal.then_some(Scope::Internal);
-    internal.into_iter().chain(balancer.external.then_some(Scope::External))
+    internal
+        .into_iter()
+        .chain(balancer.external.then_some(Scope::External))
 }

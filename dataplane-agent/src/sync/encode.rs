@@ -82,7 +82,11 @@ pub fn backend_key(backend: &Backend) -> Option<BackendKey> {
     (backend.head.generation != 0).then(|| BackendKey {
         addr: ip(backend.addr_be, flags & backend_flags::IPV6 != 0),
         port: u16::from_be(backend.head.port_be),
-        proto: if flags & backend_flags::UDP != 0 { Protocol::Udp } else { Protocol::Tcp },
+        proto: if flags & backend_flags::UDP != 0 {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        },
     })
 }
 
@@ -186,8 +190,13 @@ pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
 /// How many ids a table's slots refer to.
 pub fn ids_in_slots(words: &[u64], class: u8) -> usize {
     let size = TABLE_SIZES[usize::from(class & 15)] as usize;
-    let slots = words.iter().flat_map(|word| (0..4).map(move |lane| (word >> (lane * 16)) as u16));
-    slots.take(size).max().map_or(0, |highest| usize::from(highest) + 1)
+    let slots = words
+        .iter()
+        .flat_map(|word| (0..4).map(move |lane| (word >> (lane * 16)) as u16));
+    slots
+        .take(size)
+        .max()
+        .map_or(0, |highest| usize::from(highest) + 1)
 }
 
 /// The ids of a slice, in their order.
@@ -215,7 +224,10 @@ mod tests {
 
     #[test]
     fn addresses_are_in_network_order() {
-        assert_eq!(any_addr("10.96.0.1".parse().unwrap())[0].to_ne_bytes(), [10, 96, 0, 1]);
+        assert_eq!(
+            any_addr("10.96.0.1".parse().unwrap())[0].to_ne_bytes(),
+            [10, 96, 0, 1]
+        );
         let v6: IpAddr = "fd00::1".parse().unwrap();
         assert_eq!(ip(any_addr(v6), true), v6);
     }

@@ -5,6 +5,7 @@
 //! other. Only what was written is recorded as written, so whatever fails stays touched and is tried again.
 
 mod arena;
+mod backends;
 mod desired;
 mod encode;
 mod ids;
@@ -15,22 +16,20 @@ mod services;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
-use dataplane_common::{backend::backend_state, device::Device};
+use dataplane_common::device::Device;
 
 use self::{
-    desired::{Desired, Touched, Uses},
-    encode::Whereabouts,
-    ids::Given,
+    desired::{Desired, Touched},
     programmed::Programmed,
 };
 use crate::{
     compile::{BackendKey, Update},
     host::PodInterface,
-    store::{Limits, Store, StoreError},
+    store::{FrontendKey, Limits, Store, StoreError},
 };
 
 /// What the tables should say of this machine.
@@ -52,7 +51,7 @@ pub struct Report {
 }
 
 impl Report {
-    fn failed(&mut self, what: impl ToString, error: &dyn std::error::Error) {
+    fn failed(&mut self, what: impl Into<String>, error: &dyn std::error::Error) {
         let mut text = error.to_string();
         let mut source = error.source();
         while let Some(cause) = source {
@@ -60,11 +59,11 @@ impl Report {
             text.push_str(&cause.to_string());
             source = cause.source();
         }
-        self.failed.insert(what.to_string(), text);
+        self.failed.insert(what.into(), text);
     }
 
     /// Records the outcome of a write; true when it succeeded.
-    fn note(&mut self, what: impl ToString, outcome: Result<(), StoreError>) -> bool {
+    fn note(&mut self, what: impl Into<String>, outcome: Result<(), StoreError>) -> bool {
         match outcome {
             Ok(()) => {
                 self.writes += 1;
@@ -89,8 +88,8 @@ enum NoRoom {
     Maglev { wanted: u32, limit: u32 },
     #[error("{backends} endpoints are more than a table can number")]
     TooMany { backends: usize },
-    #[error("an endpoint has no backend id")]
-    Unnumbered,
+    #[error("an endpoint's entry is not written")]
+    Inactive,
     #[error("its service entry is not written")]
     NoService,
     #[error("its port is not written")]
@@ -148,7 +147,9 @@ impl Syncer {
                 proto: crate::model::Protocol::Tcp,
             };
             let backends = self.desired.backends.range(first..).map(|(key, _)| *key);
-            self.touched.backends.extend(backends.take_while(|key| key.addr == addr));
+            self.touched
+                .backends
+                .extend(backends.take_while(|key| key.addr == addr));
         }
     }
 
@@ -158,7 +159,8 @@ impl Syncer {
     }
 
     fn is_host_settled(&self) -> bool {
-        self.programmed.own_addresses == self.host.own_addresses && self.programmed.devices == self.host.devices
+        self.programmed.own_addresses == self.host.own_addresses
+            && self.programmed.devices == self.host.devices
     }
 
     /// Writes what differs. Never call it before the source is complete: what nobody desires is deleted.
@@ -191,6 +193,29 @@ impl Syncer {
         Ok(())
     }
 
+    /// Compares the hash tables with what we believe is in them, for the case that somebody else wrote there. The
+    /// next run makes good what differs; returns how much that is.
+    pub fn audit(&mut self, store: &dyn Store) -> Result<usize, StoreError> {
+        let frontends: HashMap<FrontendKey, u32> = store.frontends()?.into_iter().collect();
+        let believed = std::mem::replace(&mut self.programmed.frontends, frontends);
+        let found = &self.programmed.frontends;
+        let differing: BTreeSet<FrontendKey> = believed
+            .keys()
+            .chain(found.keys())
+            .filter(|key| believed.get(key) != found.get(key))
+            .copied()
+            .collect();
+        let mut count = differing.len();
+        self.touched.frontends.extend(differing);
+        let own_addresses = store.own_addresses()?.into_iter().collect();
+        let devices = store.devices()?.into_iter().collect();
+        count += usize::from(self.programmed.own_addresses != own_addresses);
+        count += usize::from(self.programmed.devices != devices);
+        self.programmed.own_addresses = own_addresses;
+        self.programmed.devices = devices;
+        Ok(count)
+    }
+
     /// How full the tables are: services, backends and elements of `MAGLEV`.
     pub fn usage(&self) -> (usize, usize, u32) {
         self.programmed.usage()
@@ -211,7 +236,10 @@ impl Syncer {
         }
         for (addr, flags) in &self.host.own_addresses {
             if self.programmed.own_addresses.get(addr) != Some(flags)
-                && report.note(format!("own address {addr}"), store.put_own_address(*addr, *flags))
+                && report.note(
+                    format!("own address {addr}"),
+                    store.put_own_address(*addr, *flags),
+                )
             {
                 self.programmed.own_addresses.insert(*addr, *flags);
             }
@@ -230,105 +258,17 @@ impl Syncer {
         });
     }
 
-    /// Numbers new backends, and writes what makes a backend more usable or changes where it is.
-    fn put_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
-        for key in self.touched.backends.clone() {
-            let Some(uses) = self.desired.backends.get(&key).copied() else {
-                continue;
-            };
-            let given = match self.programmed.backend_ids.give(&key) {
-                Some(given) => given,
-                None => {
-                    let limit = self.limits.backends;
-                    report.failed(describe(&key), &NoRoom::Backends { limit });
-                    continue;
-                }
-            };
-            // A demotion waits until no table chooses the backend any more.
-            let at_least = match given {
-                Given::Same(id) => rank(self.programmed.backend(id).head.state),
-                Given::New(_) => 0,
-            };
-            let state = state(&uses);
-            if rank(state) < at_least {
-                continue;
-            }
-            self.write_backend(store, report, &key, given, state, &uses);
-        }
-    }
-
-    /// Writes the backends' final states.
-    fn demote_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
-        let in_use = self.backends_of_stale_services();
-        for key in std::mem::take(&mut self.touched.backends) {
-            let Some(id) = self.programmed.backend_ids.get(&key) else {
-                if self.desired.backends.contains_key(&key) {
-                    self.touched.backends.insert(key);
-                }
-                continue;
-            };
-            if in_use.contains(&id) {
-                self.touched.backends.insert(key);
-                continue;
-            }
-            let uses = self.desired.backends.get(&key).copied().unwrap_or_default();
-            let done = self.write_backend(store, report, &key, Given::Same(id), state(&uses), &uses);
-            if !done {
-                self.touched.backends.insert(key);
-            } else if uses.total == 0 {
-                self.programmed.backend_garbage.push(key);
-            }
-        }
-    }
-
-    fn write_backend(
-        &mut self,
-        store: &mut dyn Store,
-        report: &mut Report,
-        key: &BackendKey,
-        given: Given,
-        state: u8,
-        uses: &Uses,
-    ) -> bool {
-        let (id, is_new) = match given {
-            Given::Same(id) => (id, false),
-            Given::New(id) => (id, true),
-        };
-        let before = self.programmed.backend(id);
-        let generation = if encode::backend_key(&before) != Some(*key) {
-            before.head.generation.wrapping_add(1).max(1)
-        } else {
-            before.head.generation
-        };
-        let place = if self.host.own_addresses.contains_key(&key.addr) {
-            Whereabouts::Host
-        } else if let Some(interface) = self.host.pod_interfaces.get(&key.addr) {
-            Whereabouts::Local(Some(interface))
-        } else if uses.local > 0 {
-            Whereabouts::Local(None)
-        } else {
-            Whereabouts::Remote
-        };
-        let backend = encode::backend(key, generation, state, place);
-        if backend == before {
-            return true;
-        }
-        let done = report.note(describe(key), store.write_backend(id, &backend));
-        if done {
-            self.programmed.set_backend(id, backend);
-        } else if is_new {
-            self.programmed.backend_ids.take_back(key);
-        }
-        done
-    }
-
     fn put_ports(&mut self, store: &mut dyn Store, report: &mut Report) {
         for index in &self.touched.ports {
-            let (desired, programmed) = (self.desired.ports[*index as usize], self.programmed.ports[*index as usize]);
+            let (desired, programmed) = (
+                self.desired.ports[*index as usize],
+                self.programmed.ports[*index as usize],
+            );
             let mut union = programmed;
             union.any |= desired.any;
             union.wildcard |= desired.wildcard;
-            if union != programmed && report.note(format!("ports {index}"), store.write_ports(*index, union)) {
+            if union != programmed && report.note(format!("ports {index}"), store.write_ports(*index, union))
+            {
                 self.programmed.ports[*index as usize] = union;
             }
         }
@@ -360,7 +300,12 @@ impl Syncer {
                 return true;
             };
             let index = programmed.written_service(key).ok_or(NoRoom::NoService);
-            let index = index.and_then(|index| programmed.lets_through(&key.frontend).then_some(index).ok_or(NoRoom::NoPort));
+            let index = index.and_then(|index| {
+                programmed
+                    .lets_through(&key.frontend)
+                    .then_some(index)
+                    .ok_or(NoRoom::NoPort)
+            });
             let index = match index {
                 Ok(index) => index,
                 Err(error) => {
@@ -396,30 +341,4 @@ impl Syncer {
             !done
         });
     }
-}
-
-/// The state in which a backend belongs.
-fn state(uses: &Uses) -> u8 {
-    if uses.chosen > 0 {
-        backend_state::ACTIVE
-    } else if uses.serving > 0 {
-        backend_state::SERVING
-    } else {
-        backend_state::DRAINING
-    }
-}
-
-/// States by how much they allow.
-fn rank(state: u8) -> u8 {
-    match state {
-        backend_state::ACTIVE => 3,
-        backend_state::SERVING => 2,
-        backend_state::DRAINING => 1,
-        _ => 0,
-    }
-}
-
-fn describe(key: &BackendKey) -> String {
-    let BackendKey { addr, port, proto } = key;
-    format!("backend {}/{}", std::net::SocketAddr::new(*addr, *port), proto.as_str())
 }

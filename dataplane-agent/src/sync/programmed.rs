@@ -6,7 +6,7 @@ use std::{
 };
 
 use dataplane_common::{
-    backend::Backend,
+    backend::{Backend, backend_state},
     device::Device,
     service::{PortSet, Scope, Service, port_set_index, service_flags},
 };
@@ -81,7 +81,11 @@ impl Programmed {
     }
 
     pub fn usage(&self) -> (usize, usize, u32) {
-        (self.service_ids.used(), self.backend_ids.used(), self.arena.used())
+        (
+            self.service_ids.used(),
+            self.backend_ids.used(),
+            self.arena.used(),
+        )
     }
 
     /// What the table says of a backend id; zero where nothing was ever written.
@@ -93,10 +97,12 @@ impl Programmed {
         self.backends.insert(id, backend);
     }
 
-    /// The id of a backend whose entry is in the table.
-    pub fn written_backend(&self, key: &BackendKey) -> Option<u32> {
+    /// The id of a backend whose entry is in the table and active.
+    pub fn active_backend(&self, key: &BackendKey) -> Option<u32> {
         let id = self.backend_ids.get(key)?;
-        (encode::backend_key(self.backends.get(&id)?) == Some(*key)).then_some(id)
+        let backend = self.backends.get(&id)?;
+        let is_active = backend.head.state == backend_state::ACTIVE;
+        (is_active && encode::backend_key(backend) == Some(*key)).then_some(id)
     }
 
     pub fn slot(&self, index: u32) -> Slot {

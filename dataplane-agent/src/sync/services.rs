@@ -40,7 +40,8 @@ impl Syncer {
                 continue;
             };
             let mut outcome = self.put_service(store, report, &key, &wanted, &mut last);
-            if matches!(outcome, Err(Failure::NoRoom(_))) && self.has_garbage() && self.reclaim(store).is_ok() {
+            if matches!(outcome, Err(Failure::NoRoom(_))) && self.has_garbage() && self.reclaim(store).is_ok()
+            {
                 outcome = self.put_service(store, report, &key, &wanted, &mut last);
             }
             match outcome {
@@ -69,8 +70,10 @@ impl Syncer {
             let backends = backends.len();
             return Err(NoRoom::TooMany { backends }.into());
         }
-        let numbers = backends.iter().map(|backend| self.programmed.written_backend(backend));
-        let ids: Vec<u32> = numbers.collect::<Option<_>>().ok_or(NoRoom::Unnumbered)?;
+        let numbers = backends
+            .iter()
+            .map(|backend| self.programmed.active_backend(backend));
+        let ids: Vec<u32> = numbers.collect::<Option<_>>().ok_or(NoRoom::Inactive)?;
         let (index, is_new) = match self.index(key)? {
             Given::Same(index) => (index, false),
             Given::New(index) => (index, true),
@@ -101,9 +104,17 @@ impl Syncer {
         let generation = before.value.head.generation;
         let head = ServiceHead {
             slots_offset: slice.map_or(0, |slice| encode::slots_offset(slice, ids.len())),
-            generation: if is_new || generation == 0 { generation.wrapping_add(1) } else { generation },
+            generation: if is_new || generation == 0 {
+                generation.wrapping_add(1)
+            } else {
+                generation
+            },
             size_class: class,
-            flags: if *drop_when_empty { service_flags::DROP_WHEN_EMPTY } else { 0 },
+            flags: if *drop_when_empty {
+                service_flags::DROP_WHEN_EMPTY
+            } else {
+                0
+            },
         };
         let value = encode::service(&key.frontend, head);
         if value != before.value {
@@ -131,7 +142,10 @@ impl Syncer {
         last: &mut LastTable,
     ) -> bool {
         let found = self.programmed.found_words.remove(&index);
-        if before.value.head.size_class != class || before.ids != ids || before.slice.is_none() != (class == 0) {
+        if before.value.head.size_class != class
+            || before.ids != ids
+            || before.slice.is_none() != (class == 0)
+        {
             return false;
         }
         match found {
@@ -147,7 +161,9 @@ impl Syncer {
         }
         // The table does not know the new owner: the next try has to bump the generation again.
         if is_new {
-            self.programmed.service_ids.take_back(&ServiceId::Known(key.clone()));
+            self.programmed
+                .service_ids
+                .take_back(&ServiceId::Known(key.clone()));
         }
     }
 
@@ -165,8 +181,12 @@ impl Syncer {
     /// The backends in the tables of services that are not as desired: a run that failed leaves them in use.
     pub(super) fn backends_of_stale_services(&self) -> BTreeSet<u32> {
         let stale = self.touched.balancers.iter().cloned().map(ServiceId::Known);
-        let indexes = stale.chain(self.programmed.orphans()).filter_map(|id| self.programmed.service_ids.get(&id));
-        indexes.flat_map(|index| self.programmed.slot(index).ids).collect()
+        let indexes = stale
+            .chain(self.programmed.orphans())
+            .filter_map(|id| self.programmed.service_ids.get(&id));
+        indexes
+            .flat_map(|index| self.programmed.slot(index).ids)
+            .collect()
     }
 
     /// Marks the services that nobody desires as deleted; established flows know their backends.

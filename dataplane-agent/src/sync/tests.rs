@@ -37,8 +37,14 @@ fn name(number: u8) -> Name {
 
 fn service() -> impl Strategy<Value = Object> {
     // Few addresses and node ports, so that Services are often in each other's way.
-    (0..4u8, 0..5u8, proptest::option::of(0..3u16), any::<bool>(), any::<bool>()).prop_map(
-        |(number, last, node_port, internal_local, external_local)| {
+    (
+        0..4u8,
+        0..5u8,
+        proptest::option::of(0..3u16),
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(number, last, node_port, internal_local, external_local)| {
             Object::Service(Service {
                 name: name(number),
                 proxied: last != 4,
@@ -61,8 +67,7 @@ fn service() -> impl Strategy<Value = Object> {
                 publish_not_ready: false,
                 created_ns: 0,
             })
-        },
-    )
+        })
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
@@ -170,7 +175,14 @@ fn key(object: &Object) -> ObjectRef {
 
 /// At no moment, whatever failed, may a packet meet an entry that was not meant for it. Names what is wrong.
 fn inconsistency(memory: &Memory) -> Option<String> {
-    let never = ["no service", "no backend", "deleted", "gone", "draining", "serving"];
+    let never = [
+        "no service",
+        "no backend",
+        "deleted",
+        "gone",
+        "draining",
+        "serving",
+    ];
     memory
         .frontend_lines()
         .find(|line| never.iter().any(|never| line.contains(never)))
@@ -178,7 +190,7 @@ fn inconsistency(memory: &Memory) -> Option<String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_history_ends_as_a_fresh_start(steps in proptest::collection::vec(step(), 1..40)) {
@@ -265,13 +277,32 @@ fn each_single_failure_is_made_good() {
     }
 }
 
+/// What somebody else removed from the tables is found and put back.
+#[test]
+fn an_audit_finds_foreign_changes() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let mut memory = Memory::new(LIMITS);
+    let mut agent = Agent::new(&memory);
+    let objects = proptest::collection::vec(service(), 5..10).new_tree(&mut runner);
+    agent.take(objects.unwrap().current());
+    agent.syncer.run(&mut memory);
+    let before = memory.dump();
+    assert_eq!(agent.syncer.audit(&memory).unwrap(), 0);
+    let (key, _) = memory.frontends.pop_first().unwrap();
+    memory
+        .frontends
+        .insert(*memory.frontends.keys().next().unwrap(), 150);
+    memory.own_addresses.clear();
+    assert_eq!(agent.syncer.audit(&memory).unwrap(), 3);
+    agent.syncer.run(&mut memory);
+    assert!(memory.frontends.contains_key(&key));
+    assert_eq!(memory.dump(), before);
+}
+
 /// A full table leaves the rest served, is reported by name, and is made good when there is room.
 #[test]
 fn a_full_table_is_reported_and_made_good() {
-    let limits = Limits {
-        maglev: 40,
-        ..LIMITS
-    };
+    let limits = Limits { maglev: 40, ..LIMITS };
     let mut memory = Memory::new(limits);
     let mut agent = Agent::new(&memory);
     let object = |number: u8| {

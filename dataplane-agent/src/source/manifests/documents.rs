@@ -46,7 +46,10 @@ pub fn parse(text: &[u8], is_json: bool) -> Parsed {
     };
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if is_json {
-        for (i, value) in serde_json::Deserializer::from_str(text).into_iter::<Value>().enumerate() {
+        for (i, value) in serde_json::Deserializer::from_str(text)
+            .into_iter::<Value>()
+            .enumerate()
+        {
             match value {
                 Ok(value) => parsed.add(i + 1, &value, ""),
                 Err(error) => {
@@ -97,20 +100,33 @@ impl Parsed {
                 *self.ignored.entry(kind).or_default() += 1;
                 return;
             }
-            Decoded::Object { key, object, problems } => (Some(key), Some(object), problems),
+            Decoded::Object {
+                key,
+                object,
+                problems,
+            } => (Some(key), Some(object), problems),
             Decoded::Failed { key, problems } => (key, None, problems),
         };
         let description = match &key {
             Some(key) => key.to_string(),
-            None => value.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            None => value
+                .get("kind")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned(),
         };
-        self.problems.extend(problems.into_iter().map(|problem| DocumentProblem {
-            document,
-            object: description.clone(),
-            problem: Problem::new(format!("{at}{}", problem.field), problem.reason),
-        }));
+        self.problems
+            .extend(problems.into_iter().map(|problem| DocumentProblem {
+                document,
+                object: description.clone(),
+                problem: Problem::new(format!("{at}{}", problem.field), problem.reason),
+            }));
         match key {
-            Some(key) => self.entries.push(Entry { document, key, object }),
+            Some(key) => self.entries.push(Entry {
+                document,
+                key,
+                object,
+            }),
             None => self.opaque = true,
         }
     }
@@ -208,7 +224,11 @@ mod tests {
         assert!(parsed.opaque);
         let problem = parsed.problems.last().unwrap();
         assert_eq!(problem.document, 2);
-        assert!(problem.problem.reason.starts_with("line "), "{}", problem.problem.reason);
+        assert!(
+            problem.problem.reason.starts_with("line "),
+            "{}",
+            problem.problem.reason
+        );
     }
 
     #[test]

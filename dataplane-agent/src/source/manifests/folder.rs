@@ -197,7 +197,9 @@ impl Folder {
 
     /// Drops a file's documents; what is in force stays until it is settled.
     fn forget(&mut self, path: &Path, touched: &mut BTreeSet<ObjectRef>) {
-        let Some(file) = self.files.remove(path) else { return };
+        let Some(file) = self.files.remove(path) else {
+            return;
+        };
         for key in &file.keys {
             if let Some(places) = self.documents.get_mut(key) {
                 places.retain(|origin, _| origin.file != file.path);
@@ -209,7 +211,10 @@ impl Folder {
         touched.extend(file.keys);
         if file.opaque {
             // Versions that were kept only because the file could not be read in full.
-            let kept = self.in_force.iter().filter(|(_, (origin, _))| origin.file == file.path);
+            let kept = self
+                .in_force
+                .iter()
+                .filter(|(_, (origin, _))| origin.file == file.path);
             touched.extend(kept.map(|(key, _)| key.clone()));
         }
     }
@@ -349,7 +354,10 @@ impl Stamp {
     }
 
     fn is_racy(self) -> bool {
-        let changed = Duration::new(self.changed.0.unsigned_abs(), self.changed.1.unsigned_abs() as u32);
+        let changed = Duration::new(
+            self.changed.0.unsigned_abs(),
+            self.changed.1.unsigned_abs() as u32,
+        );
         SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .is_ok_and(|now| now.saturating_sub(changed) < RACY)

@@ -67,7 +67,10 @@ pub fn start(root: &Path) -> notify::Result<Source> {
 /// The path with its parent resolved, so that the folder itself may be a symbolic link that is swapped.
 fn absolute(root: &Path) -> PathBuf {
     let absolute = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-    match (absolute.parent().and_then(|parent| parent.canonicalize().ok()), absolute.file_name()) {
+    match (
+        absolute.parent().and_then(|parent| parent.canonicalize().ok()),
+        absolute.file_name(),
+    ) {
         (Some(parent), Some(name)) => parent.join(name),
         _ => absolute,
     }
@@ -135,7 +138,11 @@ impl Follower {
 
     /// Waits for something to do, then for a moment of silence. False when nobody can ask any more.
     fn wait(&self, waiting: &mut Vec<oneshot::Sender<u64>>) -> bool {
-        match self.inbox.recv_timeout(if self.folder.is_settled() { POLL } else { QUIET_AT_MOST }) {
+        match self.inbox.recv_timeout(if self.folder.is_settled() {
+            POLL
+        } else {
+            QUIET_AT_MOST
+        }) {
             Ok(Request::Rescan(reply)) => {
                 waiting.push(reply);
                 return true;
@@ -174,7 +181,8 @@ impl Watches {
             let relevant = match event {
                 // Reading makes events too.
                 Ok(event) => {
-                    (!event.kind.is_access() || event.kind == EventKind::Access(AccessKind::Close(AccessMode::Write)))
+                    (!event.kind.is_access()
+                        || event.kind == EventKind::Access(AccessKind::Close(AccessMode::Write)))
                         && (event.paths.is_empty() || event.paths.iter().any(|path| path.starts_with(&below)))
                 }
                 // An overflow, for example.
@@ -194,11 +202,10 @@ impl Watches {
 
     /// Watches exactly these; true when a watch is new.
     fn follow(&mut self, directories: &BTreeMap<PathBuf, (u64, u64)>) -> bool {
-        if let Some(parent) = self.parent.take_if(|parent| {
-            self.watcher
-                .watch(parent, RecursiveMode::NonRecursive)
-                .is_ok()
-        }) {
+        if let Some(parent) = self
+            .parent
+            .take_if(|parent| self.watcher.watch(parent, RecursiveMode::NonRecursive).is_ok())
+        {
             tracing::debug!(path = %parent.display(), "watching");
         }
         let gone: Vec<PathBuf> = self

@@ -69,7 +69,8 @@ pub trait Family: Copy + 'static {
     /// The tuple that a packet of the flow gets.
     fn rewrite(flow: &Self::Flow) -> Tuple<Self::Addr>;
     fn set_rewrite_sport(flow: &mut Self::Flow, sport_be: u16);
-    fn meta(flow: &Self::Flow) -> FlowMeta;
+    fn meta(flow: &Self::Flow) -> &FlowMeta;
+    fn meta_mut(flow: &mut Self::Flow) -> &mut FlowMeta;
     fn to_any(addr: Self::Addr) -> AnyAddr;
     fn from_any(addr: AnyAddr) -> Self::Addr;
     /// The address as 32-bit words in network byte order, for checksums and hashing.
@@ -141,8 +142,12 @@ macro_rules! family {
                 flow.sport_be = sport_be;
             }
             #[inline(always)]
-            fn meta(flow: &$flow) -> FlowMeta {
-                flow.meta
+            fn meta(flow: &$flow) -> &FlowMeta {
+                &flow.meta
+            }
+            #[inline(always)]
+            fn meta_mut(flow: &mut $flow) -> &mut FlowMeta {
+                &mut flow.meta
             }
             #[inline(always)]
             fn to_any($a: $addr) -> AnyAddr {

@@ -8,9 +8,10 @@ use crate::{
     checksum,
     packet::Packet,
     parse::{Headers, Ipv4Header, Ipv6Header, TcpHeader, tcp},
-    pipeline::{Context, World},
+    pipeline::{Context, World, drop_packet},
     reason::Reason,
     rewrite::{RewriteIp, write_macs},
+    verdict::Verdict,
 };
 
 /// Time to live of what we originate.
@@ -18,21 +19,20 @@ const TTL: u8 = 64;
 /// Layer 4 bytes that an ICMP error quotes (RFC 792 asks for 8).
 const QUOTED_L4: usize = 8;
 
-/// Refuses a TCP or UDP packet for a service without endpoints, as a host with a closed port does. The result is why
-/// it is dropped instead, if it is.
+/// Refuses a TCP or UDP packet for a service without endpoints, as a host with a closed port does.
 #[inline(never)]
 pub fn refuse<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,
     headers: &Headers<F::Addr>,
-) -> Option<Reason> {
+) -> Verdict {
     world.count(Reason::NoEndpoints);
     if headers.has_flags(tcp::RST) {
-        return Some(Reason::NoEndpoints);
+        return Verdict::drop(Reason::NoEndpoints);
     }
     if !world.take_refusal() {
-        return Some(Reason::RefusalRateLimited);
+        return drop_packet::<F, W>(world, Reason::RefusalRateLimited);
     }
     let done = if headers.proto == proto::TCP {
         reset::<F, P>(packet, at.l3, headers)
@@ -40,7 +40,7 @@ pub fn refuse<F: RewriteIp, P: Packet, W: World<F>>(
         let (kind, code) = if F::VERSION == 4 { (3, 3) } else { (1, 4) };
         icmp_error::<F, P>(packet, at.l3, headers, kind, code, 0)
     };
-    finish(packet, at, done)
+    finish::<F, P, W>(packet, world, at, done)
 }
 
 /// Tells the sender that a packet does not fit (RFC 1191, RFC 8201).
@@ -51,21 +51,21 @@ pub fn too_big<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     headers: &Headers<F::Addr>,
     mtu: u16,
-) -> Option<Reason> {
+) -> Verdict {
     world.count(Reason::FragmentationNeeded);
     if !world.take_refusal() {
-        return Some(Reason::RefusalRateLimited);
+        return drop_packet::<F, W>(world, Reason::RefusalRateLimited);
     }
     let (kind, code) = if F::VERSION == 4 { (3, 4) } else { (2, 0) };
     let done = icmp_error::<F, P>(packet, at.l3, headers, kind, code, mtu);
-    finish(packet, at, done)
+    finish::<F, P, W>(packet, world, at, done)
 }
 
 #[inline(always)]
-fn finish<P: Packet>(packet: &mut P, at: &Context, done: Option<()>) -> Option<Reason> {
+fn finish<F: RewriteIp, P: Packet, W: World<F>>(packet: &mut P, world: &W, at: &Context, done: Option<()>) -> Verdict {
     match done.and_then(|()| if at.l3 == 0 { Some(()) } else { swap_macs(packet) }) {
-        Some(()) => None,
-        None => Some(Reason::RewriteFailed),
+        Some(()) => Verdict::ANSWER,
+        None => drop_packet::<F, W>(world, Reason::RewriteFailed),
     }
 }
 
@@ -131,11 +131,11 @@ fn write_ip<F: Family, P: Packet>(
 /// A reset for a segment that no connection exists for (RFC 9293, section 3.10.7.1).
 #[inline(always)]
 fn reset<F: RewriteIp, P: Packet>(packet: &mut P, l3: usize, headers: &Headers<F::Addr>) -> Option<()> {
-    let asked: TcpHeader = packet.load(headers.l4)?;
+    let asked: TcpHeader = packet.load(headers.l4())?;
     let (seq_be, ack_be, flags) = if asked.flags & tcp::ACK != 0 {
         (asked.ack_be, 0, tcp::RST)
     } else {
-        let header_bytes = (headers.l4 - l3) as u16 + u16::from(asked.offset >> 4) * 4;
+        let header_bytes = (headers.l4() - l3) as u16 + u16::from(asked.offset >> 4) * 4;
         let mut next =
             u32::from_be(asked.seq_be).wrapping_add(u32::from(headers.l3_len.saturating_sub(header_bytes)));
         if asked.flags & tcp::SYN != 0 {
@@ -187,7 +187,7 @@ fn icmp_error<F: RewriteIp, P: Packet>(
     code: u8,
     mtu: u16,
 ) -> Option<()> {
-    let l4_start: [u32; QUOTED_L4 / 4] = packet.load(headers.l4)?;
+    let l4_start: [u32; QUOTED_L4 / 4] = packet.load(headers.l4())?;
     let quoted_len = (F::HEADER_LEN + QUOTED_L4) as u16;
     let l4 = l3 + F::HEADER_LEN;
     let quoted_at = l4 + crate::icmp::HEADER_LEN;

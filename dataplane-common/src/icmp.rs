@@ -9,9 +9,10 @@ use core::mem::offset_of;
 use crate::{
     addr::{Family, Tuple, proto},
     checksum::{self, diff16},
+    exit::{Leave, leave},
     packet::{Checksum, Packet},
     parse::{Fragment, Headers, Ipv4Header, UdpHeader},
-    pipeline::{Context, Leave, World, drop_packet, leave},
+    pipeline::{Context, Work, World, drop_packet},
     reason::Reason,
     rewrite::RewriteIp,
     tables::Entry,
@@ -39,86 +40,75 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,
-    headers: &Headers<F::Addr>,
+    work: &mut Work<F>,
 ) -> Verdict {
-    match about::<F, P, W>(packet, world, at, headers) {
-        Ok(verdict) => verdict,
+    let quoted = match quoted::<F, P>(packet, &work.headers) {
+        Ok(Some(quoted)) => quoted,
+        Ok(None) => return Verdict::PASS,
         Err(reason) => {
             world.count(reason);
-            Verdict::Pass
+            return Verdict::PASS;
         }
+    };
+    work.key = F::flow_key(&quoted.tuple.reversed(), quoted.proto, at.side());
+    match world.flow(&work.key) {
+        Some(entry) => work.forward = *entry.flow(),
+        None => match world.half_open(&work.key) {
+            Some(entry) => work.forward = *entry.flow(),
+            None => return Verdict::PASS,
+        },
+    }
+    let headers = &work.headers;
+    let verdict = match leave::<F, P, W>(packet, world, at, headers, &work.forward) {
+        Leave::Exit(verdict) => verdict,
+        Leave::Unchanged => return Verdict::PASS,
+        Leave::TooBig(_) => return drop_packet::<F, W>(world, Reason::FragmentationNeeded),
+        Leave::Drop(reason) => return drop_packet::<F, W>(world, reason),
+    };
+    let rewrite = F::rewrite(&work.forward);
+    match translate::<F, P>(packet, at.l3, headers, &quoted, &rewrite) {
+        Some(()) => verdict,
+        None => drop_packet::<F, W>(world, Reason::RewriteFailed),
     }
 }
 
+/// The packet that an error quotes, if it is an error about TCP or UDP.
 #[inline(always)]
-fn about<F: RewriteIp, P: Packet, W: World<F>>(
-    packet: &mut P,
-    world: &W,
-    at: &Context,
+fn quoted<F: RewriteIp, P: Packet>(
+    packet: &P,
     headers: &Headers<F::Addr>,
-) -> Result<Verdict, Reason> {
-    let kind: u8 = packet.load(headers.l4).ok_or(Reason::Truncated)?;
+) -> Result<Option<Headers<F::Addr>>, Reason> {
+    // Type and code: the verifier does not follow the bounds check of a single byte.
+    let [kind, _code]: [u8; 2] = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
     if !is_error::<F>(kind) {
-        return Ok(Verdict::Pass);
+        return Ok(None);
     }
-    let quoted_at = headers.l4 + HEADER_LEN;
-    let mut quoted = F::parse_ip(packet, quoted_at)?;
+    let mut quoted = F::parse_ip(packet, headers.l4() + HEADER_LEN)?;
     if (quoted.proto != proto::TCP && quoted.proto != proto::UDP) || quoted.fragment == Fragment::Later {
-        return Ok(Verdict::Pass);
+        return Ok(None);
     }
-    let [sport_be, dport_be]: [u16; 2] = packet.load(quoted.l4).ok_or(Reason::Truncated)?;
+    let [sport_be, dport_be]: [u16; 2] = packet.load(quoted.l4()).ok_or(Reason::Truncated)?;
     quoted.tuple.sport_be = sport_be;
     quoted.tuple.dport_be = dport_be;
-    let key = F::flow_key(&quoted.tuple.reversed(), quoted.proto, at.side());
-    let flow = match world.flow(&key) {
-        Some(entry) => entry.load(),
-        None => match world.half_open(&key) {
-            Some(entry) => entry.load(),
-            None => return Ok(Verdict::Pass),
-        },
-    };
-    let rewrite = F::rewrite(&flow);
-    // The endpoint itself speaks under its translated address; a router on the way under its own.
-    let src = if headers.tuple.src == quoted.tuple.dst {
-        rewrite.src
-    } else {
-        headers.tuple.src
-    };
-    let outer = Tuple {
-        src,
-        dst: rewrite.dst,
-        sport_be: rewrite.sport_be,
-        dport_be: rewrite.dport_be,
-    };
-    let verdict = match leave::<F, P, W>(packet, world, at, headers, &outer, &F::meta(&flow)) {
-        Leave::Exit(verdict) => verdict,
-        Leave::Unchanged => return Ok(Verdict::Pass),
-        Leave::TooBig(_) => return Ok(drop_packet::<F, W>(world, Reason::FragmentationNeeded)),
-        Leave::Drop(reason) => return Ok(drop_packet::<F, W>(world, reason)),
-    };
-    let done = translate::<F, P>(packet, at.l3, headers, quoted_at, &quoted, &outer, &rewrite);
-    Ok(if done.is_some() {
-        verdict
-    } else {
-        drop_packet::<F, W>(world, Reason::RewriteFailed)
-    })
+    Ok(Some(quoted))
 }
 
 /// Writes the outer addresses, the quoted addresses and ports, and every checksum among them.
 #[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "two packets, one inside the other, each before and after"
-)]
 fn translate<F: RewriteIp, P: Packet>(
     packet: &mut P,
     l3: usize,
     headers: &Headers<F::Addr>,
-    quoted_at: usize,
     quoted: &Headers<F::Addr>,
-    outer: &Tuple<F::Addr>,
     rewrite: &Tuple<F::Addr>,
 ) -> Option<()> {
+    let quoted_at = headers.l4() + HEADER_LEN;
+    // The endpoint itself speaks under its translated address; a router on the way under its own.
+    let outer_src = if headers.tuple.src == quoted.tuple.dst {
+        rewrite.src
+    } else {
+        headers.tuple.src
+    };
     let inner = rewrite.reversed();
     let ip_sum_at = quoted_at + offset_of!(Ipv4Header, checksum);
     let old_sum: u16 = if F::VERSION == 4 {
@@ -137,14 +127,14 @@ fn translate<F: RewriteIp, P: Packet>(
     } else {
         0
     };
-    packet.store(quoted.l4, [inner.sport_be, inner.dport_be])?;
+    packet.store(quoted.l4(), [inner.sport_be, inner.dport_be])?;
     let ports = checksum::add(
         diff16(quoted.tuple.sport_be, inner.sport_be),
         diff16(quoted.tuple.dport_be, inner.dport_be),
     );
     let mut payload = checksum::add(checksum::add(addresses, diff16(old_sum, new_sum)), ports);
     // The quoted checksum, where the quotation reaches that far.
-    let l4_sum_at = quoted.l4
+    let l4_sum_at = quoted.l4()
         + if quoted.proto == proto::TCP {
             offset_of!(crate::parse::TcpHeader, checksum)
         } else {
@@ -164,11 +154,11 @@ fn translate<F: RewriteIp, P: Packet>(
         packet,
         l3,
         (headers.tuple.src, headers.tuple.dst),
-        (outer.src, outer.dst),
+        (outer_src, rewrite.dst),
     )?;
     let pseudo = if F::VERSION == 4 { 0 } else { pseudo };
     packet.adjust_l4_checksum(
-        headers.l4 + CHECKSUM_AT,
+        headers.l4() + CHECKSUM_AT,
         pseudo,
         payload,
         Checksum {

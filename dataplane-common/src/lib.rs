@@ -17,11 +17,14 @@ pub mod sock;
 
 pub mod answer;
 pub mod balance;
+mod begin;
 pub mod checksum;
+mod exit;
 pub mod icmp;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+mod plan;
 pub mod rewrite;
 pub mod tables;
 pub mod verdict;

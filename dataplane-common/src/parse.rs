@@ -87,8 +87,8 @@ pub enum Fragment {
 pub struct Headers<A> {
     /// Ports are 0 until [`parse_l4`].
     pub tuple: Tuple<A>,
-    /// Offset of the layer 4 header.
-    pub l4: usize,
+    /// Offset of the layer 4 header; see [`Headers::l4`].
+    pub l4: u16,
     /// Bytes from the IP header's first byte to the packet's last, as the header says.
     pub l3_len: u16,
     pub proto: u8,
@@ -104,6 +104,15 @@ impl<A> Headers<A> {
     #[inline(always)]
     pub fn has_flags(&self, flags: u8) -> bool {
         self.tcp_flags & flags != 0
+    }
+
+    /// Offset of the layer 4 header.
+    ///
+    /// No header is looked for further than the mask reaches, so it changes nothing; but it tells the verifier so,
+    /// which forgets the bounds of what has been on the stack.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        usize::from(self.l4) & 0x3ff
     }
 
     /// A SYN without ACK.
@@ -142,7 +151,7 @@ impl ParseIp for crate::addr::V4 {
             payload: false,
             proto: header.proto,
             ttl: header.ttl,
-            l4: l3 + header_len,
+            l4: (l3 + header_len) as u16,
             l3_len,
             fragment: match (fragment & 0x1fff != 0, fragment & 0x2000 != 0) {
                 (true, _) => Fragment::Later,
@@ -166,7 +175,7 @@ impl ParseIp for crate::addr::V6 {
             payload: false,
             proto: header.next_header,
             ttl: header.hop_limit,
-            l4: l3 + Self::HEADER_LEN,
+            l4: (l3 + Self::HEADER_LEN) as u16,
             l3_len: u16::from_be(header.payload_len_be).saturating_add(Self::HEADER_LEN as u16),
             fragment: Fragment::Whole,
         };
@@ -180,7 +189,7 @@ impl ParseIp for crate::addr::V6 {
 /// Walks hop-by-hop options, routing, fragment and destination options headers (RFC 8200, section 4).
 #[inline(always)]
 fn follow_extensions<P: Packet>(packet: &P, l3: usize, info: &mut Headers<AnyAddr>) -> Result<(), Reason> {
-    let mut offset = info.l4 - l3;
+    let mut offset = crate::addr::V6::HEADER_LEN;
     for _ in 0..MAX_EXTENSION_HEADERS {
         if offset > MAX_L4_OFFSET {
             return Err(Reason::ExtensionHeaders);
@@ -206,7 +215,7 @@ fn follow_extensions<P: Packet>(packet: &P, l3: usize, info: &mut Headers<AnyAdd
                 }
             }
             _ => {
-                info.l4 = l3 + offset;
+                info.l4 = (l3 + offset) as u16;
                 return Ok(());
             }
         }
@@ -214,7 +223,7 @@ fn follow_extensions<P: Packet>(packet: &P, l3: usize, info: &mut Headers<AnyAdd
     if offset > MAX_L4_OFFSET {
         return Err(Reason::ExtensionHeaders);
     }
-    info.l4 = l3 + offset;
+    info.l4 = (l3 + offset) as u16;
     match info.proto {
         0 | 43 | 44 | 60 if info.fragment != Fragment::Later => Err(Reason::ExtensionHeaders),
         _ => Ok(()),
@@ -239,7 +248,7 @@ pub fn parse_l4<F: Family, P: Packet>(
     headers: &mut Headers<F::Addr>,
 ) -> Result<(), Reason> {
     let l4_len = if headers.proto == proto::TCP {
-        let header: TcpHeader = packet.load(headers.l4).ok_or(Reason::Truncated)?;
+        let header: TcpHeader = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
         let len = u16::from(header.offset >> 4) * 4;
         if len < 20 {
             return Err(Reason::Malformed);
@@ -249,12 +258,12 @@ pub fn parse_l4<F: Family, P: Packet>(
         headers.tcp_flags = header.flags;
         len
     } else {
-        let header: UdpHeader = packet.load(headers.l4).ok_or(Reason::Truncated)?;
+        let header: UdpHeader = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
         headers.tuple.sport_be = header.sport_be;
         headers.tuple.dport_be = header.dport_be;
         8
     };
-    let end = (headers.l4 - l3) as u16 + l4_len;
+    let end = headers.l4 - l3 as u16 + l4_len;
     headers.payload = headers.l3_len > end;
     if headers.fragment == Fragment::Whole && headers.l3_len < end && !packet.is_gso() {
         return Err(Reason::Malformed);

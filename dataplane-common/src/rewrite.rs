@@ -97,7 +97,7 @@ pub fn rewrite<F: RewriteIp, P: Packet>(
 ) -> Option<()> {
     let old = &headers.tuple;
     let pseudo = F::write_addresses(packet, l3, (old.src, old.dst), (new.src, new.dst))?;
-    let l4 = headers.l4;
+    let l4 = headers.l4();
     packet.store(l4, [new.sport_be, new.dport_be])?;
     let ports = checksum::add(
         diff16(old.sport_be, new.sport_be),

@@ -2,7 +2,7 @@
 
 use crate::{
     addr::Family,
-    backend::Backend,
+    backend::{Backend, BackendHead},
     config::Config,
     device::Device,
     reason::Reason,
@@ -11,7 +11,7 @@ use crate::{
 
 /// An entry of a flow table, in place.
 pub trait Entry<F: Family> {
-    fn load(&self) -> F::Flow;
+    fn flow(&self) -> &F::Flow;
     /// Stores when the entry was last used, and its `flow_state`.
     fn touch(&self, seen_ticks: u32, state: u8);
 }
@@ -48,6 +48,7 @@ pub trait Env {
     fn now_ticks(&self) -> u32;
 
     fn service_head(&self, index: u32) -> Option<ServiceHead>;
+    fn backend_head(&self, id: u32) -> Option<BackendHead>;
     fn backend(&self, id: u32) -> Option<Backend>;
     fn maglev(&self, index: u32) -> Option<u64>;
     fn ports(&self, index: u32) -> PortSet;

@@ -2,30 +2,86 @@
 
 use crate::reason::Reason;
 
-/// The decision. Everything in the packet has been written when it is returned.
+/// What is done with a packet.
+#[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Action {
     /// To whoever comes next at this hook, and on.
     Pass,
-    Drop(Reason),
-    /// Into the pod behind this host-side interface.
-    Pod {
-        ifindex: u32,
-    },
-    /// Into the host's stack, as if arrived at this device.
-    Host {
-        ifindex: u32,
-    },
-    /// Out of this device, link-layer header written.
-    Transmit {
-        ifindex: u32,
-    },
-    /// Out of this device; the kernel resolves the neighbour.
-    Resolve {
-        ifindex: u32,
-    },
+    Drop,
+    /// Into the pod behind a host-side interface.
+    Pod,
+    /// Into the host's stack, as if arrived at a device.
+    Host,
+    /// Out of a device, link-layer header written.
+    Transmit,
+    /// Out of a device; the kernel resolves the neighbour.
+    Resolve,
     /// An answer made of the packet, back to where it came from.
     Answer,
+    /// Not decided yet: no live entry speaks for the packet.
+    Miss,
+    /// Not decided yet: ICMP.
+    Icmp,
+    /// Not decided yet: to be refused, its service has no endpoint.
+    Refuse,
+    /// Not decided yet: to be answered, it is larger than the MTU in `value`.
+    TooBig,
+}
+
+/// The decision. Everything in the packet has been written when it is returned.
+///
+/// One word, the action in its lower half, because it is returned in a register: what a BPF function returns by
+/// memory leaves its return register undefined, which the verifier may take for a leaked pointer.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Verdict(u64);
+
+impl Verdict {
+    pub const PASS: Self = Self::to(Action::Pass, 0);
+    pub const ANSWER: Self = Self::to(Action::Answer, 0);
+
+    #[inline(always)]
+    pub const fn drop(reason: Reason) -> Self {
+        Self::to(Action::Drop, reason as u32)
+    }
+
+    #[inline(always)]
+    pub const fn to(action: Action, value: u32) -> Self {
+        Self(action as u64 | (value as u64) << 32)
+    }
+
+    #[inline(always)]
+    pub const fn action(self) -> Action {
+        match self.0 as u32 {
+            0 => Action::Pass,
+            1 => Action::Drop,
+            2 => Action::Pod,
+            3 => Action::Host,
+            4 => Action::Transmit,
+            5 => Action::Resolve,
+            6 => Action::Answer,
+            7 => Action::Miss,
+            8 => Action::Icmp,
+            9 => Action::Refuse,
+            _ => Action::TooBig,
+        }
+    }
+
+    /// The device of `Pod`, `Host`, `Transmit` and `Resolve`; the [`Reason`] of `Drop`; else 0.
+    #[inline(always)]
+    pub const fn value(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+impl core::fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self.action() {
+            Action::Drop => write!(f, "Drop({:?})", Reason::ALL.get(self.value() as usize)),
+            action => write!(f, "{action:?}({})", self.value()),
+        }
+    }
 }
 
 /// The places where packets are seen.

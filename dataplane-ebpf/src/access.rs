@@ -5,7 +5,8 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{__sk_buff, xdp_md},
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail,
+        bpf_xdp_get_buff_len,
     },
 };
 use bytemuck::Pod;
@@ -174,12 +175,22 @@ impl Packet for SkbPacket {
     fn adjust_l4_checksum(&mut self, offset: usize, pseudo: u32, payload: u32, kind: Checksum) -> Option<()> {
         // Only the helper knows whether the checksum is partial, complete or none.
         let mangled = if kind.zero_is_none { MARK_MANGLED_0 } else { 0 };
-        let ipv6 = if kind.ipv6 && config().flags & config_flags::CSUM_IPV6 != 0 { IPV6 } else { 0 };
+        let ipv6 = if kind.ipv6 && config().flags & config_flags::CSUM_IPV6 != 0 {
+            IPV6
+        } else {
+            0
+        };
         // SAFETY: the context is valid while the program runs; the helper checks the offset.
         let result = unsafe {
             let mut result = 0;
             if pseudo != 0 {
-                result = bpf_l4_csum_replace(self.0, offset as u32, 0, pseudo.into(), PSEUDO_HEADER | mangled | ipv6);
+                result = bpf_l4_csum_replace(
+                    self.0,
+                    offset as u32,
+                    0,
+                    pseudo.into(),
+                    PSEUDO_HEADER | mangled | ipv6,
+                );
             }
             if payload != 0 {
                 result |= bpf_l4_csum_replace(self.0, offset as u32, 0, payload.into(), mangled);

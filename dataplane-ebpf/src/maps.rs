@@ -6,9 +6,11 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use dataplane_common::{
+    addr::{V4, V6},
     backend::Backend,
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6},
+    pipeline::Work,
     reason::REASONS,
     service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
     sock::{SockAddr4, SockAddr6, SockKey4, SockKey6},
@@ -67,3 +69,9 @@ pub static REFUSALS: PerCpuArray<Refusals, 1> = PerCpuArray::new();
 /// When a TCP flow was last begun in mid-stream, in ticks.
 #[btf_map]
 pub static MIDSTREAM: Array<u32, 1> = Array::new();
+
+/// Scratch space: what is being made of the packet at hand.
+#[btf_map]
+pub static WORK_V4: PerCpuArray<Work<V4>, 1> = PerCpuArray::new();
+#[btf_map]
+pub static WORK_V6: PerCpuArray<Work<V6>, 1> = PerCpuArray::new();

@@ -100,7 +100,9 @@ fn set_destination(ctx: *mut bpf_sock_addr, v6: bool, destination: Destination, 
         match destination {
             Destination::V4(addr) if !v6 => ptr::write_volatile(&raw mut (*ctx).user_ip4, addr),
             // The rest of a mapped address stays.
-            Destination::V4(addr) => ptr::write_volatile((&raw mut (*ctx).user_ip6).cast::<u32>().add(3), addr),
+            Destination::V4(addr) => {
+                ptr::write_volatile((&raw mut (*ctx).user_ip6).cast::<u32>().add(3), addr)
+            }
             Destination::V6(addr) => {
                 let words = (&raw mut (*ctx).user_ip6).cast::<u32>();
                 ptr::write_volatile(words, addr[0]);
@@ -126,7 +128,10 @@ fn concerns(ctx: *mut bpf_sock_addr) -> bool {
 fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let (l4_proto, port) = unsafe {
-        (ptr::read_volatile(&raw const (*ctx).protocol) as u8, ptr::read_volatile(&raw const (*ctx).user_port) as u16)
+        (
+            ptr::read_volatile(&raw const (*ctx).protocol) as u8,
+            ptr::read_volatile(&raw const (*ctx).user_port) as u16,
+        )
     };
     if (l4_proto != proto::TCP && l4_proto != proto::UDP) || !concerns(ctx) {
         return PROCEED;
@@ -134,15 +139,41 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
     let chosen = match destination(ctx, v6) {
         Destination::V4(addr) => pick::<V4>(ctx, addr, port, l4_proto).map(|found| {
             found.map(|(backend, backend_port, cookie)| {
-                let key = SockKey4 { cookie, addr_be: backend, port_be: backend_port, unused: [0; 2] };
-                remember(&SOCK_REVERSE_V4, &key, &SockAddr4 { addr_be: addr, port_be: port, unused: [0; 2] });
+                let key = SockKey4 {
+                    cookie,
+                    addr_be: backend,
+                    port_be: backend_port,
+                    unused: [0; 2],
+                };
+                remember(
+                    &SOCK_REVERSE_V4,
+                    &key,
+                    &SockAddr4 {
+                        addr_be: addr,
+                        port_be: port,
+                        unused: [0; 2],
+                    },
+                );
                 (Destination::V4(backend), backend_port)
             })
         }),
         Destination::V6(addr) => pick::<V6>(ctx, addr, port, l4_proto).map(|found| {
             found.map(|(backend, backend_port, cookie)| {
-                let key = SockKey6 { cookie, addr_be: backend, port_be: backend_port, unused: [0; 6] };
-                remember(&SOCK_REVERSE_V6, &key, &SockAddr6 { addr_be: addr, port_be: port, unused: [0; 2] });
+                let key = SockKey6 {
+                    cookie,
+                    addr_be: backend,
+                    port_be: backend_port,
+                    unused: [0; 6],
+                };
+                remember(
+                    &SOCK_REVERSE_V6,
+                    &key,
+                    &SockAddr6 {
+                        addr_be: addr,
+                        port_be: port,
+                        unused: [0; 2],
+                    },
+                );
                 (Destination::V6(backend), backend_port)
             })
         }),
@@ -184,7 +215,11 @@ where
         return Ok(None);
     }
     if head.size_class == 0 {
-        return Err(if head.flags & service_flags::DROP_WHEN_EMPTY != 0 { NOT_PERMITTED } else { REFUSED });
+        return Err(if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
+            NOT_PERMITTED
+        } else {
+            REFUSED
+        });
     }
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
@@ -209,18 +244,32 @@ fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
         return PROCEED;
     }
     // SAFETY: the context is valid while the program runs.
-    let (port, cookie) =
-        unsafe { (ptr::read_volatile(&raw const (*ctx).user_port) as u16, bpf_get_socket_cookie(ctx.cast())) };
+    let (port, cookie) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*ctx).user_port) as u16,
+            bpf_get_socket_cookie(ctx.cast()),
+        )
+    };
     match destination(ctx, v6) {
         Destination::V4(addr) => {
-            let key = SockKey4 { cookie, addr_be: addr, port_be: port, unused: [0; 2] };
+            let key = SockKey4 {
+                cookie,
+                addr_be: addr,
+                port_be: port,
+                unused: [0; 2],
+            };
             // SAFETY: values of this map are only replaced by equal ones.
             if let Some(asked) = unsafe { SOCK_REVERSE_V4.get(&key) } {
                 set_destination(ctx, v6, Destination::V4(asked.addr_be), asked.port_be);
             }
         }
         Destination::V6(addr) => {
-            let key = SockKey6 { cookie, addr_be: addr, port_be: port, unused: [0; 6] };
+            let key = SockKey6 {
+                cookie,
+                addr_be: addr,
+                port_be: port,
+                unused: [0; 6],
+            };
             // SAFETY: as above.
             if let Some(asked) = unsafe { SOCK_REVERSE_V6.get(&key) } {
                 set_destination(ctx, v6, Destination::V6(asked.addr_be), asked.port_be);

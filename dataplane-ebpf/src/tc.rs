@@ -12,10 +12,14 @@ use dataplane_common::{
     addr::{V4, V6, ethertype},
     parse::ETHERNET_LEN,
     pipeline::{Context, process},
-    verdict::{Hook, Verdict},
+    verdict::{Action, Hook, Verdict},
 };
 
-use crate::{access::SkbPacket, world::World};
+use crate::{
+    access::SkbPacket,
+    maps::{WORK_V4, WORK_V6},
+    world::{World, work},
+};
 
 /// `TC_ACT_UNSPEC`, which is `TCX_NEXT`: whoever comes next at this hook sees the packet too.
 const NEXT: i32 = -1;
@@ -69,19 +73,30 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         unsafe { ptr::write_volatile(&raw mut (*skb).tc_index, 0) };
         return NEXT;
     }
-    let at = Context { hook, ifindex, from_host: ingress == 0, l3 };
+    let at = Context {
+        hook,
+        ifindex,
+        from_host: ingress == 0,
+        l3,
+    };
     let world = World::new(skb);
     let mut packet = SkbPacket(skb);
     let verdict = match u16::from_be(protocol as u16) {
         ethertype::IPV4 => {
             packet.pull(HEADERS);
-            process::<V4, _, _>(&mut packet, &world, &at)
+            match work(&WORK_V4) {
+                Some(work) => process::<V4, _, _>(&mut packet, &world, &at, work),
+                None => Verdict::PASS,
+            }
         }
         ethertype::IPV6 => {
             packet.pull(HEADERS);
-            process::<V6, _, _>(&mut packet, &world, &at)
+            match work(&WORK_V6) {
+                Some(work) => process::<V6, _, _>(&mut packet, &world, &at, work),
+                None => Verdict::PASS,
+            }
         }
-        _ => Verdict::Pass,
+        _ => Verdict::PASS,
     };
     act(skb, hook, ifindex, verdict)
 }
@@ -90,26 +105,23 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
 #[inline(always)]
 fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i32 {
     let at_ingress = matches!(hook, Hook::FromNetdev | Hook::FromPod);
-    match verdict {
-        Verdict::Pass => return NEXT,
-        Verdict::Drop(_) => return SHOT,
+    let to = verdict.value();
+    match verdict.action() {
+        Action::Pass => return NEXT,
+        Action::Drop => return SHOT,
+        // SAFETY: a helper without pointers. A packet that goes straight into a pod meets no hook of ours on its way.
+        Action::Pod if at_ingress => return unsafe { bpf_redirect_peer(to, 0) as i32 },
         _ => {}
     }
-    // A packet that goes straight into a pod meets no hook of ours on its way.
-    if !(at_ingress && matches!(verdict, Verdict::Pod { .. })) {
-        // SAFETY: the context is valid while the program runs; the field is writable.
-        unsafe { ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED) };
-    }
-    // SAFETY: helpers without pointers, or with a null pointer that they allow.
+    // SAFETY: the context is valid while the program runs and the field is writable; helpers without pointers, or
+    // with a null pointer that they allow.
     let result = unsafe {
-        match verdict {
-            Verdict::Pod { ifindex } if at_ingress => bpf_redirect_peer(ifindex, 0),
-            Verdict::Pod { ifindex } | Verdict::Transmit { ifindex } => bpf_redirect(ifindex, 0),
-            Verdict::Host { ifindex } => bpf_redirect(ifindex, INGRESS),
-            Verdict::Resolve { ifindex } => bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0),
-            Verdict::Answer if at_ingress => bpf_redirect(own_ifindex, 0),
-            Verdict::Answer => bpf_redirect(own_ifindex, INGRESS),
-            Verdict::Pass | Verdict::Drop(_) => i64::from(NEXT),
+        ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
+        match verdict.action() {
+            Action::Host => bpf_redirect(to, INGRESS),
+            Action::Resolve => bpf_redirect_neigh(to, ptr::null_mut(), 0, 0),
+            Action::Answer => bpf_redirect(own_ifindex, if at_ingress { 0 } else { INGRESS }),
+            _ => bpf_redirect(to, 0),
         }
     };
     result as i32

@@ -4,9 +4,10 @@ use core::{ffi::c_void, marker::PhantomData, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST, bpf_fib_lookup,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST,
+        bpf_fib_lookup,
     },
-    btf_maps::{HashMap, LruHashMap},
+    btf_maps::{HashMap, LruHashMap, PerCpuArray},
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64, bpf_ktime_get_coarse_ns},
 };
 use dataplane_common::{
@@ -15,6 +16,7 @@ use dataplane_common::{
     config::{Config, config_flags},
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
+    pipeline::Work,
     reason::Reason,
     service::{Frontend, FrontendKey4, FrontendKey6, PortSet, ServiceHead},
     tables::{Entry, Env, InsertError, Route, Router, Tables},
@@ -46,6 +48,13 @@ pub fn config() -> Config {
     unsafe { ptr::read_volatile(&raw const CONFIG) }
 }
 
+/// This CPU's [`Work`]; programs that use it do not nest.
+#[inline(always)]
+pub fn work<'a, F: Family>(map: &'static PerCpuArray<Work<F>, 1>) -> Option<&'a mut Work<F>> {
+    // SAFETY: a per-CPU element; XDP and TC programs run with bottom halves off, so none interrupts another on its CPU.
+    map.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+}
+
 /// The maps and helpers, for a program whose context is `C`.
 pub struct World<C> {
     ctx: *mut c_void,
@@ -55,7 +64,10 @@ pub struct World<C> {
 impl<C> World<C> {
     #[inline(always)]
     pub fn new(ctx: *mut C) -> Self {
-        Self { ctx: ctx.cast(), kind: PhantomData }
+        Self {
+            ctx: ctx.cast(),
+            kind: PhantomData,
+        }
     }
 }
 
@@ -66,10 +78,10 @@ macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
-            fn load(&self) -> $flow {
+            fn flow(&self) -> &$flow {
                 // SAFETY: the pointer came from a successful lookup and stays readable while the program runs. Another
                 // CPU may be writing; the parts that decide are checked against generations.
-                unsafe { ptr::read(self.0) }
+                unsafe { &*self.0 }
             }
             #[inline(always)]
             fn touch(&self, seen_ticks: u32, state: u8) {
@@ -102,7 +114,12 @@ macro_rules! family_tables {
             }
             #[inline(always)]
             fn put_half_open(&self, key: &$key, flow: &$flow, replace: bool) -> Result<(), InsertError> {
-                insert(&$half_open, key, flow, if replace { 0 } else { u64::from(BPF_NOEXIST) })
+                insert(
+                    &$half_open,
+                    key,
+                    flow,
+                    if replace { 0 } else { u64::from(BPF_NOEXIST) },
+                )
             }
             #[inline(always)]
             fn frontend(&self, key: &$frontend) -> Option<u32> {
@@ -116,8 +133,26 @@ macro_rules! family_tables {
     };
 }
 
-family_tables!(V4, FlowKey4, Flow4, FrontendKey4, FLOWS_V4, HALF_OPEN_V4, FRONTENDS_V4, OWN_ADDRS_V4);
-family_tables!(V6, FlowKey6, Flow6, FrontendKey6, FLOWS_V6, HALF_OPEN_V6, FRONTENDS_V6, OWN_ADDRS_V6);
+family_tables!(
+    V4,
+    FlowKey4,
+    Flow4,
+    FrontendKey4,
+    FLOWS_V4,
+    HALF_OPEN_V4,
+    FRONTENDS_V4,
+    OWN_ADDRS_V4
+);
+family_tables!(
+    V6,
+    FlowKey6,
+    Flow6,
+    FrontendKey6,
+    FLOWS_V6,
+    HALF_OPEN_V6,
+    FRONTENDS_V6,
+    OWN_ADDRS_V6
+);
 
 /// `EEXIST`, as helpers return it.
 const EXISTS: i32 = -17;
@@ -129,7 +164,13 @@ fn insert<K, V, const M: usize, const F: usize>(
     value: &V,
     flags: u64,
 ) -> Result<(), InsertError> {
-    map.insert(key, value, flags).map_err(|error| if error == EXISTS { InsertError::Exists } else { InsertError::Failed })
+    map.insert(key, value, flags).map_err(|error| {
+        if error == EXISTS {
+            InsertError::Exists
+        } else {
+            InsertError::Failed
+        }
+    })
 }
 
 #[inline(always)]
@@ -162,6 +203,14 @@ impl<C> Env for World<C> {
         let service = SERVICES.get_ptr(index)?;
         // SAFETY: the element exists. Volatile and of 64 bits: the head is read at once.
         let head = unsafe { ptr::read_volatile(service.cast::<u64>()) };
+        Some(bytemuck::cast(head))
+    }
+
+    #[inline(always)]
+    fn backend_head(&self, id: u32) -> Option<BackendHead> {
+        let backend = BACKENDS.get_ptr(id)?;
+        // SAFETY: the element exists. Volatile and of 64 bits: the head is read at once.
+        let head = unsafe { ptr::read_volatile(backend.cast::<u64>()) };
         Some(bytemuck::cast(head))
     }
 
@@ -253,12 +302,18 @@ impl<F: Family, C> Router<F> for World<C> {
         // SAFETY: the context is valid while the program runs, and the size is that of the parameters.
         let result = unsafe { fib_lookup(self.ctx, &raw mut params, size_of::<bpf_fib_lookup>() as i32, 0) };
         match result as u32 {
-            BPF_FIB_LKUP_RET_SUCCESS => {
-                Route::Found { ifindex: params.ifindex, mac_dst: Mac(params.dmac), mac_src: Mac(params.smac) }
-            }
-            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { ifindex: params.ifindex },
+            BPF_FIB_LKUP_RET_SUCCESS => Route::Found {
+                ifindex: params.ifindex,
+                mac_dst: Mac(params.dmac),
+                mac_src: Mac(params.smac),
+            },
+            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour {
+                ifindex: params.ifindex,
+            },
             // SAFETY: a plain integer in either reading.
-            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig { mtu: unsafe { params.__bindgen_anon_1.mtu_result } },
+            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig {
+                mtu: unsafe { params.__bindgen_anon_1.mtu_result },
+            },
             _ => Route::None,
         }
     }

@@ -6,10 +6,14 @@ use dataplane_common::{
     packet::Packet,
     parse::ETHERNET_LEN,
     pipeline::{Context, process},
-    verdict::{Hook, Verdict},
+    verdict::{Action, Hook, Verdict},
 };
 
-use crate::{access::XdpPacket, world::World};
+use crate::{
+    access::XdpPacket,
+    maps::{WORK_V4, WORK_V6},
+    world::{World, work},
+};
 
 #[xdp(frags)]
 pub fn xdp(ctx: XdpContext) -> u32 {
@@ -19,21 +23,31 @@ pub fn xdp(ctx: XdpContext) -> u32 {
     };
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
-    let at = Context { hook: Hook::Xdp, ifindex, from_host: false, l3: ETHERNET_LEN };
+    let at = Context {
+        hook: Hook::Xdp,
+        ifindex,
+        from_host: false,
+        l3: ETHERNET_LEN,
+    };
     let world = World::new(ctx.ctx);
     let verdict = match u16::from_be(kind) {
-        ethertype::IPV4 => process::<V4, _, _>(&mut packet, &world, &at),
-        ethertype::IPV6 => process::<V6, _, _>(&mut packet, &world, &at),
-        _ => Verdict::Pass,
+        ethertype::IPV4 => match work(&WORK_V4) {
+            Some(work) => process::<V4, _, _>(&mut packet, &world, &at, work),
+            None => Verdict::PASS,
+        },
+        ethertype::IPV6 => match work(&WORK_V6) {
+            Some(work) => process::<V6, _, _>(&mut packet, &world, &at, work),
+            None => Verdict::PASS,
+        },
+        _ => Verdict::PASS,
     };
-    match verdict {
-        Verdict::Pass => xdp_action::XDP_PASS,
-        Verdict::Transmit { ifindex: out } if out == ifindex => xdp_action::XDP_TX,
+    match verdict.action() {
+        Action::Pass => xdp_action::XDP_PASS,
+        Action::Transmit if verdict.value() == ifindex => xdp_action::XDP_TX,
         // SAFETY: a helper without pointers.
-        Verdict::Transmit { ifindex: out } => unsafe { bpf_redirect(out, 0) as u32 },
-        Verdict::Drop(_) => xdp_action::XDP_DROP,
-        Verdict::Pod { .. } | Verdict::Host { .. } | Verdict::Resolve { .. } | Verdict::Answer => {
-            xdp_action::XDP_ABORTED
-        }
+        Action::Transmit => unsafe { bpf_redirect(verdict.value(), 0) as u32 },
+        Action::Drop => xdp_action::XDP_DROP,
+        // XDP leaves all these to TC.
+        _ => xdp_action::XDP_ABORTED,
     }
 }

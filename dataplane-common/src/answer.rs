@@ -62,7 +62,12 @@ pub fn too_big<F: RewriteIp, P: Packet, W: World<F>>(
 }
 
 #[inline(always)]
-fn finish<F: RewriteIp, P: Packet, W: World<F>>(packet: &mut P, world: &W, at: &Context, done: Option<()>) -> Verdict {
+fn finish<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    done: Option<()>,
+) -> Verdict {
     match done.and_then(|()| if at.l3 == 0 { Some(()) } else { swap_macs(packet) }) {
         Some(()) => Verdict::ANSWER,
         None => drop_packet::<F, W>(world, Reason::RewriteFailed),

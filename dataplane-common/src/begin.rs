@@ -6,9 +6,7 @@ use crate::{
     flow::{FlowMeta, Side, flow_flags, flow_state},
     packet::Packet,
     parse::{Fragment, tcp},
-    pipeline::{
-        Context, Work, World, drop_packet, finish, may_be_first_answer, timeout_ticks, xdp_finishes,
-    },
+    pipeline::{Context, Work, World, drop_packet, finish, may_be_first_answer, timeout_ticks, xdp_finishes},
     plan::plan,
     reason::Reason,
     rewrite::RewriteIp,
@@ -346,7 +344,7 @@ fn other_direction(this: &FlowMeta) -> FlowMeta {
     if this.flags & flow_flags::SELF_EGRESS != 0 {
         other.flags |= flow_flags::OTHER_EGRESS;
     }
-    other.exit = this.exit >> 4 | this.exit << 4;
+    other.exit = this.exit.rotate_left(4);
     other
 }
 

@@ -259,7 +259,7 @@ fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
                 unused: [0; 2],
             };
             // SAFETY: values of this map are only replaced by equal ones.
-            if let Some(asked) = unsafe { SOCK_REVERSE_V4.get(&key) } {
+            if let Some(asked) = unsafe { SOCK_REVERSE_V4.get(key) } {
                 set_destination(ctx, v6, Destination::V4(asked.addr_be), asked.port_be);
             }
         }
@@ -271,7 +271,7 @@ fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
                 unused: [0; 6],
             };
             // SAFETY: as above.
-            if let Some(asked) = unsafe { SOCK_REVERSE_V6.get(&key) } {
+            if let Some(asked) = unsafe { SOCK_REVERSE_V6.get(key) } {
                 set_destination(ctx, v6, Destination::V6(asked.addr_be), asked.port_be);
             }
         }

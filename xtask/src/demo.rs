@@ -9,6 +9,14 @@ pub struct Args {
     /// Keep the two nodes up and print what to try
     #[arg(long)]
     hold: bool,
+
+    /// How often the agents are killed while connections run
+    #[arg(long)]
+    kills: Option<u32>,
+
+    /// Connections kept on each of three ways meanwhile
+    #[arg(long)]
+    connections: Option<u32>,
 }
 
 /// The command.
@@ -22,6 +30,11 @@ pub fn run(args: &Args) -> Result<()> {
         .arg(paths::root().join("deploy/examples"));
     if args.hold {
         command.arg("--hold");
+    }
+    for (flag, value) in [("--kills", args.kills), ("--connections", args.connections)] {
+        if let Some(value) = value {
+            command.arg(flag).arg(value.to_string());
+        }
     }
     process::finish_with(command.status().context("failed to start the demo")?)
 }

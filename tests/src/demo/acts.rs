@@ -14,8 +14,6 @@ use crate::{kernel, web};
 
 /// Connections of each line of the second act.
 const TRIES: u32 = 40;
-/// Kept connections on each way while something happens.
-const KEPT: u32 = 20;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// What a connection may wait at most while an agent dies, or an endpoint leaves.
 const LONGEST: Duration = Duration::from_secs(1);
@@ -99,8 +97,8 @@ pub fn answered(stage: &Stage, to: &Addresses) -> Result<Doubts> {
     Ok(doubts)
 }
 
-/// Starts the traffic of the last two acts.
-pub fn traffic(stage: &Stage, to: &Addresses) -> Traffic {
+/// Starts the traffic of the last two acts: `kept` connections on each way, and new ones all the time.
+pub fn traffic(stage: &Stage, to: &Addresses, kept: u32) -> Traffic {
     let way = |from: &str, to| Way {
         from: stage.netns(from),
         to,
@@ -111,7 +109,7 @@ pub fn traffic(stage: &Stage, to: &Addresses) -> Traffic {
             way(OUTSIDE, to.node1),
             way(OUTSIDE, to.node2),
         ],
-        KEPT,
+        kept,
     )
 }
 

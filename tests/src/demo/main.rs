@@ -36,6 +36,10 @@ struct Args {
     /// How often the agents are killed
     #[arg(long, default_value_t = 3)]
     kills: u32,
+
+    /// Connections kept on each of the three ways (a `ClusterIP`, a `NodePort` of each node) while something happens
+    #[arg(long, default_value_t = 20)]
+    connections: u32,
 }
 
 fn main() -> ExitCode {
@@ -63,7 +67,7 @@ fn play(args: &Args) -> Result<bool> {
     println!();
     let mut doubts = acts::programmed(&stage).unwrap_or_else(|error| vec![format!("{error:#}")]);
     doubts.extend(acts::answered(&stage, &addresses)?);
-    let traffic = acts::traffic(&stage, &addresses);
+    let traffic = acts::traffic(&stage, &addresses, args.connections);
     doubts.extend(acts::endpoint_leaves(&mut stage, &traffic)?);
     doubts.extend(acts::agents_die(&mut stage, &traffic, args.kills)?);
     drop(traffic);

@@ -21,6 +21,8 @@ mod begin;
 pub mod checksum;
 mod exit;
 pub mod icmp;
+#[cfg(any(test, feature = "memory"))]
+pub mod memory;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;

@@ -1,0 +1,417 @@
+//! The world in memory: tables in hash maps and vectors, a clock and routes that stand still, and a packet in a byte
+//! vector. Tests run the datapath in it, alone and in step with the kernel build.
+
+extern crate std;
+
+use core::cell::{Cell, RefCell};
+use std::{collections::HashMap, vec::Vec};
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    addr::{AnyAddr, Family, Mac, Tuple, V4, V6, ethertype},
+    backend::{Backend, BackendHead},
+    checksum,
+    config::Config,
+    device::Device,
+    packet::{Checksum, Packet},
+    parse::{Fragment, Headers},
+    pipeline::{Context, Work, process},
+    reason::{REASONS, Reason},
+    rewrite::RewriteIp,
+    service::{PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
+    tables::{Entry, Env, InsertError, Route, Router, Tables},
+    verdict::{Hook, Verdict},
+};
+
+/// The tables of one family.
+#[derive(Clone, Debug)]
+pub struct FamilyTables<F: Family> {
+    pub frontends: HashMap<F::FrontendKey, u32>,
+    pub own_addresses: HashMap<F::Addr, u32>,
+    pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
+    pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
+}
+
+impl<F: Family> Default for FamilyTables<F> {
+    fn default() -> Self {
+        Self {
+            frontends: HashMap::new(),
+            own_addresses: HashMap::new(),
+            flows: RefCell::default(),
+            half_open: RefCell::default(),
+        }
+    }
+}
+
+/// A route to a network. The first that matches is taken.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryRoute {
+    /// 4 or 6.
+    pub version: u8,
+    pub network: AnyAddr,
+    /// Leading bits of the address that have to match.
+    pub length: u8,
+    /// 0: there is no way there by forwarding (local, blackhole).
+    pub ifindex: u32,
+    pub mtu: u16,
+    /// Destination and source; `None` while the neighbour is not resolved.
+    pub macs: Option<(Mac, Mac)>,
+}
+
+impl MemoryRoute {
+    fn matches(&self, version: u8, addr: AnyAddr) -> bool {
+        let mut left = u32::from(self.length);
+        self.version == version
+            && self.network.iter().zip(addr).all(|(network, word)| {
+                let bits = left.min(32);
+                left -= bits;
+                let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+                (u32::from_be(*network) ^ u32::from_be(word)) & mask == 0
+            })
+    }
+}
+
+/// All tables, and what else the datapath asks for.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    pub config: Config,
+    pub now_ticks: u32,
+    pub services: Vec<Service>,
+    pub backends: Vec<Backend>,
+    pub maglev: Vec<u64>,
+    pub ports: Vec<PortSet>,
+    pub devices: HashMap<u32, Device>,
+    pub routes: Vec<MemoryRoute>,
+    pub v4: FamilyTables<V4>,
+    pub v6: FamilyTables<V6>,
+    /// By [`Reason`].
+    pub counters: RefCell<Vec<u64>>,
+    pub refusals_left: Cell<u32>,
+    pub midstream_ticks: Cell<u32>,
+    /// Bytes of the frame at a TC hook: asked for a route without a length, the kernel takes the frame's.
+    pub frame_len: Cell<usize>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self {
+            config: Config::default(),
+            now_ticks: 1000,
+            services: Vec::new(),
+            backends: Vec::new(),
+            maglev: Vec::new(),
+            ports: std::vec![PortSet::default(); PORT_SETS as usize],
+            devices: HashMap::new(),
+            routes: Vec::new(),
+            v4: FamilyTables::default(),
+            v6: FamilyTables::default(),
+            counters: RefCell::new(std::vec![0; REASONS as usize]),
+            refusals_left: Cell::new(u32::MAX),
+            midstream_ticks: Cell::new(0),
+            frame_len: Cell::new(0),
+        }
+    }
+}
+
+impl Memory {
+    /// Runs one packet through a hook, as the kernel side's entry points do.
+    pub fn run(&self, frame: &mut Frame, at: &Context) -> Verdict {
+        frame.at_xdp = at.hook == Hook::Xdp;
+        self.frame_len
+            .set(if frame.at_xdp || frame.gso { 0 } else { frame.len() });
+        let Some(kind) = frame.load::<u16>(12) else {
+            return Verdict::PASS;
+        };
+        match u16::from_be(kind) {
+            ethertype::IPV4 => process::<V4, _, _>(frame, self, at, &mut work()),
+            ethertype::IPV6 => process::<V6, _, _>(frame, self, at, &mut work()),
+            _ => Verdict::PASS,
+        }
+    }
+
+    /// How often a reason was counted.
+    pub fn counted(&self, reason: Reason) -> u64 {
+        self.counters.borrow()[reason as usize]
+    }
+
+    /// Enters a port of a frontend into `ports`.
+    pub fn add_port(&mut self, proto: u8, port: u16, wildcard: bool) {
+        let set = &mut self.ports[port_set_index(proto, port) as usize];
+        set.any |= 1 << (port & 63);
+        if wildcard {
+            set.wildcard |= 1 << (port & 63);
+        }
+    }
+
+    /// Appends a slice of the smallest size class that spreads over `backends`, at least one; its `slots_offset`.
+    pub fn add_slice(&mut self, backends: &[u32]) -> u32 {
+        let ids: Vec<u64> = backends
+            .chunks(2)
+            .map(|pair| u64::from(pair[0]) | u64::from(*pair.get(1).unwrap_or(&0)) << 32)
+            .collect();
+        self.maglev.extend(ids.iter().rev());
+        let offset = self.maglev.len() as u32;
+        let slots: Vec<u64> = (0..u64::from(crate::service::TABLE_SIZES[1]))
+            .map(|slot| slot % backends.len() as u64)
+            .collect();
+        self.maglev.extend(slots.chunks(4).map(|lanes| {
+            lanes
+                .iter()
+                .enumerate()
+                .fold(0, |word, (lane, number)| word | number << (lane * 16))
+        }));
+        offset
+    }
+}
+
+/// As the kernel side's scratch space begins.
+fn work<F: Family>() -> Work<F> {
+    Work {
+        headers: Headers {
+            tuple: Tuple::default(),
+            l4: 0,
+            l3_len: 0,
+            proto: 0,
+            ttl: 0,
+            fragment: Fragment::Whole,
+            tcp_flags: 0,
+            payload: false,
+        },
+        key: F::FlowKey::zeroed(),
+        forward: F::Flow::zeroed(),
+        reply: F::Flow::zeroed(),
+    }
+}
+
+/// A family whose tables [`Memory`] holds.
+pub trait MemoryFamily: RewriteIp {
+    fn tables(memory: &Memory) -> &FamilyTables<Self>;
+}
+
+impl MemoryFamily for V4 {
+    fn tables(memory: &Memory) -> &FamilyTables<Self> {
+        &memory.v4
+    }
+}
+
+impl MemoryFamily for V6 {
+    fn tables(memory: &Memory) -> &FamilyTables<Self> {
+        &memory.v6
+    }
+}
+
+/// An entry as it was found, and where to write to it.
+#[derive(Debug)]
+pub struct MemoryEntry<'a, F: Family> {
+    table: &'a RefCell<HashMap<F::FlowKey, F::Flow>>,
+    key: F::FlowKey,
+    flow: F::Flow,
+}
+
+impl<F: Family> Entry<F> for MemoryEntry<'_, F> {
+    fn flow(&self) -> &F::Flow {
+        &self.flow
+    }
+
+    fn touch(&self, seen_ticks: u32, state: u8) {
+        if let Some(flow) = self.table.borrow_mut().get_mut(&self.key) {
+            let meta = F::meta_mut(flow);
+            meta.seen_ticks = seen_ticks;
+            meta.state = state;
+        }
+    }
+}
+
+fn find<'a, F: Family>(
+    table: &'a RefCell<HashMap<F::FlowKey, F::Flow>>,
+    key: &F::FlowKey,
+) -> Option<MemoryEntry<'a, F>> {
+    let flow = *table.borrow().get(key)?;
+    Some(MemoryEntry {
+        table,
+        key: *key,
+        flow,
+    })
+}
+
+impl<F: MemoryFamily> Tables<F> for Memory {
+    type Entry<'a> = MemoryEntry<'a, F>;
+
+    fn flow(&self, key: &F::FlowKey) -> Option<MemoryEntry<'_, F>> {
+        find(&F::tables(self).flows, key)
+    }
+
+    fn half_open(&self, key: &F::FlowKey) -> Option<MemoryEntry<'_, F>> {
+        find(&F::tables(self).half_open, key)
+    }
+
+    fn put_flow(&self, key: &F::FlowKey, flow: &F::Flow) -> Result<(), InsertError> {
+        F::tables(self).flows.borrow_mut().insert(*key, *flow);
+        Ok(())
+    }
+
+    fn put_half_open(&self, key: &F::FlowKey, flow: &F::Flow, replace: bool) -> Result<(), InsertError> {
+        let mut table = F::tables(self).half_open.borrow_mut();
+        if !replace && table.contains_key(key) {
+            return Err(InsertError::Exists);
+        }
+        table.insert(*key, *flow);
+        Ok(())
+    }
+
+    fn frontend(&self, key: &F::FrontendKey) -> Option<u32> {
+        F::tables(self).frontends.get(key).copied()
+    }
+
+    fn own_address(&self, addr: F::Addr) -> u32 {
+        F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
+    }
+}
+
+impl Env for Memory {
+    fn config(&self) -> Config {
+        self.config
+    }
+
+    fn now_ticks(&self) -> u32 {
+        self.now_ticks
+    }
+
+    fn service_head(&self, index: u32) -> Option<ServiceHead> {
+        self.services.get(index as usize).map(|service| service.head)
+    }
+
+    fn backend_head(&self, id: u32) -> Option<BackendHead> {
+        self.backends.get(id as usize).map(|backend| backend.head)
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        self.backends.get(id as usize).copied()
+    }
+
+    fn maglev(&self, index: u32) -> Option<u64> {
+        self.maglev.get(index as usize).copied()
+    }
+
+    fn ports(&self, index: u32) -> PortSet {
+        self.ports.get(index as usize).copied().unwrap_or_default()
+    }
+
+    fn device(&self, ifindex: u32) -> Option<Device> {
+        self.devices.get(&ifindex).copied()
+    }
+
+    fn count(&self, reason: Reason) {
+        self.counters.borrow_mut()[reason as usize] += 1;
+    }
+
+    fn take_refusal(&self) -> bool {
+        let left = self.refusals_left.get();
+        self.refusals_left.set(left.saturating_sub(1));
+        left > 0
+    }
+
+    fn midstream_ticks(&self) -> u32 {
+        self.midstream_ticks.get()
+    }
+
+    fn set_midstream_ticks(&self, ticks: u32) {
+        self.midstream_ticks.set(ticks);
+    }
+}
+
+/// An Ethernet header and a VLAN tag: what the kernel allows a frame beyond the MTU.
+const LINK_LEN: usize = 18;
+
+impl<F: Family> Router<F> for Memory {
+    fn route(&self, _ifindex: u32, _src: F::Addr, dst: F::Addr, _proto: u8, len: u16) -> Route {
+        let dst = F::to_any(dst);
+        let route = self.routes.iter().find(|route| route.matches(F::VERSION, dst));
+        let Some(&MemoryRoute {
+            ifindex, mtu, macs, ..
+        }) = route.filter(|route| route.ifindex != 0)
+        else {
+            return Route::None;
+        };
+        if len > mtu {
+            return Route::TooBig { mtu };
+        }
+        match macs {
+            None => Route::NoNeighbour { ifindex },
+            Some(_) if len == 0 && self.frame_len.get() > usize::from(mtu) + LINK_LEN => {
+                Route::TooBig { mtu }
+            }
+            Some((mac_dst, mac_src)) => Route::Found {
+                ifindex,
+                mac_dst,
+                mac_src,
+            },
+        }
+    }
+}
+
+/// A packet in a byte vector.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Frame {
+    pub bytes: Vec<u8>,
+    pub gso: bool,
+    at_xdp: bool,
+}
+
+impl Frame {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes,
+            gso: false,
+            at_xdp: false,
+        }
+    }
+}
+
+impl Packet for Frame {
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn is_gso(&self) -> bool {
+        self.gso
+    }
+
+    fn load<T: Pod>(&self, offset: usize) -> Option<T> {
+        let bytes = self.bytes.get(offset..offset + size_of::<T>())?;
+        Some(bytemuck::pod_read_unaligned(bytes))
+    }
+
+    fn store<T: Pod>(&mut self, offset: usize, value: T) -> Option<()> {
+        let bytes = self.bytes.get_mut(offset..offset + size_of::<T>())?;
+        bytes.copy_from_slice(bytemuck::bytes_of(&value));
+        Some(())
+    }
+
+    fn adjust_l4_checksum(&mut self, offset: usize, pseudo: u32, payload: u32, kind: Checksum) -> Option<()> {
+        // XDP adds both differences at once, TC one after the other by a helper that leaves out what changes nothing.
+        let steps = if self.at_xdp {
+            [Some(checksum::add(pseudo, payload)), None]
+        } else {
+            [pseudo, payload].map(|difference| Some(difference).filter(|d| *d != 0))
+        };
+        for difference in steps.into_iter().flatten() {
+            let old: u16 = self.load(offset)?;
+            if kind.zero_is_none && old == 0 {
+                return Some(());
+            }
+            let mut new = checksum::update(old, difference);
+            if kind.zero_is_none && new == 0 {
+                new = 0xffff;
+            }
+            self.store(offset, new)?;
+        }
+        Some(())
+    }
+
+    fn resize(&mut self, len: usize) -> Option<()> {
+        self.bytes.resize(len, 0);
+        Some(())
+    }
+}

@@ -1,0 +1,242 @@
+//! The kernel build: programs run by `BPF_PROG_TEST_RUN`, and its tables.
+
+use std::collections::HashMap as StdHashMap;
+use std::hash::Hash;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Array, HashMap, MapData};
+use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader};
+use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
+use dataplane_common::config::{self, Config};
+use dataplane_common::memory::{Frame, Memory};
+use dataplane_common::pipeline::Context;
+use dataplane_common::verdict::{Action, Hook, Verdict};
+
+/// Every hook and its program.
+const PROGRAMS: [(Hook, &str); 6] = [
+    (Hook::Xdp, "xdp"),
+    (Hook::FromNetdev, "from_netdev"),
+    (Hook::ToNetdev, "to_netdev"),
+    (Hook::ToLo, "to_lo"),
+    (Hook::FromPod, "from_pod"),
+    (Hook::ToPod, "to_pod"),
+];
+
+/// Entries of each flow table: an episode needs a fraction, so nothing is evicted.
+const FLOWS: u32 = 131_072;
+
+/// `struct xdp_md`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct XdpContext {
+    data: u32,
+    data_end: u32,
+    data_meta: u32,
+    ingress_ifindex: u32,
+    rx_queue_index: u32,
+    egress_ifindex: u32,
+}
+
+/// `struct __sk_buff`, in words, and those of them that a test may set.
+const SKB_WORDS: usize = 48;
+const SKB_INGRESS_IFINDEX: usize = 9;
+const SKB_IFINDEX: usize = 10;
+const SKB_GSO_SEGS: usize = 41;
+const SKB_GSO_SIZE: usize = 44;
+
+/// What a program made of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub code: u32,
+    pub bytes: Vec<u8>,
+}
+
+impl Outcome {
+    /// What the kernel side's entry point returns for a verdict of the host build.
+    pub fn of_host(verdict: Verdict, at: &Context, frame: Frame) -> Self {
+        let code = if at.hook == Hook::Xdp {
+            match verdict.action() {
+                Action::Pass => 2,
+                Action::Drop => 1,
+                Action::Transmit if verdict.value() == at.ifindex => 3,
+                Action::Transmit => 4,
+                _ => 0,
+            }
+        } else {
+            match verdict.action() {
+                Action::Pass => u32::MAX,
+                Action::Drop => 2,
+                _ => 7,
+            }
+        };
+        let bytes = frame.bytes;
+        Self { code, bytes }
+    }
+}
+
+/// The loaded object.
+pub struct Kernel {
+    object: Ebpf,
+    buffer: Vec<u8>,
+}
+
+impl Kernel {
+    pub fn load(object: &Path, config: &Config, memory: &Memory) -> Result<Self> {
+        let bytes = std::fs::read(object).with_context(|| format!("failed to read {}", object.display()))?;
+        let mut loader = EbpfLoader::new();
+        loader.override_global(config::SYMBOL, bytes_of(config), true);
+        for (names, entries) in [
+            (["SERVICES", "SERVICES"], memory.services.len() as u32),
+            (["BACKENDS", "BACKENDS"], memory.backends.len() as u32),
+            (["MAGLEV", "MAGLEV"], memory.maglev.len() as u32),
+            (["FLOWS_V4", "FLOWS_V6"], FLOWS),
+            (["HALF_OPEN_V4", "HALF_OPEN_V6"], FLOWS),
+        ] {
+            for name in names {
+                loader.map_max_entries(name, entries);
+            }
+        }
+        let mut object = loader.load(&bytes).context("failed to load the object's maps")?;
+        for (_, name) in PROGRAMS {
+            match object.program_mut(name) {
+                Some(Program::Xdp(program)) => program.load(),
+                Some(Program::SchedClassifier(program)) => program.load(),
+                _ => bail!("the object has no program {name}"),
+            }
+            .with_context(|| format!("failed to load {name}"))?;
+        }
+        Ok(Self {
+            object,
+            buffer: vec![0; 4096],
+        })
+    }
+
+    /// A descriptor of the XDP program: a device has receive queues for XDP only while a program is attached.
+    pub fn xdp(&self) -> Result<OwnedFd> {
+        let Some(Program::Xdp(program)) = self.object.program("xdp") else {
+            bail!("the object has no program xdp");
+        };
+        Ok(program.fd()?.as_fd().try_clone_to_owned()?)
+    }
+
+    /// Runs one packet. `None`: the kernel refuses to test with such a frame.
+    pub fn run(&mut self, frame: &Frame, at: &Context, ingress: u32) -> Result<Option<Outcome>> {
+        let name = PROGRAMS.iter().find(|(hook, _)| *hook == at.hook);
+        let program = self.object.program(name.context("no such hook")?.1);
+        let mut skb = [0u32; SKB_WORDS];
+        skb[SKB_INGRESS_IFINDEX] = ingress;
+        skb[SKB_IFINDEX] = at.ifindex;
+        if frame.gso {
+            skb[SKB_GSO_SIZE] = 1000;
+            skb[SKB_GSO_SEGS] = 2;
+        }
+        let xdp = XdpContext {
+            data_end: frame.bytes.len() as u32,
+            ingress_ifindex: at.ifindex,
+            ..XdpContext::default()
+        };
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&frame.bytes);
+        options.data_out = Some(&mut self.buffer);
+        let result = match program {
+            Some(Program::Xdp(program)) => {
+                options.ctx_in = Some(bytes_of(&xdp));
+                Xdp::test_run(program, options)
+            }
+            Some(Program::SchedClassifier(program)) => {
+                options.ctx_in = Some(cast_slice(&skb));
+                SchedClassifier::test_run(program, options)
+            }
+            _ => bail!("the object lacks a program"),
+        };
+        match result {
+            Ok(result) => Ok(Some(Outcome {
+                code: result.return_value,
+                bytes: self.buffer[..result.data_size_out as usize].to_vec(),
+            })),
+            // It wants the IP header whole.
+            Err(_) if frame.bytes.len() < 54 => Ok(None),
+            Err(error) => {
+                Err(error).with_context(|| format!("failed to run {:?} with {:02x?}", at.hook, frame.bytes))
+            }
+        }
+    }
+
+    /// Writes an array's elements.
+    pub fn set_array<T: Pod, const N: usize>(&mut self, name: &str, values: &[T]) -> Result<()> {
+        ensure!(size_of::<T>() == N, "{name} has elements of another size");
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        let mut array: Array<&mut MapData, [u8; N]> = Array::try_from(map)?;
+        for (index, value) in values.iter().enumerate() {
+            array.set(index as u32, to_array::<T, N>(value), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Writes one element of an array.
+    pub fn set_element<T: Pod, const N: usize>(&mut self, name: &str, index: u32, value: &T) -> Result<()> {
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        let mut array: Array<&mut MapData, [u8; N]> = Array::try_from(map)?;
+        Ok(array.set(index, to_array::<T, N>(value), 0)?)
+    }
+
+    fn hash<const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<HashMap<&mut MapData, [u8; K], [u8; V]>> {
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        Ok(HashMap::try_from(map)?)
+    }
+
+    /// Adds entries to a hash.
+    pub fn insert<'a, A: Pod, B: Pod, const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+        entries: impl Iterator<Item = (&'a A, &'a B)>,
+    ) -> Result<()> {
+        let mut map = self.hash::<K, V>(name)?;
+        for (key, value) in entries {
+            map.insert(to_array::<A, K>(key), to_array::<B, V>(value), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Takes every entry out of a hash.
+    pub fn drain<A: Pod + Eq + Hash, B: Pod, const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<StdHashMap<A, B>> {
+        let mut map = self.hash::<K, V>(name)?;
+        let entries = map.iter().collect::<Result<Vec<_>, _>>()?;
+        for (key, _) in &entries {
+            map.remove(key)?;
+        }
+        Ok(entries
+            .iter()
+            .map(|(key, value)| {
+                (
+                    bytemuck::pod_read_unaligned(key),
+                    bytemuck::pod_read_unaligned(value),
+                )
+            })
+            .collect())
+    }
+}
+
+fn to_array<T: Pod, const N: usize>(value: &T) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(bytes_of(value));
+    bytes
+}

@@ -1,0 +1,366 @@
+//! The host build and the kernel build of the datapath are the same datapath: random packets, in sequences that make
+//! flows and use them, get the same return code, the same bytes and leave the same flows behind.
+//!
+//! `DATAPLANE_EQUIVALENCE_PACKETS` says how many, `DATAPLANE_EQUIVALENCE_SEED` which. Needs root and kernel 5.18
+//! (a test run of a program with a context of its own and fragments of XDP).
+
+mod kernel;
+mod packets;
+mod setting;
+
+use std::env;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bytemuck::Pod;
+use dataplane_common::addr::{AnyAddr, Family, V4, V6, ethertype, proto};
+use dataplane_common::backend::backend_state;
+use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
+use dataplane_common::memory::{Frame, Memory};
+use dataplane_common::packet::Packet;
+use dataplane_common::parse::{ETHERNET_LEN, ParseIp, parse_l4};
+use dataplane_common::pipeline::Context;
+use dataplane_common::service::{Frontend, service_flags};
+use dataplane_common::verdict::Hook;
+
+use kernel::{Kernel, Outcome};
+use packets::{Random, Talk};
+use setting::Setting;
+
+/// Packets between two comparisons of the tables, which begin anew then.
+const EPISODE: usize = 5000;
+/// Packets between two changes of services or backends.
+const CHANGE: usize = 50;
+/// Conversations that are remembered to go on with.
+const TALKS: usize = 64;
+
+#[test]
+fn host_and_kernel_build_agree_on_every_packet() -> Result<()> {
+    let object = env::var_os("DATAPLANE_EBPF_OBJECT").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/dataplane.o"),
+        PathBuf::from,
+    );
+    if !nix::unistd::Uid::effective().is_root() {
+        println!("skipped: not root");
+        return Ok(());
+    }
+    if !object.exists() {
+        println!("skipped: no {}, run `cargo xtask build-ebpf`", object.display());
+        return Ok(());
+    }
+    let packets: usize = number("DATAPLANE_EQUIVALENCE_PACKETS")?.unwrap_or(1_000_000) as usize;
+    let seed = number("DATAPLANE_EQUIVALENCE_SEED")?.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        now.as_nanos() as u64
+    });
+    println!("{packets} packets, DATAPLANE_EQUIVALENCE_SEED={seed}");
+    let started = Instant::now();
+
+    let (_netns, mut links) = setting::enter()?;
+    let setting = Setting::new(&mut links)?;
+    let mut kernel = Kernel::load(&object, &setting.memory.config, &setting.memory)?;
+    links.attach_xdp("up0", &kernel.xdp()?)?;
+    fill(&mut kernel, &setting.memory)?;
+    let mut run = Run {
+        setting,
+        kernel,
+        random: Random(seed),
+        talks: Vec::new(),
+        codes: [[0; 8]; 6],
+        refused: 0,
+    };
+    for number in 0..packets {
+        if number % CHANGE == 0 {
+            run.change()?;
+        }
+        run.packet()
+            .with_context(|| format!("packet {number} of seed {seed}"))?;
+        if number % EPISODE == EPISODE - 1 {
+            run.compare_tables()
+                .with_context(|| format!("after packet {number} of seed {seed}"))?;
+        }
+    }
+    run.report();
+    println!("{packets} packets in {:.1} s", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn number(name: &str) -> Result<Option<u64>> {
+    let Ok(text) = env::var(name) else {
+        return Ok(None);
+    };
+    let number = text
+        .parse()
+        .with_context(|| format!("failed to read {name}={text}"))?;
+    Ok(Some(number))
+}
+
+/// The tables that packets do not change.
+fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
+    kernel.set_array::<_, 32>("SERVICES", &memory.services)?;
+    kernel.set_array::<_, 40>("BACKENDS", &memory.backends)?;
+    kernel.set_array::<_, 8>("MAGLEV", &memory.maglev)?;
+    kernel.set_array::<_, 16>("PORTS", &memory.ports)?;
+    kernel.insert::<_, _, 4, 32>("DEVICES", memory.devices.iter())?;
+    kernel.insert::<_, _, 4, 4>("OWN_ADDRS_V4", memory.v4.own_addresses.iter())?;
+    kernel.insert::<_, _, 16, 4>("OWN_ADDRS_V6", memory.v6.own_addresses.iter())?;
+    kernel.insert::<_, _, 8, 4>("FRONTENDS_V4", memory.v4.frontends.iter())?;
+    kernel.insert::<_, _, 20, 4>("FRONTENDS_V6", memory.v6.frontends.iter())?;
+    const { assert!(size_of::<Frontend>() == 4) };
+    Ok(())
+}
+
+const HOOKS: [Hook; 6] = [
+    Hook::Xdp,
+    Hook::FromNetdev,
+    Hook::ToNetdev,
+    Hook::ToLo,
+    Hook::FromPod,
+    Hook::ToPod,
+];
+
+/// Both builds in step.
+struct Run {
+    setting: Setting,
+    kernel: Kernel,
+    random: Random,
+    talks: Vec<Talk>,
+    /// How often each hook returned each code.
+    codes: [[u64; 8]; 6],
+    /// Frames that the kernel would not test with.
+    refused: u64,
+}
+
+impl Run {
+    fn packet(&mut self) -> Result<()> {
+        let talk = self.talk();
+        let (at, ingress) = self.place();
+        let mut macs = [2; 12];
+        macs[5] = self.random.below(4) as u8;
+        let mut frame = Frame::new(packets::frame(&mut self.random, talk, macs));
+        frame.gso = at.hook != Hook::Xdp && self.random.percent(3);
+        let Some(by_kernel) = self.kernel.run(&frame, &at, ingress)? else {
+            self.refused += 1;
+            return Ok(());
+        };
+        let mut out = frame.clone();
+        let verdict = self.setting.memory.run(&mut out, &at);
+        if out != frame {
+            self.remember(talk);
+            if let Some(new) = talk_of(&out) {
+                self.remember(new.reversed());
+            }
+        }
+        let by_host = Outcome::of_host(verdict, &at, out);
+        ensure!(
+            by_host == by_kernel,
+            "{at:?}, gso {}, {talk:?}\n   in  {}\n host  {} {verdict:?}\n       {}\nkernel {}\n       {}",
+            frame.gso,
+            hex(&frame.bytes),
+            by_host.code.cast_signed(),
+            hex(&by_host.bytes),
+            by_kernel.code.cast_signed(),
+            hex(&by_kernel.bytes),
+        );
+        let hook = HOOKS.iter().position(|hook| *hook == at.hook).unwrap_or(0);
+        self.codes[hook][by_host.code.min(6) as usize] += 1;
+        if by_host.code == u32::MAX {
+            self.codes[hook][6] -= 1;
+            self.codes[hook][7] += 1;
+        }
+        Ok(())
+    }
+
+    /// A conversation that has been, or a new one.
+    fn talk(&mut self) -> Talk {
+        let random = &mut self.random;
+        if !self.talks.is_empty() && random.percent(60) {
+            return random.pick(&self.talks);
+        }
+        let pool = if random.percent(50) {
+            &self.setting.addresses4
+        } else {
+            &self.setting.addresses6
+        };
+        Talk {
+            src: random.pick(pool),
+            dst: random.pick(pool),
+            sport: random.pick(&self.setting.ports),
+            dport: random.pick(&self.setting.ports),
+            proto: match random.below(40) {
+                0 => proto::SCTP,
+                1..=20 => proto::TCP,
+                _ => proto::UDP,
+            },
+        }
+    }
+
+    fn remember(&mut self, talk: Talk) {
+        if self.talks.len() < TALKS {
+            self.talks.push(talk);
+        } else {
+            let at = self.random.below(TALKS);
+            self.talks[at] = talk;
+        }
+    }
+
+    /// A hook, and the device by which the packet has entered.
+    fn place(&mut self) -> (Context, u32) {
+        let random = &mut self.random;
+        let indexes = self.setting.indexes;
+        let hook = random.pick(&HOOKS);
+        let ifindex = match hook {
+            Hook::Xdp => indexes.up0,
+            Hook::FromNetdev | Hook::ToNetdev => random.pick(&[
+                indexes.up0,
+                indexes.up0,
+                indexes.up0,
+                indexes.up1,
+                indexes.up2,
+                indexes.up3,
+                indexes.tun0,
+            ]),
+            Hook::ToLo => 1,
+            Hook::FromPod | Hook::ToPod => random.pick(&[indexes.pod0, indexes.pod0, indexes.pod1]),
+        };
+        let ingress = match hook {
+            Hook::Xdp | Hook::FromNetdev | Hook::FromPod => ifindex,
+            _ if random.percent(70) => 0,
+            _ => indexes.pod1,
+        };
+        let at = Context {
+            hook,
+            ifindex,
+            from_host: ingress == 0,
+            l3: ETHERNET_LEN,
+        };
+        (at, ingress)
+    }
+
+    /// Changes one service and one backend, in both builds.
+    fn change(&mut self) -> Result<()> {
+        let random = &mut self.random;
+        let memory = &mut self.setting.memory;
+        let id = random.below(memory.backends.len());
+        let head = &mut memory.backends[id].head;
+        if random.percent(30) {
+            head.generation = head.generation.wrapping_add(1);
+        }
+        head.state = random.pick(&[
+            backend_state::ACTIVE,
+            backend_state::ACTIVE,
+            backend_state::GONE,
+            backend_state::DRAINING,
+            backend_state::SERVING,
+        ]);
+        self.kernel
+            .set_element::<_, 40>("BACKENDS", id as u32, &memory.backends[id])?;
+        let index = random.below(memory.services.len());
+        let head = &mut memory.services[index].head;
+        if random.percent(30) {
+            head.generation = head.generation.wrapping_add(1);
+        }
+        head.flags &= !service_flags::DELETED;
+        if random.percent(20) {
+            head.flags |= service_flags::DELETED;
+        }
+        self.kernel
+            .set_element::<_, 32>("SERVICES", index as u32, &memory.services[index])
+    }
+
+    /// Both builds remember the same flows; forgets them.
+    fn compare_tables(&mut self) -> Result<()> {
+        self.compare::<V4, FlowKey4, Flow4, 16, 52>("FLOWS_V4", "HALF_OPEN_V4", |memory| &mut memory.v4)?;
+        self.compare::<V6, FlowKey6, Flow6, 40, 76>("FLOWS_V6", "HALF_OPEN_V6", |memory| &mut memory.v6)?;
+        self.talks.clear();
+        Ok(())
+    }
+
+    fn compare<F, A, B, const K: usize, const V: usize>(
+        &mut self,
+        flows: &str,
+        half_open: &str,
+        tables: fn(&mut Memory) -> &mut dataplane_common::memory::FamilyTables<F>,
+    ) -> Result<()>
+    where
+        F: Family<FlowKey = A, Flow = B>,
+        A: Pod + Eq + std::hash::Hash + std::fmt::Debug,
+        B: Pod + std::fmt::Debug,
+    {
+        let own = tables(&mut self.setting.memory);
+        for (name, own) in [(flows, &mut own.flows), (half_open, &mut own.half_open)] {
+            let mut of_kernel = self.kernel.drain::<A, B, K, V>(name)?;
+            for (key, mut flow) in own.get_mut().drain() {
+                let Some(mut other) = of_kernel.remove(&key) else {
+                    bail!("only the host build has in {name} {key:?} {flow:?}");
+                };
+                // The host build's clock stands still.
+                F::meta_mut(&mut flow).seen_ticks = 0;
+                F::meta_mut(&mut other).seen_ticks = 0;
+                ensure!(
+                    bytemuck::bytes_of(&flow) == bytemuck::bytes_of(&other),
+                    "{name} {key:?}: host {flow:?}, kernel {other:?}"
+                );
+            }
+            if let Some(entry) = of_kernel.iter().next() {
+                bail!("only the kernel build has in {name} {entry:?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// What the packets have met, so that nobody takes a run of passes for a test.
+    fn report(&self) {
+        for (hook, codes) in HOOKS.iter().zip(&self.codes) {
+            println!(
+                "{hook:?}: codes 0 to 5 {:?}, redirect {}, next {}",
+                &codes[..6],
+                codes[6],
+                codes[7]
+            );
+        }
+        for (reason, count) in dataplane_common::reason::Reason::ALL
+            .iter()
+            .zip(self.setting.memory.counters.borrow().iter())
+        {
+            println!("{}: {count}", reason.label());
+        }
+        println!("refused as too short: {}", self.refused);
+    }
+}
+
+/// Who talks to whom in a frame.
+fn talk_of(frame: &Frame) -> Option<Talk> {
+    let kind: u16 = frame.load(12)?;
+    if u16::from_be(kind) == ethertype::IPV4 {
+        read::<V4>(frame, |[addr, ..]| addr.to_ne_bytes().into())
+    } else {
+        read::<V6>(frame, |addr| bytemuck::cast::<_, [u8; 16]>(addr).into())
+    }
+}
+
+fn read<F: ParseIp>(frame: &Frame, ip: fn(AnyAddr) -> IpAddr) -> Option<Talk> {
+    let mut headers = F::parse_ip(frame, ETHERNET_LEN).ok()?;
+    if headers.proto != proto::TCP && headers.proto != proto::UDP {
+        return None;
+    }
+    parse_l4::<F, _>(frame, ETHERNET_LEN, &mut headers).ok()?;
+    let tuple = headers.tuple;
+    Some(Talk {
+        src: ip(F::to_any(tuple.src)),
+        dst: ip(F::to_any(tuple.dst)),
+        sport: u16::from_be(tuple.sport_be),
+        dport: u16::from_be(tuple.dport_be),
+        proto: headers.proto,
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

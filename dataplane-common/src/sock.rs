@@ -1,6 +1,27 @@
+//! `SOCK_CHOSEN`: which backend an unconnected UDP socket was given, so that its datagrams stay together.
 //! `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`: which service address a socket asked for, by the backend it was given.
 
 use bytemuck::{Pod, Zeroable};
+
+/// Key of `SOCK_CHOSEN`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SockService {
+    /// `bpf_get_socket_cookie`.
+    pub cookie: u64,
+    /// Index into `SERVICES`.
+    pub service: u32,
+    pub service_generation: u32,
+}
+
+/// Value of `SOCK_CHOSEN`; it holds while the backend has this generation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct SockBackend {
+    /// Index into `BACKENDS`.
+    pub backend: u32,
+    pub backend_generation: u32,
+}
 
 /// Key of `SOCK_REVERSE_V4`.
 #[repr(C)]
@@ -44,6 +65,7 @@ pub struct SockAddr6 {
     pub unused: [u8; 2],
 }
 
+const _: () = assert!(size_of::<SockService>() == 16);
 const _: () = assert!(size_of::<SockKey4>() == 16);
 const _: () = assert!(size_of::<SockKey6>() == 32);
 const _: () = assert!(size_of::<SockAddr4>() == 8);

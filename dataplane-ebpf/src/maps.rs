@@ -13,7 +13,7 @@ use dataplane_common::{
     pipeline::Work,
     reason::REASONS,
     service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
-    sock::{SockAddr4, SockAddr6, SockKey4, SockKey6},
+    sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
 };
 
 /// `BPF_F_MMAPABLE`: the agent writes through a mapping, so that a head changes by one 64-bit store.
@@ -48,6 +48,8 @@ pub static OWN_ADDRS_V6: HashMap<[u32; 4], u32, 1024> = HashMap::new();
 #[btf_map]
 pub static DEVICES: HashMap<u32, Device, 1024> = HashMap::new();
 
+#[btf_map]
+pub static SOCK_CHOSEN: LruHashMap<SockService, SockBackend, 32768> = LruHashMap::new();
 #[btf_map]
 pub static SOCK_REVERSE_V4: LruHashMap<SockKey4, SockAddr4, 32768> = LruHashMap::new();
 #[btf_map]

@@ -13,15 +13,16 @@ use aya_ebpf::{
 };
 use dataplane_common::{
     addr::{Family, V4, V6, proto},
+    backend::{Backend, backend_state},
     balance::{choose, find_service},
     config::config_flags,
     service::{Scope, service_flags},
-    sock::{SockAddr4, SockAddr6, SockKey4, SockKey6},
+    sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
     tables::{Env, Tables},
 };
 
 use crate::{
-    maps::{SOCK_REVERSE_V4, SOCK_REVERSE_V6},
+    maps::{SOCK_CHOSEN, SOCK_REVERSE_V4, SOCK_REVERSE_V6},
     world::{World, config},
 };
 
@@ -223,12 +224,43 @@ where
     }
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    let key = SockService {
+        cookie,
+        service: index,
+        service_generation: u32::from(head.generation),
+    };
+    // A datagram goes where the socket's last one went, for as long as that backend serves.
+    if l4_proto == proto::UDP
+        && let Some(backend) = chosen_before(&world, &key)
+    {
+        return Ok(Some((F::from_any(backend.addr_be), backend.head.port_be, cookie)));
+    }
     // The cookie counts up; one multiplication spreads it over the table.
     let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
-    let Some(backend) = choose(&world, head, hash).and_then(|id| world.backend(id)) else {
+    let Some(id) = choose(&world, head, hash) else {
         return Err(REFUSED);
     };
+    let Some(backend) = world.backend(id) else {
+        return Err(REFUSED);
+    };
+    if l4_proto == proto::UDP {
+        let value = SockBackend {
+            backend: id,
+            backend_generation: backend.head.generation,
+        };
+        remember(&SOCK_CHOSEN, &key, &value);
+    }
     Ok(Some((F::from_any(backend.addr_be), backend.head.port_be, cookie)))
+}
+
+/// The backend that a UDP socket was given before, if it still serves.
+#[inline(always)]
+fn chosen_before<W: Env>(world: &W, key: &SockService) -> Option<Backend> {
+    // SAFETY: the value is checked against the backend's generation, so a torn one is not believed.
+    let chosen = unsafe { SOCK_CHOSEN.get(key) }?;
+    let backend = world.backend(chosen.backend)?;
+    let serves = matches!(backend.head.state, backend_state::ACTIVE | backend_state::SERVING);
+    (serves && backend.head.generation == chosen.backend_generation).then_some(backend)
 }
 
 #[inline(always)]

@@ -306,6 +306,7 @@ fn table_use(pins: &Pins) -> Vec<TableUse> {
         names::FLOWS_V6,
         names::HALF_OPEN_V4,
         names::HALF_OPEN_V6,
+        names::SOCK_CHOSEN,
         names::SOCK_REVERSE_V4,
         names::SOCK_REVERSE_V6,
         names::OWN_ADDRS_V4,

@@ -14,7 +14,7 @@ pub struct Sizes {
     pub flows: u32,
     /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
     pub half_open: u32,
-    /// Each of `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
+    /// Each of `SOCK_CHOSEN`, `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
     pub sock_reverse: u32,
 }
 
@@ -60,6 +60,7 @@ impl Sizes {
             (map_names::FLOWS_V6, flows),
             (map_names::HALF_OPEN_V4, half_open),
             (map_names::HALF_OPEN_V6, half_open),
+            (map_names::SOCK_CHOSEN, sock_reverse),
             (map_names::SOCK_REVERSE_V4, sock_reverse),
             (map_names::SOCK_REVERSE_V6, sock_reverse),
         ]

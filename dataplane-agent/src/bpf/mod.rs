@@ -101,6 +101,7 @@ pub mod map_names {
     pub const OWN_ADDRS_V6: &str = "OWN_ADDRS_V6";
     pub const PORTS: &str = "PORTS";
     pub const DEVICES: &str = "DEVICES";
+    pub const SOCK_CHOSEN: &str = "SOCK_CHOSEN";
     pub const SOCK_REVERSE_V4: &str = "SOCK_REVERSE_V4";
     pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
     pub const COUNTERS: &str = "COUNTERS";

@@ -20,6 +20,8 @@ pub mod balance;
 mod begin;
 pub mod checksum;
 mod exit;
+#[cfg(test)]
+mod fixtures;
 pub mod icmp;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;

@@ -1,0 +1,343 @@
+//! Packets through the host build, one after the other, and what each of them becomes.
+
+extern crate std;
+
+use std::{vec, vec::Vec};
+
+use crate::{
+    addr::{Family, V4, proto},
+    backend::{Backend, BackendHead, backend_state},
+    checksum,
+    device::own_flags,
+    flow::{FlowMeta, flow_state},
+    memory::{Frame, Memory, MemoryRoute},
+    parse::{ETHERNET_LEN, tcp},
+    pipeline::Context,
+    reason::Reason,
+    service::{Scope, Service, ServiceHead, service_flags},
+    verdict::{Action, Hook, Verdict},
+};
+
+const POD: [u8; 4] = [10, 244, 0, 10];
+const SERVICE: [u8; 4] = [10, 96, 0, 1];
+const BACKENDS: [[u8; 4]; 2] = [[10, 244, 1, 5], [10, 244, 1, 6]];
+const NODE: [u8; 4] = [192, 168, 0, 1];
+const CLIENT: [u8; 4] = [203, 0, 113, 7];
+const DEVICE: u32 = 20;
+
+const FROM_POD: Context = at(Hook::FromPod);
+const TO_POD: Context = at(Hook::ToPod);
+const FROM_NETDEV: Context = at(Hook::FromNetdev);
+
+const fn at(hook: Hook) -> Context {
+    Context {
+        hook,
+        ifindex: DEVICE,
+        from_host: false,
+        l3: ETHERNET_LEN,
+    }
+}
+
+type End = ([u8; 4], u16);
+
+/// TCP and UDP port 80 of a service, and node port 30080, in front of `backends`.
+fn world(backends: &[[u8; 4]]) -> Memory {
+    let mut world = Memory::default();
+    for addr in backends {
+        world.backends.push(Backend {
+            head: BackendHead {
+                generation: 1,
+                port_be: 8080u16.to_be(),
+                state: backend_state::ACTIVE,
+                flags: 0,
+            },
+            addr_be: [u32::from_ne_bytes(*addr), 0, 0, 0],
+            ..Backend::default()
+        });
+    }
+    let ids: Vec<u32> = (0..backends.len() as u32).collect();
+    let slots_offset = if ids.is_empty() { 0 } else { world.add_slice(&ids) };
+    world.services.push(Service {
+        head: ServiceHead {
+            slots_offset,
+            generation: 1,
+            size_class: u8::from(!ids.is_empty()),
+            flags: 0,
+        },
+        ..Service::default()
+    });
+    for l4 in [proto::TCP, proto::UDP] {
+        for (addr, port, scope) in [(SERVICE, 80, Scope::Internal), ([0; 4], 30080, Scope::External)] {
+            let key = V4::frontend_key(u32::from_ne_bytes(addr), u16::to_be(port), l4, scope);
+            world.v4.frontends.insert(key, 0);
+            world.add_port(l4, port, addr == [0; 4]);
+        }
+    }
+    let own = u32::from_ne_bytes(NODE);
+    world.v4.own_addresses.insert(own, own_flags::NODE_PORT);
+    let device = crate::device::Device {
+        snat4_be: own,
+        ..Default::default()
+    };
+    world.devices.insert(DEVICE, device);
+    world.routes.push(MemoryRoute {
+        version: 4,
+        network: [0; 4],
+        length: 0,
+        ifindex: DEVICE,
+        mtu: 1500,
+        macs: Some(Default::default()),
+    });
+    world
+}
+
+fn ip(l4: u8, src: [u8; 4], dst: [u8; 4], body: &[u8]) -> Vec<u8> {
+    let mut packet = vec![0x45, 0];
+    packet.extend((20 + body.len() as u16).to_be_bytes());
+    packet.extend([0, 1, 0x40, 0, 64, l4, 0, 0]);
+    packet.extend(src);
+    packet.extend(dst);
+    let sum = !checksum::fold(checksum::sum(&packet));
+    packet[10..12].copy_from_slice(&sum.to_ne_bytes());
+    packet.extend(body);
+    packet
+}
+
+/// The sum over a message, with a pseudo header where there is one: 0xffff if its checksum is right.
+fn l4_sum(packet: &[u8]) -> u16 {
+    let mut bytes = packet[20..].to_vec();
+    if packet[9] != proto::ICMP {
+        bytes.extend(&packet[12..20]);
+        bytes.extend([0, packet[9]]);
+        bytes.extend((packet.len() as u16 - 20).to_be_bytes());
+    }
+    checksum::fold(checksum::sum(&bytes))
+}
+
+fn segment(l4: u8, (src, sport): End, (dst, dport): End, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    body.extend(sport.to_be_bytes());
+    body.extend(dport.to_be_bytes());
+    let sum_at = if l4 == proto::TCP {
+        body.extend([0, 0, 0, 9, 0, 0, 0, 7, 0x50, flags, 1, 0, 0, 0, 0, 0]);
+        36
+    } else {
+        body.extend((8 + payload.len() as u16).to_be_bytes());
+        body.extend([0, 0]);
+        26
+    };
+    body.extend(payload);
+    // Even, so that the pseudo header can be summed behind it.
+    assert_eq!(payload.len() % 2, 0);
+    let mut packet = ip(l4, src, dst, &body);
+    let sum = !l4_sum(&packet);
+    packet[sum_at..sum_at + 2].copy_from_slice(&sum.to_ne_bytes());
+    packet
+}
+
+fn tcp_packet(src: End, dst: End, flags: u8) -> Vec<u8> {
+    segment(proto::TCP, src, dst, flags, &[])
+}
+
+/// Runs an IPv4 packet and checks the checksums of what it becomes.
+fn run(world: &Memory, at: &Context, packet: &[u8]) -> (Verdict, Vec<u8>) {
+    let mut frame = Frame::new([&[2; 12][..], &[8, 0], packet].concat());
+    let verdict = world.run(&mut frame, at);
+    let packet = frame.bytes.split_off(ETHERNET_LEN);
+    assert_eq!(
+        checksum::fold(checksum::sum(&packet[..20])),
+        0xffff,
+        "IP checksum"
+    );
+    assert_eq!(l4_sum(&packet), 0xffff, "layer 4 checksum");
+    (verdict, packet)
+}
+
+fn ends(packet: &[u8]) -> (End, End) {
+    let addr = |from: usize| [packet[from], packet[from + 1], packet[from + 2], packet[from + 3]];
+    let port = |from: usize| u16::from_be_bytes([packet[from], packet[from + 1]]);
+    ((addr(12), port(20)), (addr(16), port(22)))
+}
+
+/// A connection from the pod by way of the service; the backend that has it.
+fn connect(world: &Memory, sport: u16) -> End {
+    let (verdict, syn) = run(
+        world,
+        &FROM_POD,
+        &tcp_packet((POD, sport), (SERVICE, 80), tcp::SYN),
+    );
+    assert_eq!(verdict, Verdict::PASS);
+    let backend = ends(&syn).1;
+    let (_, answer) = run(
+        world,
+        &TO_POD,
+        &tcp_packet(backend, (POD, sport), tcp::SYN | tcp::ACK),
+    );
+    assert_eq!(ends(&answer), ((SERVICE, 80), (POD, sport)));
+    backend
+}
+
+/// The entry of the pod's packets.
+fn meta(world: &Memory, sport: u16) -> FlowMeta {
+    let flows = world.v4.flows.borrow();
+    let found = flows
+        .iter()
+        .find(|(key, _)| key.src_be == u32::from_ne_bytes(POD) && key.sport_be == sport.to_be());
+    *V4::meta(found.expect("the connection is established").1)
+}
+
+#[test]
+fn cluster_ip_there_and_back() {
+    let world = world(&BACKENDS[..1]);
+    assert_eq!(connect(&world, 4000), (BACKENDS[0], 8080));
+    assert_eq!(world.v4.flows.borrow().len(), 2);
+    let datagram = segment(proto::UDP, (POD, 4000), (SERVICE, 80), 0, b"ping");
+    let (_, out) = run(&world, &FROM_POD, &datagram);
+    assert_eq!(ends(&out), ((POD, 4000), (BACKENDS[0], 8080)));
+}
+
+#[test]
+fn hairpin_shows_the_service_as_source() {
+    let world = world(&[POD]);
+    let (verdict, out) = run(
+        &world,
+        &FROM_POD,
+        &tcp_packet((POD, 4000), (SERVICE, 80), tcp::SYN),
+    );
+    assert_eq!(verdict, Verdict::to(Action::Pod, DEVICE));
+    assert_eq!(ends(&out), ((SERVICE, 4000), (POD, 8080)));
+    let answer = tcp_packet((POD, 8080), (SERVICE, 4000), tcp::SYN | tcp::ACK);
+    let (verdict, out) = run(&world, &FROM_POD, &answer);
+    assert_eq!(verdict, Verdict::to(Action::Pod, DEVICE));
+    assert_eq!(ends(&out), ((SERVICE, 80), (POD, 4000)));
+}
+
+#[test]
+fn a_taken_port_leads_to_another_and_none_left_to_a_drop() {
+    let mut world = world(&BACKENDS[..1]);
+    world.config.snat_port_min = 61_000;
+    world.config.snat_port_max = 61_001;
+    let mut ports = Vec::new();
+    for sport in 4000..4020 {
+        let syn = tcp_packet((CLIENT, sport), (NODE, 30080), tcp::SYN);
+        let (verdict, out) = run(&world, &FROM_NETDEV, &syn);
+        if verdict == Verdict::drop(Reason::SnatPortsExhausted) {
+            continue;
+        }
+        assert_eq!(verdict, Verdict::to(Action::Transmit, DEVICE));
+        let ((source, port), backend) = ends(&out);
+        assert_eq!((source, backend), (NODE, (BACKENDS[0], 8080)));
+        ports.push(port);
+    }
+    ports.sort_unstable();
+    assert_eq!(ports, [61_000, 61_001]);
+    assert_eq!(world.counted(Reason::SnatPortsExhausted), 18);
+}
+
+#[test]
+fn a_flow_leaves_a_backend_that_is_gone_or_another() {
+    for reused in [false, true] {
+        let mut world = world(&BACKENDS);
+        let before = connect(&world, 4000);
+        let id = meta(&world, 4000).backend;
+        let other = 1 - id;
+        let head = &mut world.backends[id as usize].head;
+        if reused {
+            head.generation += 1;
+        } else {
+            head.state = backend_state::GONE;
+        }
+        world.services[0].head.slots_offset = world.add_slice(&[other]);
+        let ack = tcp_packet((POD, 4000), (SERVICE, 80), tcp::ACK);
+        let (_, out) = run(&world, &FROM_POD, &ack);
+        let after = ends(&out).1;
+        assert_eq!(after, (BACKENDS[other as usize], 8080));
+        assert_ne!(before, after);
+    }
+}
+
+#[test]
+fn a_deleted_service_keeps_its_connections_and_begins_none() {
+    let mut world = world(&BACKENDS[..1]);
+    let backend = connect(&world, 4000);
+    world.services[0].head.flags |= service_flags::DELETED;
+    world.v4.frontends.clear();
+    let (_, out) = run(
+        &world,
+        &FROM_POD,
+        &tcp_packet((POD, 4000), (SERVICE, 80), tcp::ACK),
+    );
+    assert_eq!(ends(&out).1, backend);
+    let syn = tcp_packet((POD, 4001), (SERVICE, 80), tcp::SYN);
+    assert_eq!(run(&world, &FROM_POD, &syn), (Verdict::PASS, syn));
+}
+
+#[test]
+fn without_endpoints_tcp_is_reset_and_udp_told() {
+    let world = world(&[]);
+    let syn = tcp_packet((POD, 4000), (SERVICE, 80), tcp::SYN);
+    let (verdict, reset) = run(&world, &FROM_POD, &syn);
+    assert_eq!(verdict, Verdict::ANSWER);
+    assert_eq!(ends(&reset), ((SERVICE, 80), (POD, 4000)));
+    assert_eq!(reset[33], tcp::RST | tcp::ACK);
+    assert_eq!(reset[28..32], [0, 0, 0, 10], "one more than the SYN's number");
+    let datagram = segment(proto::UDP, (POD, 4000), (SERVICE, 80), 0, b"ping");
+    let (verdict, error) = run(&world, &FROM_POD, &datagram);
+    assert_eq!(verdict, Verdict::ANSWER);
+    assert_eq!((error[9], &error[20..22]), (proto::ICMP, &[3, 3][..]));
+    assert_eq!(error[28..], datagram[..28]);
+    assert_eq!((&error[12..16], &error[16..20]), (&SERVICE[..], &POD[..]));
+}
+
+#[test]
+fn icmp_errors_are_translated_both_ways() {
+    let world = world(&BACKENDS[..1]);
+    let backend = connect(&world, 4000);
+    let error = |src, dst, quoted: &[u8]| {
+        let mut body = vec![3, 4, 0, 0, 0, 0, 5, 0];
+        body.extend(quoted);
+        let sum = !checksum::fold(checksum::sum(&body));
+        body[2..4].copy_from_slice(&sum.to_ne_bytes());
+        ip(proto::ICMP, src, dst, &body)
+    };
+    // A router tells the pod about its packet to the backend, then the pod tells the backend about an answer.
+    let router = [192, 0, 2, 1];
+    let sent = tcp_packet((POD, 4000), backend, tcp::ACK);
+    let meant = tcp_packet((POD, 4000), (SERVICE, 80), tcp::ACK);
+    let (_, out) = run(&world, &TO_POD, &error(router, POD, &sent));
+    assert_eq!((&out[12..16], &out[16..20]), (&router[..], &POD[..]));
+    assert_eq!(out[28..], meant);
+    let got = tcp_packet((SERVICE, 80), (POD, 4000), tcp::ACK);
+    let meant = tcp_packet(backend, (POD, 4000), tcp::ACK);
+    let (_, out) = run(&world, &FROM_POD, &error(POD, SERVICE, &got));
+    assert_eq!((&out[12..16], &out[16..20]), (&POD[..], &backend.0[..]));
+    assert_eq!(out[28..], meant);
+}
+
+#[test]
+fn fin_closes_and_data_opens_again() {
+    let world = world(&BACKENDS[..1]);
+    connect(&world, 4000);
+    let (client, service) = ((POD, 4000), (SERVICE, 80));
+    for flag in [tcp::FIN, tcp::RST] {
+        run(&world, &FROM_POD, &tcp_packet(client, service, flag | tcp::ACK));
+        assert_eq!(meta(&world, 4000).state, flow_state::CLOSING);
+        run(&world, &FROM_POD, &tcp_packet(client, service, tcp::ACK));
+        assert_eq!(meta(&world, 4000).state, flow_state::CLOSING);
+        let data = segment(proto::TCP, client, service, tcp::ACK, b"data");
+        run(&world, &FROM_POD, &data);
+        assert_eq!(meta(&world, 4000).state, flow_state::OPEN);
+    }
+}
+
+#[test]
+fn a_flow_may_begin_in_mid_stream() {
+    let world = world(&BACKENDS[..1]);
+    let (client, service) = ((POD, 4000), (SERVICE, 80));
+    let (_, out) = run(&world, &FROM_POD, &tcp_packet(client, service, tcp::ACK));
+    let backend = ends(&out).1;
+    assert_eq!(backend, (BACKENDS[0], 8080));
+    let (_, out) = run(&world, &TO_POD, &tcp_packet(backend, client, tcp::ACK));
+    assert_eq!(ends(&out), (service, client));
+    assert_eq!(world.v4.flows.borrow().len(), 2);
+}

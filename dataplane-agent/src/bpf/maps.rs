@@ -37,7 +37,7 @@ impl Default for Sizes {
 
 impl Sizes {
     /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-    pub fn by_name(&self) -> [(&'static str, u32); 11] {
+    pub fn by_name(&self) -> [(&'static str, u32); 12] {
         let Self {
             limits,
             flows,

@@ -34,16 +34,21 @@ pub fn run(args: &Args) -> Result<()> {
         process::run(process::quiet_unless_watched(&mut command))
     })?;
 
-    let built = paths::ebpf_build().join("bpfel-unknown-none/release/dataplane");
-    let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
-    verify(&bytes).with_context(|| format!("{} is not what the agent can load", built.display()))?;
-    let bytes = without_debug_info(&bytes).context("failed to strip the object")?;
-    if install(&bytes, &paths::ebpf_object())? {
-        progress::note(&format!(
-            "new object: {} ({} KiB)",
-            paths::ebpf_object().display(),
-            bytes.len() / 1024
-        ));
+    for (built, place) in [
+        ("dataplane", paths::ebpf_object()),
+        ("bench", paths::ebpf_bench_object()),
+    ] {
+        let built = paths::ebpf_build().join("bpfel-unknown-none/release").join(built);
+        let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
+        verify(&bytes).with_context(|| format!("{} can't be loaded", built.display()))?;
+        let bytes = without_debug_info(&bytes).context("failed to strip the object")?;
+        if install(&bytes, &place)? {
+            progress::note(&format!(
+                "new object: {} ({} KiB)",
+                place.display(),
+                bytes.len() / 1024
+            ));
+        }
     }
     Ok(())
 }

@@ -33,6 +33,11 @@ pub fn ebpf_object() -> PathBuf {
     root().join("target/ebpf/dataplane.o")
 }
 
+/// What `cargo xtask bench datapath` measures against; it looks here.
+pub fn ebpf_bench_object() -> PathBuf {
+    root().join("target/ebpf/bench.o")
+}
+
 /// Tools that set-up builds for this repository alone; `DATAPLANE_TOOLS` lets several clones share them.
 pub fn tools() -> PathBuf {
     env::var_os("DATAPLANE_TOOLS")

@@ -1,0 +1,108 @@
+//! The rows: which program, which floor, which packets, and what the program has to answer.
+
+/// What is in the tables for the walk's packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// Nothing: the packets are not for a service.
+    None,
+    /// A frontend, and no flow.
+    Frontend,
+    /// A flow for each packet that goes on to the stack.
+    Flows,
+    /// A flow for each packet that leaves by a route, from this node's address.
+    RoutedFlows,
+}
+
+/// One case.
+#[derive(Debug)]
+pub struct Case {
+    pub name: &'static str,
+    pub program: &'static str,
+    pub floor: &'static str,
+    pub tables: Tables,
+    /// Whether some frontend has the packets' port.
+    pub port_in_use: bool,
+    pub flows: &'static [u32],
+    /// What both programs return.
+    pub answer: u32,
+}
+
+const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
+const NEXT: u32 = u32::MAX;
+const ALL: &[u32] = &[1, 1 << 16, 1 << 20];
+
+pub const CASES: &[Case] = &[
+    Case {
+        name: "xdp: not a service",
+        program: "xdp",
+        floor: "floor_pass_xdp",
+        tables: Tables::None,
+        port_in_use: false,
+        flows: ALL,
+        answer: XDP_PASS,
+    },
+    Case {
+        name: "xdp: not a service, port in use",
+        program: "xdp",
+        floor: "floor_pass_xdp",
+        tables: Tables::None,
+        port_in_use: true,
+        flows: ALL,
+        answer: XDP_PASS,
+    },
+    Case {
+        name: "from_pod: not a service",
+        program: "from_pod",
+        floor: "floor_pass_tc",
+        tables: Tables::None,
+        port_in_use: false,
+        flows: ALL,
+        answer: NEXT,
+    },
+    Case {
+        name: "from_pod: not a service, port in use",
+        program: "from_pod",
+        floor: "floor_pass_tc",
+        tables: Tables::None,
+        port_in_use: true,
+        flows: ALL,
+        answer: NEXT,
+    },
+    Case {
+        name: "from_pod: established, remote backend",
+        program: "from_pod",
+        floor: "floor_established_tc",
+        tables: Tables::Flows,
+        port_in_use: true,
+        flows: ALL,
+        answer: NEXT,
+    },
+    Case {
+        name: "from_pod: new flow, all inserts",
+        program: "from_pod",
+        floor: "floor_new_tc",
+        tables: Tables::Frontend,
+        port_in_use: true,
+        flows: &[1 << 22],
+        answer: NEXT,
+    },
+    Case {
+        name: "xdp: NodePort, SNAT, remote backend",
+        program: "xdp",
+        floor: "floor_nodeport_xdp",
+        tables: Tables::RoutedFlows,
+        port_in_use: true,
+        flows: ALL,
+        answer: XDP_TX,
+    },
+    Case {
+        name: "from_netdev: NodePort, local backend",
+        program: "from_netdev",
+        floor: "floor_established_tc",
+        tables: Tables::Flows,
+        port_in_use: true,
+        flows: ALL,
+        answer: NEXT,
+    },
+];

@@ -1,0 +1,146 @@
+//! `dataplane-bench-datapath`: ns a packet by `BPF_PROG_TEST_RUN`. A trampoline restores the packet and walks the flows
+//! before each run; in every round it is measured alone, then before a floor program that does only the unavoidable
+//! lookups of the case, then before ours. Ratios are taken within a round, medians over rounds.
+
+mod cases;
+mod kernel;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::unistd::Pid;
+use serde::Serialize;
+
+use crate::cases::{CASES, Case};
+use crate::kernel::Bench;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask bench datapath", about, version)]
+struct Args {
+    /// Rounds of each row
+    #[arg(long, default_value_t = 15)]
+    rounds: u32,
+
+    /// Packets of each measurement
+    #[arg(long, default_value_t = 2_000_000)]
+    packets: u32,
+
+    /// Flows that the flow tables have room for
+    #[arg(long, default_value_t = 4_194_304)]
+    max_flows: u32,
+
+    /// Only rows whose name contains this
+    #[arg(long)]
+    only: Option<String>,
+
+    /// The folder with the objects, dataplane.o and bench.o
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/ebpf"))]
+    objects: PathBuf,
+
+    /// The CPU to run on
+    #[arg(long, default_value_t = 0)]
+    cpu: usize,
+
+    /// Where to keep every sample, as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// What was measured of a case at a number of flows: ns a packet, one element a round.
+#[derive(Debug, Serialize)]
+struct Row {
+    case: &'static str,
+    flows: u32,
+    trampoline: Vec<f64>,
+    floor: Vec<f64>,
+    ours: Vec<f64>,
+    floor_net: f64,
+    ours_net: f64,
+    ratio: f64,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(args.rounds > 0 && args.packets > 0, "nothing to measure");
+    // A namespace without a name, for this process alone: it goes with it.
+    unshare(CloneFlags::CLONE_NEWNET).context("failed to unshare the network namespace (not root?)")?;
+    let mut cpus = CpuSet::new();
+    cpus.set(args.cpu).context("there is no such CPU")?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).context("failed to stay on one CPU")?;
+
+    let device = kernel::make_device()?;
+    let mut rows = Vec::new();
+    println!(
+        "{:<44} {:>8} {:>10} {:>8} {:>8} {:>7}",
+        "ns a packet, net of the trampoline", "flows", "trampoline", "floor", "ours", "ratio"
+    );
+    for case in CASES {
+        if args.only.as_ref().is_some_and(|only| !case.name.contains(only)) {
+            continue;
+        }
+        for &flows in case.flows {
+            let row = measure(&args, case, flows, &device)
+                .with_context(|| format!("failed to measure {} at {flows} flows", case.name))?;
+            println!(
+                "{:<44} {:>8} {:>10.0} {:>8.0} {:>8.0} {:>7.2}",
+                row.case,
+                row.flows,
+                median(&row.trampoline),
+                row.floor_net,
+                row.ours_net,
+                row.ratio
+            );
+            rows.push(row);
+        }
+    }
+    if let Some(path) = &args.json {
+        write_json(path, &rows)?;
+    }
+    Ok(())
+}
+
+fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device) -> Result<Row> {
+    let mut bench = Bench::load(&args.objects, case, flows, args.max_flows, device)?;
+    bench.check()?;
+    let mut row = Row {
+        case: case.name,
+        flows,
+        trampoline: Vec::new(),
+        floor: Vec::new(),
+        ours: Vec::new(),
+        floor_net: 0.0,
+        ours_net: 0.0,
+        ratio: 0.0,
+    };
+    // One round more: the first warms up.
+    for round in 0..=args.rounds {
+        let trampoline = bench.alone(args.packets)?;
+        let floor = bench.floor(args.packets)?;
+        let ours = bench.ours(args.packets)?;
+        if round > 0 {
+            row.trampoline.push(trampoline);
+            row.floor.push(floor);
+            row.ours.push(ours);
+        }
+    }
+    let net = |of: &[f64]| -> Vec<f64> { of.iter().zip(&row.trampoline).map(|(a, b)| a - b).collect() };
+    let (floor, ours) = (net(&row.floor), net(&row.ours));
+    let ratios: Vec<f64> = ours.iter().zip(&floor).map(|(a, b)| a / b.max(1.0)).collect();
+    row.floor_net = median(&floor);
+    row.ours_net = median(&ours);
+    row.ratio = median(&ratios);
+    Ok(row)
+}
+
+fn median(of: &[f64]) -> f64 {
+    let mut sorted = of.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn write_json(path: &Path, rows: &[Row]) -> Result<()> {
+    let text = serde_json::to_string_pretty(rows).context("failed to encode the samples")?;
+    std::fs::write(path, text).with_context(|| format!("failed to write {}", path.display()))
+}

@@ -87,7 +87,7 @@ fn restore(data: usize, end: usize) {
 pub fn trampoline_xdp(ctx: XdpContext) -> u32 {
     restore(ctx.data(), ctx.data_end());
     // SAFETY: a failure is what an empty array means: the trampoline alone.
-    let _alone = unsafe { TARGET_XDP.tail_call(&ctx, 0) };
+    unsafe { TARGET_XDP.tail_call(&ctx, 0) };
     xdp_action::XDP_PASS
 }
 
@@ -100,7 +100,7 @@ pub fn trampoline_tc(ctx: TcContext) -> i32 {
     }
     restore(ctx.data(), ctx.data_end());
     // SAFETY: as above.
-    let _alone = unsafe { TARGET_TC.tail_call(&ctx, 0) };
+    unsafe { TARGET_TC.tail_call(&ctx, 0) };
     NEXT
 }
 

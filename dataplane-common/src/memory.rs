@@ -89,8 +89,6 @@ pub struct Memory {
     pub counters: RefCell<Vec<u64>>,
     pub refusals_left: Cell<u32>,
     pub midstream_ticks: Cell<u32>,
-    /// Bytes of the frame at a TC hook: asked for a route without a length, the kernel takes the frame's.
-    pub frame_len: Cell<usize>,
 }
 
 impl Default for Memory {
@@ -109,7 +107,6 @@ impl Default for Memory {
             counters: RefCell::new(std::vec![0; REASONS as usize]),
             refusals_left: Cell::new(u32::MAX),
             midstream_ticks: Cell::new(0),
-            frame_len: Cell::new(0),
         }
     }
 }
@@ -118,8 +115,6 @@ impl Memory {
     /// Runs one packet through a hook, as the kernel side's entry points do.
     pub fn run(&self, frame: &mut Frame, at: &Context) -> Verdict {
         frame.at_xdp = at.hook == Hook::Xdp;
-        self.frame_len
-            .set(if frame.at_xdp || frame.gso { 0 } else { frame.len() });
         let Some(kind) = frame.load::<u16>(12) else {
             return Verdict::PASS;
         };
@@ -321,9 +316,6 @@ impl Env for Memory {
     }
 }
 
-/// An Ethernet header and a VLAN tag: what the kernel allows a frame beyond the MTU.
-const LINK_LEN: usize = 18;
-
 impl<F: Family> Router<F> for Memory {
     fn route(&self, _ifindex: u32, _src: F::Addr, dst: F::Addr, _proto: u8, len: u16) -> Route {
         let dst = F::to_any(dst);
@@ -339,9 +331,6 @@ impl<F: Family> Router<F> for Memory {
         }
         match macs {
             None => Route::NoNeighbour { ifindex },
-            Some(_) if len == 0 && self.frame_len.get() > usize::from(mtu) + LINK_LEN => {
-                Route::TooBig { mtu }
-            }
             Some((mac_dst, mac_src)) => Route::Found {
                 ifindex,
                 mac_dst,

@@ -291,7 +291,8 @@ impl<F: Family, C> Router<F> for World<C> {
         params.family = if F::VERSION == 4 { AF_INET } else { AF_INET6 };
         params.l4_protocol = proto;
         params.ifindex = ifindex;
-        params.__bindgen_anon_1.tot_len = len;
+        // Without a length, the helper would compare the whole frame with the MTU at TC hooks.
+        params.__bindgen_anon_1.tot_len = len.max(1);
         if F::VERSION == 4 {
             params.__bindgen_anon_3.ipv4_src = F::to_any(src)[0];
             params.__bindgen_anon_4.ipv4_dst = F::to_any(dst)[0];

@@ -34,8 +34,6 @@ pub struct Config {
     pub max_flows: u32,
     /// Entries of each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
     pub max_half_open: u32,
-    /// Write a debug line for every new flow and every drop.
-    pub debug_log: bool,
 }
 
 /// `--socket-lb`.

@@ -16,8 +16,6 @@ pub mod config_flags {
     pub const FAST_PATH: u32 = 4;
     /// Socket hooks translate for host processes only.
     pub const SOCKET_HOST_ONLY: u32 = 8;
-    /// Write a debug line for every new flow and every drop (aya-log).
-    pub const DEBUG: u32 = 16;
 }
 
 /// Constants for one load of the object.

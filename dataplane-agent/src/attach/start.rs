@@ -111,7 +111,6 @@ fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64)
     for (flag, on) in [
         (config_flags::FAST_PATH, fast_path(config.fast_path)),
         (config_flags::SOCKET_HOST_ONLY, config.socket_lb != SocketLb::All),
-        (config_flags::DEBUG, config.debug_log),
     ] {
         if on {
             flags |= flag;

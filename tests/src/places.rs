@@ -20,6 +20,8 @@ static CLOSED: AtomicBool = AtomicBool::new(false);
 
 const NETNS: &str = "/run/netns";
 const WORK: &str = "/run";
+/// Where agents keep what they have to restore.
+const AGENT_STATE: &str = "/run/dataplane";
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// Where one cluster keeps its things. Dropping it does not remove them: [`Places::remove`] does.
@@ -113,6 +115,12 @@ fn remove_matching(matches: &dyn Fn(&str) -> bool) {
         for path in entries(Path::new(root), matches) {
             let _ = fs::remove_dir_all(&path);
         }
+    }
+    // An agent names its state after the bpffs folder that it pins to; one that was killed leaves it.
+    for path in entries(Path::new(AGENT_STATE), &|name| {
+        name.strip_prefix("sys-fs-bpf-").is_some_and(matches)
+    }) {
+        let _ = fs::remove_dir_all(&path);
     }
 }
 

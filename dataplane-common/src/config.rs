@@ -46,6 +46,24 @@ pub struct Config {
 const _: () = assert!(size_of::<Config>() == 48);
 
 impl Config {
+    /// What holds where nothing else is configured.
+    pub const DEFAULT: Self = Self {
+        host_netns_cookie: 0,
+        flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
+        // Above the default of ip_local_port_range (32768-60999), beside the node ports (30000-32767).
+        snat_port_min: 61000,
+        snat_port_max: 65535,
+        // What kube-proxy sets for conntrack, and conntrack's own for the rest.
+        tcp_ticks: Self::ticks(86_400),
+        tcp_closing_ticks: Self::ticks(120),
+        udp_ticks: Self::ticks(180),
+        half_open_ticks: Self::ticks(60),
+        services: 65_536,
+        backends: 65_536,
+        maglev: 4_194_304,
+        refusals_per_tick: 1000,
+    };
+
     /// Ticks for a duration in seconds.
     pub const fn ticks(seconds: u32) -> u32 {
         ((seconds as u64 * 1_000_000_000) >> 30) as u32 + 1
@@ -54,21 +72,6 @@ impl Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            host_netns_cookie: 0,
-            flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
-            // Above the default of ip_local_port_range (32768-60999), beside the node ports (30000-32767).
-            snat_port_min: 61000,
-            snat_port_max: 65535,
-            // What kube-proxy sets for conntrack, and conntrack's own for the rest.
-            tcp_ticks: Self::ticks(86_400),
-            tcp_closing_ticks: Self::ticks(120),
-            udp_ticks: Self::ticks(180),
-            half_open_ticks: Self::ticks(60),
-            services: 65_536,
-            backends: 65_536,
-            maglev: 4_194_304,
-            refusals_per_tick: 1000,
-        }
+        Self::DEFAULT
     }
 }

@@ -26,20 +26,7 @@ use crate::maps::*;
 
 /// Written by the agent before the object is loaded.
 #[unsafe(no_mangle)]
-static CONFIG: Config = Config {
-    host_netns_cookie: 0,
-    flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
-    snat_port_min: 61000,
-    snat_port_max: 65535,
-    tcp_ticks: Config::ticks(86_400),
-    tcp_closing_ticks: Config::ticks(120),
-    udp_ticks: Config::ticks(180),
-    half_open_ticks: Config::ticks(60),
-    services: 65536,
-    backends: 65536,
-    maglev: 4_194_304,
-    refusals_per_tick: 1000,
-};
+static CONFIG: Config = Config::DEFAULT;
 
 /// The constants of this load.
 #[inline(always)]

@@ -49,8 +49,19 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 async fn start(config: Config) -> anyhow::Result<()> {
     let source = source::manifests::start(&config.manifests)
         .with_context(|| format!("failed to watch {}", config.manifests.display()))?;
+    // All that can fail without a trace comes first.
+    let prepared = attach::start::prepare(&config)?;
+    let probes = match config.health_addr {
+        Some(addr) => Some(
+            TcpListener::bind(addr)
+                .await
+                .with_context(|| format!("failed to listen on {addr}"))?,
+        ),
+        None => None,
+    };
+    let socket = health::bind_unix(&config.socket)?;
     let (wanted, wanted_seen) = watch::channel(WantedPods::default());
-    let Kernel { store, mut host } = attach::start::start(&config, wanted_seen)?;
+    let Kernel { store, mut host } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
     let (look_again, mut looks) = mpsc::unbounded_channel();
@@ -59,13 +70,10 @@ async fn start(config: Config) -> anyhow::Result<()> {
         rescan: source.rescan.clone(),
         look_again,
     };
-    if let Some(addr) = config.health_addr {
-        let listener = TcpListener::bind(addr)
-            .await
-            .with_context(|| format!("failed to listen on {addr}"))?;
+    if let Some(listener) = probes {
         tokio::spawn(health.clone().serve_tcp(listener));
     }
-    tokio::spawn(health.serve_unix(health::bind_unix(&config.socket)?));
+    tokio::spawn(health.serve_unix(socket));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -15,6 +15,7 @@ pub mod health;
 pub mod host;
 pub mod model;
 pub mod netlink;
+pub mod path_error;
 pub mod source;
 pub mod store;
 pub mod sync;

@@ -32,6 +32,10 @@ pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
     Pins::new(bpffs).remove()?;
     remove_filters(&state).map_err(CleanupError::Filters)?;
     sysctl::restore(&state)?;
+    if let Some(socket) = &state.record.socket {
+        // A killed agent's. It is gone already after a stop.
+        let _ = fs::remove_file(socket);
+    }
     for folder in state.record.made_folders.iter().rev() {
         // Stays if somebody else uses it by now.
         let _ = fs::remove_dir(folder);

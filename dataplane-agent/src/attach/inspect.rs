@@ -96,7 +96,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         .list_links()
         .unwrap_or_default()
         .into_iter()
-        .filter_map(|link| links.program_id(link))
+        .filter_map(|link| Some((links.program_id(link)?, link.program)))
         .collect();
     let mut look = Look {
         ours,
@@ -129,8 +129,8 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
 }
 
 struct Look {
-    /// Ids of the programs of our pinned links.
-    ours: BTreeSet<u32>,
+    /// The programs of our pinned links, by id.
+    ours: BTreeMap<u32, Program>,
     attachments: Vec<Attachment>,
 }
 
@@ -218,6 +218,7 @@ impl Look {
         id: u32,
         own: Option<Program>,
     ) {
+        let own = own.or_else(|| self.ours.get(&id).copied());
         let name = match own {
             Some(program) => program.symbol().to_owned(),
             // Needs CAP_SYS_ADMIN.
@@ -233,7 +234,7 @@ impl Look {
             position,
             program: name,
             program_id: id,
-            ours: own.is_some() || self.ours.contains(&id),
+            ours: own.is_some(),
         });
     }
 }

@@ -32,7 +32,9 @@ use state::{State, StateError};
 pub enum AttachError {
     #[error(transparent)]
     Link(#[from] LinkError),
-    #[error("failed to attach {link} by a clsact qdisc")]
+    #[error(
+        "failed to attach {link} by a clsact qdisc (this needs the kernel modules sch_ingress and cls_bpf)"
+    )]
     Filter {
         link: LinkName,
         #[source]

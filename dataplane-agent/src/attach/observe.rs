@@ -13,10 +13,11 @@ use tokio::sync::watch;
 use super::Attacher;
 use crate::{
     bpf::{Program, pins::LinkName},
-    config::DatapathMode,
+    config::{DatapathMode, FastPath},
     host::{HostDevice, HostState, PodInterface, WantedPods},
     netlink::{
-        events::Events,
+        events::{ChainEvents, Events},
+        firewall,
         pods::PodBinder,
         select::{self, DevicePatterns, Role},
         socket::RequestSocket,
@@ -42,7 +43,7 @@ pub struct Settings {
     pub patterns: DevicePatterns,
     pub datapath: DatapathMode,
     pub socket_hooks: bool,
-    pub fast_path: bool,
+    pub fast_path: FastPath,
 }
 
 /// Everything that the loop owns.
@@ -52,6 +53,8 @@ pub struct Observer {
     pub socket: RequestSocket,
     pub settings: Settings,
     pods: PodBinder,
+    /// Packets between pods may skip netfilter.
+    fast_path: bool,
     search_since: Option<Instant>,
     reported: BTreeSet<String>,
 }
@@ -63,6 +66,7 @@ impl Observer {
             socket,
             settings,
             pods: PodBinder::default(),
+            fast_path: false,
             search_since: None,
             reported: BTreeSet::new(),
         }
@@ -75,11 +79,15 @@ impl Observer {
         publish: watch::Sender<Option<HostState>>,
     ) -> io::Result<()> {
         let events = Events::open()?;
+        // A kernel without nftables has no chains either.
+        let chains = ChainEvents::open().ok();
         let mut full_look = Instant::now();
+        self.fast_path = self.may_skip_netfilter();
         loop {
             if full_look.elapsed() >= FULL_LOOK {
                 full_look = Instant::now();
                 self.attacher.verify(&mut self.socket);
+                self.fast_path = self.may_skip_netfilter();
             }
             let began = Instant::now();
             let pods = wanted.borrow_and_update().clone();
@@ -104,6 +112,10 @@ impl Observer {
                 changed = events.changed() => {
                     changed?;
                     tokio::time::sleep(SETTLE.max(took * IDLE_SHARE)).await;
+                }
+                changed = chains_changed(chains.as_ref()) => {
+                    changed?;
+                    self.fast_path = self.may_skip_netfilter();
                 }
                 changed = wanted.changed() => {
                     if changed.is_err() {
@@ -136,9 +148,9 @@ impl Observer {
         let roles = select::devices(&tables, &self.settings.patterns, &wanted.node_addresses, &pods);
 
         let links = self.wanted_links(&tables, &roles, &pods);
-        // Until the first list of pods has come, nobody knows which interfaces are no pod's any more.
-        let pods_known = wanted.revision > 0;
-        let keep = |link: LinkName| !pods_known && matches!(link.program, Program::FromPod | Program::ToPod);
+        // Until the first list of pods and the node's addresses have come, nobody knows which interfaces are no pod's
+        // and no uplink any more.
+        let keep = |_| wanted.revision == 0;
         let errors = self
             .attacher
             .reconcile(&mut self.socket, &tables.links, &links, keep);
@@ -232,7 +244,7 @@ impl Observer {
                 name: binding.name.clone(),
                 pod_mac: binding.pod_mac,
                 host_mac: binding.host_mac,
-                fast_path: both && self.settings.fast_path,
+                fast_path: both && self.fast_path,
             };
             Some((addr, interface))
         };
@@ -248,12 +260,39 @@ impl Observer {
         }
     }
 
+    /// Whether packets between pods of this node may skip the kernel's FORWARD rules. New flows follow a change;
+    /// those that began before stay on their way.
+    fn may_skip_netfilter(&self) -> bool {
+        let engine = match self.settings.fast_path {
+            FastPath::On => return true,
+            FastPath::Off => return false,
+            FastPath::Auto => firewall::policy_engine(),
+        };
+        let may = matches!(engine, Ok(None));
+        let because = match engine {
+            Ok(None) => "no policy engine has rules".to_owned(),
+            Ok(Some(chain)) => format!("{chain} is another policy engine's"),
+            Err(error) => format!("failed to list netfilter's chains: {error}"),
+        };
+        if may != self.fast_path {
+            tracing::info!("fast path {}: {because}", if may { "on" } else { "off" });
+        }
+        may
+    }
+
     /// Says each problem once, and again after it had gone.
     fn report(&mut self, problems: BTreeSet<String>) {
         for problem in problems.difference(&self.reported) {
             tracing::warn!("{problem}");
         }
         self.reported = problems;
+    }
+}
+
+async fn chains_changed(events: Option<&ChainEvents>) -> io::Result<()> {
+    match events {
+        Some(events) => events.changed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::{
     Attacher,
+    cleanup::cleanup,
     observe::{Observer, Settings},
     state::State,
     sysctl,
@@ -22,16 +23,25 @@ use crate::{
     },
     config::{Config, DatapathMode, FastPath, SocketLb},
     host::{HostState, Kernel, WantedPods},
-    netlink::{firewall, select::DevicePatterns, socket::RequestSocket, tables},
+    netlink::{select::DevicePatterns, socket::RequestSocket, tables},
     store::bpf::BpfStore,
 };
 
-/// Loads the datapath, takes over what a former run left attached, and starts to watch the machine. Must be called in
-/// the network namespace of the host.
-pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Result<Kernel> {
-    kernel::check()?;
-    let version = kernel::version()?;
+/// What was found out before anything is made, and the lock that keeps a second agent away.
+#[derive(Debug)]
+pub struct Prepared {
+    version: (u32, u32),
+    cookie: u64,
+    /// Where the socket hooks go; `None` without them.
+    cgroup: Option<PathBuf>,
+    pins: Pins,
+    state: State,
+}
 
+/// Checks everything that can be checked without changing the machine, and takes the lock. Must be called in the
+/// network namespace of the host.
+pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
+    kernel::check()?;
     let cookie = netns_cookie(config);
     let socket_hooks = config.socket_lb != SocketLb::Off && cookie.is_some();
     let cgroup = socket_hooks.then(|| cgroup_path(config)).transpose()?;
@@ -39,8 +49,50 @@ pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Re
     loader::check_object()?;
     pins.check_bpffs()?;
     pins.check_version()?;
-    // Nothing has been made before this line.
-    let mut state = State::lock(&config.bpffs)?;
+    Ok(Prepared {
+        version: kernel::version()?,
+        cookie: cookie.unwrap_or(0),
+        cgroup,
+        pins,
+        state: State::lock(&config.bpffs)?,
+    })
+}
+
+/// Loads the datapath, takes over what a former run left attached, and starts to watch the machine. A first start that
+/// fails leaves nothing behind.
+pub fn start(
+    prepared: Prepared,
+    config: &Config,
+    wanted: watch::Receiver<WantedPods>,
+) -> anyhow::Result<Kernel> {
+    let is_first = !prepared.pins.exists();
+    load_and_watch(prepared, config, wanted).inspect_err(|_| {
+        if is_first && let Err(left) = cleanup(&config.bpffs) {
+            tracing::warn!("failed to undo the start: {:#}", anyhow::Error::from(left));
+        }
+    })
+}
+
+fn load_and_watch(
+    prepared: Prepared,
+    config: &Config,
+    wanted: watch::Receiver<WantedPods>,
+) -> anyhow::Result<Kernel> {
+    let Prepared {
+        version,
+        cookie,
+        cgroup,
+        pins,
+        mut state,
+    } = prepared;
+    let missing_folders = pins.missing_folders();
+    state.change(|record| {
+        if !missing_folders.is_empty() {
+            record.made_folders = missing_folders;
+        }
+        record.cgroup.clone_from(&cgroup);
+        record.socket = Some(config.socket.clone());
+    })?;
     let options = LoadOptions {
         sizes: Sizes {
             limits: config.limits,
@@ -48,21 +100,13 @@ pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Re
             half_open: config.max_half_open,
             ..Sizes::default()
         },
-        config: datapath_config(config, version, cookie.unwrap_or(0)),
+        config: datapath_config(config, version, cookie),
         xdp: config.datapath != DatapathMode::Tc,
-        socket_hooks,
+        socket_hooks: cgroup.is_some(),
     };
     let loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
 
-    let made_folders = loaded.made_folders.clone();
-    let cgroup_record = cgroup.clone();
-    state.change(|record| {
-        if !made_folders.is_empty() {
-            record.made_folders = made_folders;
-        }
-        record.cgroup = cgroup_record;
-    })?;
     if let Err(error) = sysctl::enable(&mut state) {
         tracing::warn!("{:#}", anyhow::Error::from(error));
     }
@@ -76,8 +120,8 @@ pub fn start(config: &Config, wanted: watch::Receiver<WantedPods>) -> anyhow::Re
     let settings = Settings {
         patterns: DevicePatterns::new(&config.devices),
         datapath: config.datapath,
-        socket_hooks,
-        fast_path: options.config.flags & config_flags::FAST_PATH != 0,
+        socket_hooks: options.socket_hooks,
+        fast_path: config.fast_path,
     };
     let (publish, host) = watch::channel(None);
     spawn(Observer::new(attacher, socket, settings), wanted, publish)?;
@@ -109,7 +153,8 @@ fn spawn(
 fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64) -> datapath::Config {
     let mut flags = kernel::config_flags(version);
     for (flag, on) in [
-        (config_flags::FAST_PATH, fast_path(config.fast_path)),
+        // Whether a pod takes part is told by its backend, and may change.
+        (config_flags::FAST_PATH, config.fast_path != FastPath::Off),
         (config_flags::SOCKET_HOST_ONLY, config.socket_lb != SocketLb::All),
     ] {
         if on {
@@ -125,28 +170,6 @@ fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64)
         backends: config.limits.backends,
         maglev: config.limits.maglev,
         ..datapath::Config::default()
-    }
-}
-
-/// Whether packets between pods of this node may skip the kernel's FORWARD rules.
-fn fast_path(mode: FastPath) -> bool {
-    match mode {
-        FastPath::On => true,
-        FastPath::Off => false,
-        FastPath::Auto => match firewall::policy_engine() {
-            Ok(None) => true,
-            Ok(Some(chain)) => {
-                tracing::info!(
-                    chain,
-                    "fast path off: FORWARD holds another policy engine's rules"
-                );
-                false
-            }
-            Err(error) => {
-                tracing::info!("fast path off: failed to list nftables chains ({error})");
-                false
-            }
-        },
     }
 }
 

@@ -10,6 +10,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::path_error::PathError;
+
 const FOLDER: &str = "/run/dataplane";
 
 /// The file's content.
@@ -26,6 +28,8 @@ pub struct Record {
     pub xdp_fallback: BTreeMap<u32, String>,
     /// The cgroup that the socket hooks are attached to.
     pub cgroup: Option<PathBuf>,
+    /// The socket of `wait`, which a killed agent leaves behind.
+    pub socket: Option<PathBuf>,
 }
 
 /// The state folder cannot be used.
@@ -33,13 +37,8 @@ pub struct Record {
 pub enum StateError {
     #[error("another agent runs with this --bpffs (it holds {0}): stop it first")]
     Running(PathBuf),
-    #[error("failed to {verb} {path}")]
-    Io {
-        verb: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Path(#[from] PathError),
 }
 
 /// The state folder of one `--bpffs`.
@@ -69,16 +68,16 @@ impl State {
     /// Reads the record as the only one who may change it.
     pub fn lock(bpffs: &Path) -> Result<Self, StateError> {
         let folder = folder(bpffs);
-        fs::create_dir_all(&folder).map_err(io_error("make", &folder))?;
+        fs::create_dir_all(&folder).map_err(PathError::new("make", &folder))?;
         let path = folder.join("lock");
-        let lock = File::create(&path).map_err(io_error("open", &path))?;
+        let lock = File::create(&path).map_err(PathError::new("open", &path))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self {
                 lock: Some(lock),
                 ..Self::read(bpffs)
             }),
             Err(TryLockError::WouldBlock) => Err(StateError::Running(path)),
-            Err(TryLockError::Error(source)) => Err(io_error("lock", &path)(source)),
+            Err(TryLockError::Error(source)) => Err(PathError::new("lock", &path)(source).into()),
         }
     }
 
@@ -98,8 +97,9 @@ impl State {
         let path = self.folder.join("state.json");
         let fresh = self.folder.join("state.json.new");
         let bytes = serde_json::to_vec_pretty(&self.record).unwrap_or_default();
-        fs::write(&fresh, bytes).map_err(io_error("write", &fresh))?;
-        fs::rename(&fresh, &path).map_err(io_error("write", &path))
+        fs::write(&fresh, bytes).map_err(PathError::new("write", &fresh))?;
+        fs::rename(&fresh, &path).map_err(PathError::new("write", &path))?;
+        Ok(())
     }
 
     /// Removes the folder, and the common one above it when it is empty.
@@ -108,7 +108,7 @@ impl State {
             let path = self.folder.join(name);
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error("remove", &path)(error));
+                    return Err(PathError::new("remove", &path)(error).into());
                 }
                 _ => {}
             }
@@ -129,9 +129,4 @@ fn folder(bpffs: &Path) -> PathBuf {
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
         .collect();
     Path::new(FOLDER).join(name)
-}
-
-fn io_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
-    let path = path.to_owned();
-    move |source| StateError::Io { verb, path, source }
 }

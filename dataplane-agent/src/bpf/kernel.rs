@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{Hook, sys};
+use crate::path_error::PathError;
 
 /// Something that the machine lacks.
 #[derive(Debug, thiserror::Error)]
@@ -18,12 +19,16 @@ pub enum KernelError {
     Capability(&'static str),
     #[error("kernel {found} is too old: 5.10 or newer is needed")]
     TooOld { found: String },
-    #[error("failed to read {path}")]
-    Read {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    #[error("this kernel has no bpf system call: it needs CONFIG_BPF_SYSCALL")]
+    NoBpf,
+    #[error(
+        "the kernel denies the bpf system call although the capabilities are there: they must be those of the initial user namespace, and neither a seccomp profile (run the container privileged, or with seccomp=unconfined) nor kernel lockdown may forbid it"
+    )]
+    BpfDenied,
+    #[error("failed to try the bpf system call")]
+    Bpf(#[source] io::Error),
+    #[error(transparent)]
+    Path(#[from] PathError),
     #[error(
         "no cgroup v2 hierarchy is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`, or switch the socket hooks off with --socket-lb off"
     )]
@@ -37,10 +42,7 @@ pub enum KernelError {
 /// Major and minor number of the running kernel.
 pub fn version() -> Result<(u32, u32), KernelError> {
     let path = "/proc/sys/kernel/osrelease";
-    let text = fs::read_to_string(path).map_err(|source| KernelError::Read {
-        path: path.into(),
-        source,
-    })?;
+    let text = fs::read_to_string(path).map_err(PathError::new("read", path.as_ref()))?;
     parse_version(text.trim()).ok_or_else(|| KernelError::TooOld {
         found: text.trim().to_owned(),
     })
@@ -51,7 +53,8 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Fails, by name, when the process may not load programs or configure the network, or the kernel is too old.
+/// Fails, by name, when the process may not load programs or configure the network, or the kernel is too old or denies
+/// BPF.
 pub fn check() -> Result<(), KernelError> {
     let (major, minor) = version()?;
     if (major, minor) < (5, 10) {
@@ -59,7 +62,14 @@ pub fn check() -> Result<(), KernelError> {
             found: format!("{major}.{minor}"),
         });
     }
-    check_capabilities()
+    check_capabilities()?;
+    // Before 5.11 maps count against this limit.
+    sys::raise_memlock_limit();
+    sys::try_map().map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSYS) => KernelError::NoBpf,
+        Some(libc::EPERM) => KernelError::BpfDenied,
+        _ => KernelError::Bpf(error),
+    })
 }
 
 /// Fails, by name, when a capability is missing.
@@ -69,10 +79,7 @@ pub fn check_capabilities() -> Result<(), KernelError> {
     const PERFMON: u32 = 38;
     const BPF: u32 = 39;
     let path = "/proc/thread-self/status";
-    let text = fs::read_to_string(path).map_err(|source| KernelError::Read {
-        path: path.into(),
-        source,
-    })?;
+    let text = fs::read_to_string(path).map_err(PathError::new("read", path.as_ref()))?;
     let effective = text
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
@@ -118,10 +125,7 @@ pub fn config_flags(version: (u32, u32)) -> u32 {
 /// The root of the mounted cgroup v2 hierarchy.
 pub fn find_cgroup2() -> Result<PathBuf, KernelError> {
     let path = "/proc/self/mounts";
-    let mounts = fs::read_to_string(path).map_err(|source| KernelError::Read {
-        path: path.into(),
-        source,
-    })?;
+    let mounts = fs::read_to_string(path).map_err(PathError::new("read", path.as_ref()))?;
     mounts
         .lines()
         .map(|line| line.split(' ').collect::<Vec<_>>())
@@ -136,10 +140,7 @@ pub fn check_cgroup2(path: &Path) -> Result<(), KernelError> {
     match sys::filesystem_magic(path) {
         Ok(CGROUP2_SUPER_MAGIC) => Ok(()),
         Ok(_) => Err(KernelError::NotCgroup2(path.to_owned())),
-        Err(source) => Err(KernelError::Read {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(PathError::new("inspect", path)(source).into()),
     }
 }
 

@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
 };
 
 use aya::{
@@ -18,7 +17,6 @@ use super::{
     OBJECT, Program, kernel,
     maps::{self, Shape, Sizes},
     pins::{PinError, Pins},
-    sys,
 };
 
 /// Begins the names of maps that are renewed with the programs: read-only data, those of aya-log, scratch space.
@@ -52,13 +50,16 @@ pub enum LoadError {
     Maps(#[source] Box<aya::EbpfError>),
     #[error("the BPF object has no program {0}")]
     MissingProgram(&'static str),
-    #[error("failed to load BPF program {program}")]
+    #[error("failed to load BPF program {program}{}", does_without(program))]
     Program {
         program: &'static str,
         #[source]
         source: Box<ProgramError>,
     },
-    #[error("the kernel refused BPF program {program}; the end of what it says:\n{log}")]
+    #[error(
+        "the kernel refused BPF program {program}{}; the end of what it says:\n{log}",
+        does_without(program)
+    )]
     Refused {
         program: &'static str,
         log: String,
@@ -73,12 +74,19 @@ pub enum LoadError {
     },
 }
 
+/// The way out of a kernel that does not take a program.
+fn does_without(symbol: &str) -> &'static str {
+    match Program::by_symbol(symbol) {
+        Some(Program::Xdp) => " (--datapath tc does without it)",
+        Some(program) if program.is_cgroup() => " (--socket-lb off does without it)",
+        _ => "",
+    }
+}
+
 /// Loaded programs, and the folder their maps are pinned in.
 #[derive(Debug)]
 pub struct Loaded {
     pub pins: Pins,
-    /// Folders that were made for `--bpffs`.
-    pub made_folders: Vec<PathBuf>,
     /// Kept for its debug log map.
     pub object: aya::Ebpf,
     programs: BTreeMap<Program, OwnedFd>,
@@ -107,8 +115,7 @@ pub fn load(pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
 fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
     check_object()?;
     kernel::check()?;
-    sys::raise_memlock_limit();
-    let made_folders = pins.create()?;
+    pins.create()?;
 
     let shapes = wanted_shapes(object, &options.sizes)?;
     for (name, shape) in &shapes {
@@ -134,7 +141,6 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     }
     Ok(Loaded {
         pins,
-        made_folders,
         object,
         programs,
     })

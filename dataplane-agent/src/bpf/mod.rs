@@ -9,8 +9,6 @@ pub mod maps;
 pub mod pins;
 pub mod sys;
 
-pub use crate::attach::start::start;
-
 /// The BPF object, or nothing when the agent was built without it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("DATAPLANE_OBJECT"));
 

@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{Program, sys};
+use crate::path_error::PathError;
 
 /// Changes when a map's key or value changes its layout.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -27,18 +28,8 @@ pub enum PinError {
         "{path} was made by another version of the agent (table layout {found}, this one has {SCHEMA_VERSION}): run that version's `dataplane-agent cleanup` first, or run that version"
     )]
     OtherVersion { path: PathBuf, found: String },
-    #[error("failed to {verb} {path}")]
-    Io {
-        verb: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-}
-
-fn io_error(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
-    let path = path.to_owned();
-    move |source| PinError::Io { verb, path, source }
+    #[error(transparent)]
+    Path(#[from] PathError),
 }
 
 /// Names in the pin folder.
@@ -90,7 +81,7 @@ impl Pins {
             .ancestors()
             .find(|path| path.exists())
             .unwrap_or(Path::new("/"));
-        let magic = sys::filesystem_magic(existing).map_err(io_error("inspect", existing))?;
+        let magic = sys::filesystem_magic(existing).map_err(PathError::new("inspect", existing))?;
         if magic == BPF_FS_MAGIC {
             return Ok(());
         }
@@ -119,7 +110,7 @@ impl Pins {
         let entries = match fs::read_dir(&self.bpffs) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("list", &self.bpffs)(error)),
+            Err(error) => return Err(PathError::new("list", &self.bpffs)(error).into()),
         };
         let own = self.root();
         Ok(entries
@@ -132,28 +123,35 @@ impl Pins {
             .collect())
     }
 
-    /// Makes the folders; returns those of them at and above `--bpffs` that did not exist, outermost first.
-    pub fn create(&self) -> Result<Vec<PathBuf>, PinError> {
-        self.check_bpffs()?;
-        self.check_version()?;
-        let mut made: Vec<PathBuf> = self
+    /// Those folders of `--bpffs` that do not exist, outermost first.
+    pub fn missing_folders(&self) -> Vec<PathBuf> {
+        let mut missing: Vec<PathBuf> = self
             .bpffs
             .ancestors()
             .take_while(|path| !path.exists())
             .map(Path::to_owned)
             .collect();
-        made.reverse();
+        missing.reverse();
+        missing
+    }
+
+    /// Makes the folders.
+    pub fn create(&self) -> Result<(), PinError> {
+        self.check_bpffs()?;
+        self.check_version()?;
         for folder in [self.maps(), self.links()] {
-            fs::create_dir_all(&folder).map_err(io_error("make", &folder))?;
+            fs::create_dir_all(&folder).map_err(PathError::new("make", &folder))?;
         }
-        Ok(made)
+        Ok(())
     }
 
     /// Removes the folder and every pin in it.
     pub fn remove(&self) -> Result<(), PinError> {
         let root = self.root();
         match fs::remove_dir_all(&root) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &root)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(PathError::new("remove", &root)(error).into())
+            }
             _ => Ok(()),
         }
     }
@@ -164,7 +162,7 @@ impl Pins {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("list", &folder)(error)),
+            Err(error) => return Err(PathError::new("list", &folder)(error).into()),
         };
         let mut links: Vec<LinkName> = entries
             .flatten()

@@ -4,8 +4,12 @@ use std::io;
 
 use super::socket::{RequestSocket, attributes, read_string};
 
-/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN`.
-const GET_CHAINS: u16 = 10 << 8 | 4;
+/// `NFNL_SUBSYS_NFTABLES`.
+const NFTABLES: u16 = 10 << 8;
+/// `NFT_MSG_NEWCHAIN`, `NFT_MSG_GETCHAIN` and `NFT_MSG_DELCHAIN`.
+const NEW_CHAIN: u16 = NFTABLES | 3;
+const GET_CHAINS: u16 = NFTABLES | 4;
+const DELETE_CHAIN: u16 = NFTABLES | 5;
 const NFGENMSG_LEN: usize = 4;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
@@ -37,6 +41,11 @@ pub fn policy_engine() -> io::Result<Option<String>> {
     Ok(chains
         .iter()
         .find_map(|chain| engine_chain(chain.body.get(NFGENMSG_LEN..)?)))
+}
+
+/// Whether a notice says that a chain has come or gone.
+pub fn is_of_chain(kind: u16) -> bool {
+    matches!(kind, NEW_CHAIN | DELETE_CHAIN)
 }
 
 fn engine_chain(body: &[u8]) -> Option<String> {

@@ -2,6 +2,16 @@
 
 use bytemuck::{Pod, Zeroable};
 
+/// The first fields of `BPF_MAP_CREATE`'s.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct MapCreateAttr {
+    pub map_type: u32,
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+}
+
 /// Attribute of a command on one map element.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]

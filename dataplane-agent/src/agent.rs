@@ -178,6 +178,7 @@ impl Agent {
         for change in changes {
             dirty.merge(self.take_change(change));
         }
+        let is_first = complete && !self.complete;
         self.complete |= complete;
         self.taken = revision;
         self.source_rejected = rejected;
@@ -189,8 +190,8 @@ impl Agent {
         }
         let updates = self.compiler.update(&self.index, &dirty);
         self.syncer.update(updates);
-        if dirty.local_pods {
-            self.publish_wanted(false);
+        if dirty.local_pods || dirty.node || is_first {
+            self.publish_wanted(is_first);
         }
         self.report_rejected();
         self.retry = RETRY;
@@ -215,6 +216,8 @@ impl Agent {
     }
 
     fn take_host(&mut self, state: Option<HostState>) {
+        // Before it has seen the first list of pods and the node's addresses, what it does not name may still be there.
+        let state = state.filter(|state| state.wanted_revision > 0);
         if state.is_some() {
             self.host = state;
             self.retry = RETRY;
@@ -228,17 +231,20 @@ impl Agent {
         let _gone = reply.send(self.wanted.borrow().revision);
     }
 
-    /// Tells the kernel side which pods' interfaces to find.
+    /// Tells the kernel side which pods' interfaces to find, and the node's addresses.
     fn publish_wanted(&mut self, look_again: bool) {
         let mut pods = BTreeMap::new();
         for pod in self.index.local_pods().filter(|pod| !pod.host_network) {
             pods.extend(pod.ips.iter().map(|ip| (*ip, pod.name.to_string())));
         }
+        let node = self.index.node();
+        let node_addresses = node.map_or_else(Vec::new, |node| node.internal_ips.clone());
         self.wanted.send_if_modified(|wanted| {
-            let news = look_again || wanted.pods != pods;
+            let news = look_again || wanted.pods != pods || wanted.node_addresses != node_addresses;
             if news {
                 wanted.revision += 1;
                 wanted.pods = pods;
+                wanted.node_addresses = node_addresses;
             }
             news
         });

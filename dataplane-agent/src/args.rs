@@ -134,6 +134,9 @@ struct Settings {
     /// Flows that nobody has answered yet, by family [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_HALF_OPEN")]
     max_half_open: Option<u32>,
+    /// Log a line for every packet that the datapath rewrites, redirects or drops. Slow: for looking into one case.
+    #[arg(long, env = "DATAPLANE_DEBUG_LOG", num_args = 0..=1, default_missing_value = "true")]
+    debug_log: Option<bool>,
 }
 
 /// The first of two settings that is set.
@@ -148,7 +151,7 @@ impl Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, max_frontends, max_services, max_backends, max_maglev,
-            max_flows, max_half_open,
+            max_flows, max_half_open, debug_log,
         )
     }
 
@@ -182,6 +185,7 @@ impl Settings {
             max_maglev,
             max_flows,
             max_half_open,
+            debug_log,
         } = self;
         let config = Config {
             node_name: node_name
@@ -213,6 +217,7 @@ impl Settings {
             },
             max_flows: positive("max-flows", max_flows, 262_144)?,
             max_half_open: positive("max-half-open", max_half_open, 65_536)?,
+            debug_log: debug_log.unwrap_or(false),
         };
         let (snat, node) = (config.snat_ports, config.node_ports);
         anyhow::ensure!(

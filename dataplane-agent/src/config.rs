@@ -34,6 +34,8 @@ pub struct Config {
     pub max_flows: u32,
     /// Entries of each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
     pub max_half_open: u32,
+    /// Log what the datapath does with packets.
+    pub debug_log: bool,
 }
 
 /// `--socket-lb`.

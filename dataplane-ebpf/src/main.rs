@@ -3,12 +3,18 @@
 #![no_std]
 #![no_main]
 
+// Where aya-log's macros look for the ring buffer, see `debug`.
+extern crate self as aya_log_ebpf;
+
 mod access;
+mod debug;
 mod maps;
 mod sock;
 mod tc;
 mod world;
 mod xdp;
+
+pub(crate) use debug::macro_support;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -11,12 +11,13 @@ use aya_ebpf::{
 use dataplane_common::{
     addr::{V4, V6, ethertype},
     parse::ETHERNET_LEN,
-    pipeline::{Context, process},
+    pipeline::Context,
     verdict::{Action, Hook, Verdict},
 };
 
 use crate::{
     access::SkbPacket,
+    debug::process,
     maps::{WORK_V4, WORK_V6},
     world::{World, work},
 };

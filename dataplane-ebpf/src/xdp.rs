@@ -5,12 +5,13 @@ use dataplane_common::{
     addr::{V4, V6, ethertype},
     packet::Packet,
     parse::ETHERNET_LEN,
-    pipeline::{Context, process},
+    pipeline::Context,
     verdict::{Action, Hook, Verdict},
 };
 
 use crate::{
     access::XdpPacket,
+    debug::process,
     maps::{WORK_V4, WORK_V6},
     world::{World, work},
 };

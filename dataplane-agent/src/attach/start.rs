@@ -103,9 +103,16 @@ fn load_and_watch(
         config: datapath_config(config, version, cookie),
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks: cgroup.is_some(),
+        debug_log: config.debug_log,
     };
-    let loaded = loader::load(pins, &options)?;
+    let mut loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
+    if let Some(lines) = loaded.debug_log.take() {
+        tracing::info!("debug lines of the datapath are on: every packet that it touches costs one");
+        lines
+            .forward_until_gone(wanted.clone())
+            .context("failed to start the thread that reads debug lines")?;
+    }
 
     if let Err(error) = sysctl::enable(&mut state) {
         tracing::warn!("{:#}", anyhow::Error::from(error));

@@ -14,7 +14,9 @@ use aya::{
 use dataplane_common::config::{self, Config};
 
 use super::{
-    OBJECT, Program, kernel,
+    OBJECT, Program,
+    debug_log::{self, DebugLog},
+    kernel,
     maps::{self, Shape, Sizes},
     pins::{PinError, Pins},
 };
@@ -31,6 +33,8 @@ pub struct LoadOptions {
     pub xdp: bool,
     /// Load the socket hooks.
     pub socket_hooks: bool,
+    /// Programs write debug lines. They have no instruction for it otherwise: the verifier takes those out.
+    pub debug_log: bool,
 }
 
 /// The object was not loaded.
@@ -66,6 +70,8 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    #[error("failed to open the ring buffer of debug lines")]
+    DebugLog(#[source] aya_log::Error),
     #[error("failed to keep a descriptor of BPF program {program}")]
     Descriptor {
         program: &'static str,
@@ -87,8 +93,8 @@ fn does_without(symbol: &str) -> &'static str {
 #[derive(Debug)]
 pub struct Loaded {
     pub pins: Pins,
-    /// Kept for its debug log map.
-    pub object: aya::Ebpf,
+    /// The debug lines, if they were asked for.
+    pub debug_log: Option<DebugLog>,
     programs: BTreeMap<Program, OwnedFd>,
 }
 
@@ -128,6 +134,11 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
         loader.map_max_entries(name, shape.max_entries);
         loader.map_pin_path(name, pins.map(name));
     }
+    let level = debug_log::level(options.debug_log);
+    loader.override_global(aya_log::LEVEL, &level, true);
+    if options.debug_log {
+        loader.map_max_entries(debug_log::MAP, debug_log::BYTES);
+    }
     let mut object = loader
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
@@ -139,9 +150,14 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
         }
         programs.insert(program, load_program(&mut object, program)?);
     }
+    let debug_log = options
+        .debug_log
+        .then(|| DebugLog::of(&mut object))
+        .transpose()
+        .map_err(LoadError::DebugLog)?;
     Ok(Loaded {
         pins,
-        object,
+        debug_log,
         programs,
     })
 }

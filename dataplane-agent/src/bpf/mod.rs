@@ -2,6 +2,7 @@
 //! Nothing else in the agent makes a BPF system call.
 
 pub mod counters;
+pub mod debug_log;
 pub mod kernel;
 pub mod links;
 pub mod loader;

@@ -234,6 +234,7 @@ fn small(config: &Config) -> LoadOptions {
         config: dataplane_common::config::Config::default(),
         xdp: true,
         socket_hooks: false,
+        debug_log: false,
     }
 }
 

@@ -133,6 +133,7 @@ impl Node {
             },
             max_flows: 4096,
             max_half_open: 1024,
+            debug_log: false,
         }
     }
 

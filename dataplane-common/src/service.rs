@@ -45,6 +45,8 @@ pub struct FrontendKey6 {
 pub struct Frontend {
     /// Index into `SERVICES`.
     pub service: u32,
+    /// For the agent, which tells after a restart whether the frontend is still the same Service's.
+    pub owner: u32,
 }
 
 /// The changing part of a [`Service`], one 64-bit word: always stored and loaded at once, relaxed.
@@ -92,6 +94,7 @@ pub struct Service {
 
 const _: () = assert!(size_of::<FrontendKey4>() == 8);
 const _: () = assert!(size_of::<FrontendKey6>() == 20);
+const _: () = assert!(size_of::<Frontend>() == 8);
 const _: () = assert!(size_of::<ServiceHead>() == 8);
 const _: () = assert!(size_of::<Service>() == 32);
 

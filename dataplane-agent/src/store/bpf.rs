@@ -84,10 +84,10 @@ impl Store for BpfStore {
         self.limits
     }
 
-    fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError> {
+    fn put_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), StoreError> {
         match key {
-            FrontendKey::V4(key) => self.frontends4.put(&key, &Frontend { service }),
-            FrontendKey::V6(key) => self.frontends6.put(&key, &Frontend { service }),
+            FrontendKey::V4(key) => self.frontends4.put(&key, &value),
+            FrontendKey::V6(key) => self.frontends6.put(&key, &value),
         }
     }
 
@@ -147,12 +147,12 @@ impl Store for BpfStore {
         })
     }
 
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, StoreError> {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, Frontend)>, StoreError> {
         let mut all = Vec::new();
         self.frontends4
-            .for_each(|key, frontend| all.push((FrontendKey::V4(*key), frontend.service)))?;
+            .for_each(|key, frontend| all.push((FrontendKey::V4(*key), *frontend)))?;
         self.frontends6
-            .for_each(|key, frontend| all.push((FrontendKey::V6(*key), frontend.service)))?;
+            .for_each(|key, frontend| all.push((FrontendKey::V6(*key), *frontend)))?;
         Ok(all)
     }
 

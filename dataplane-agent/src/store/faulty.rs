@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    service::{PortSet, Service},
+    service::{Frontend, PortSet, Service},
 };
 
 use super::{FrontendKey, Limits, Store, StoreError, memory::Memory};
@@ -44,8 +44,8 @@ impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     fn limits(&self) -> Limits {
         self.memory.limits()
     }
-    fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError> {
-        self.attempt("write", "FRONTENDS")?.put_frontend(key, service)
+    fn put_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), StoreError> {
+        self.attempt("write", "FRONTENDS")?.put_frontend(key, value)
     }
     fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), StoreError> {
         self.attempt("delete", "FRONTENDS")?.delete_frontend(key)
@@ -77,7 +77,7 @@ impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     fn grace_period(&mut self) -> Result<(), StoreError> {
         self.attempt("wait for", "a grace period")?.grace_period()
     }
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, StoreError> {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, Frontend)>, StoreError> {
         Store::frontends(&self.memory)
     }
     fn read_service(&self, index: u32) -> Result<Service, StoreError> {

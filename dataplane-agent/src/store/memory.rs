@@ -9,7 +9,7 @@ use std::{
 use dataplane_common::{
     backend::{Backend, backend_flags, backend_state},
     device::Device,
-    service::{PORT_SETS, PortSet, Scope, Service, TABLE_SIZES, port_set_index, service_flags},
+    service::{Frontend, PORT_SETS, PortSet, Scope, Service, TABLE_SIZES, port_set_index, service_flags},
 };
 
 use super::{FrontendKey, Limits, Store, StoreError};
@@ -18,7 +18,7 @@ use super::{FrontendKey, Limits, Store, StoreError};
 #[derive(Clone, Debug)]
 pub struct Memory {
     limits: Limits,
-    pub frontends: BTreeMap<FrontendKey, u32>,
+    pub frontends: BTreeMap<FrontendKey, Frontend>,
     pub services: HashMap<u32, Service>,
     pub backends: HashMap<u32, Backend>,
     pub maglev: Vec<u64>,
@@ -80,8 +80,8 @@ impl Memory {
 
     /// The lines of [`Memory::dump`] that are about frontends and where they lead.
     pub fn frontend_lines(&self) -> impl Iterator<Item = String> {
-        let line = |(key, index): (&FrontendKey, &u32)| {
-            format!("frontend {} -> {}", frontend(key), self.service(*index))
+        let line = |(key, value): (&FrontendKey, &Frontend)| {
+            format!("frontend {} -> {}", frontend(key), self.service(value.service))
         };
         self.frontends.iter().map(line)
     }
@@ -196,7 +196,7 @@ impl Store for Memory {
         self.limits
     }
 
-    fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError> {
+    fn put_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), StoreError> {
         self.writes += 1;
         let is_v4 = matches!(key, FrontendKey::V4(_));
         let used = self
@@ -209,7 +209,7 @@ impl Store for Memory {
                 limit: self.limits.frontends,
             });
         }
-        self.frontends.insert(key, service);
+        self.frontends.insert(key, value);
         Ok(())
     }
 
@@ -272,8 +272,8 @@ impl Store for Memory {
         Ok(())
     }
 
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, StoreError> {
-        Ok(self.frontends.iter().map(|(key, index)| (*key, *index)).collect())
+    fn frontends(&self) -> Result<Vec<(FrontendKey, Frontend)>, StoreError> {
+        Ok(self.frontends.iter().map(|(key, value)| (*key, *value)).collect())
     }
 
     fn read_service(&self, index: u32) -> Result<Service, StoreError> {

@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    service::{FrontendKey4, FrontendKey6, PortSet, Service},
+    service::{Frontend, FrontendKey4, FrontendKey6, PortSet, Service},
 };
 
 /// Key of `FRONTENDS_V4` or `FRONTENDS_V6`.
@@ -53,7 +53,7 @@ pub enum StoreError {
 pub trait Store {
     fn limits(&self) -> Limits;
 
-    fn put_frontend(&mut self, key: FrontendKey, service: u32) -> Result<(), StoreError>;
+    fn put_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), StoreError>;
     fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), StoreError>;
     /// Body first, then the head with one 64-bit release store.
     fn write_service(&mut self, index: u32, service: &Service) -> Result<(), StoreError>;
@@ -73,7 +73,7 @@ pub trait Store {
     fn grace_period(&mut self) -> Result<(), StoreError>;
 
     // What the kernel holds: read at start, to restore ids, and by the periodic comparison.
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, StoreError>;
+    fn frontends(&self) -> Result<Vec<(FrontendKey, Frontend)>, StoreError>;
     fn read_service(&self, index: u32) -> Result<Service, StoreError>;
     fn read_backend(&self, id: u32) -> Result<Backend, StoreError>;
     fn read_maglev(&self, offset: u32, words: &mut [u64]) -> Result<(), StoreError>;

@@ -1,6 +1,6 @@
 //! From our own types to the tables' entries and back.
 
-use std::net::IpAddr;
+use std::{hash::Hasher, net::IpAddr};
 
 use dataplane_common::{
     addr::{AnyAddr, proto},
@@ -8,11 +8,13 @@ use dataplane_common::{
     service::{FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES},
 };
 
+use siphasher::sip::SipHasher24;
+
 use super::arena::Slice;
 use crate::{
     compile::{BackendKey, FrontendAddr},
     host::PodInterface,
-    model::Protocol,
+    model::{Name, Protocol},
     store::FrontendKey,
 };
 
@@ -52,6 +54,15 @@ pub fn frontend_key(frontend: &FrontendAddr, scope: Scope) -> FrontendKey {
             scope,
         }),
     }
+}
+
+/// What a frontend's value says of its Service: the same in every version and after every restart.
+pub fn owner(name: &Name) -> u32 {
+    let mut hasher = SipHasher24::new();
+    hasher.write(name.namespace.as_bytes());
+    hasher.write_u8(b'/');
+    hasher.write(name.name.as_bytes());
+    hasher.finish() as u32
 }
 
 /// A service's entry around its head.

@@ -20,7 +20,7 @@ use std::{
     net::IpAddr,
 };
 
-use dataplane_common::device::Device;
+use dataplane_common::{device::Device, service::Frontend};
 
 use self::{
     desired::{Desired, Touched},
@@ -196,7 +196,7 @@ impl Syncer {
     /// Compares the hash tables with what we believe is in them, for the case that somebody else wrote there. The
     /// next run makes good what differs; returns how much that is.
     pub fn audit(&mut self, store: &dyn Store) -> Result<usize, StoreError> {
-        let frontends: HashMap<FrontendKey, u32> = store.frontends()?.into_iter().collect();
+        let frontends: HashMap<FrontendKey, Frontend> = store.frontends()?.into_iter().collect();
         let believed = std::mem::replace(&mut self.programmed.frontends, frontends);
         let found = &self.programmed.frontends;
         let differing: BTreeSet<FrontendKey> = believed
@@ -314,12 +314,16 @@ impl Syncer {
                     return true;
                 }
             };
-            if programmed.frontends.get(frontend) == Some(&index) {
+            let value = Frontend {
+                service: index,
+                owner: encode::owner(&key.owner),
+            };
+            if programmed.frontends.get(frontend) == Some(&value) {
                 return false;
             }
-            let done = report.note(services::describe(key), store.put_frontend(*frontend, index));
+            let done = report.note(services::describe(key), store.put_frontend(*frontend, value));
             if done {
-                programmed.frontends.insert(*frontend, index);
+                programmed.frontends.insert(*frontend, value);
             }
             !done
         });

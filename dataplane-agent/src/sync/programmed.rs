@@ -8,7 +8,7 @@ use std::{
 use dataplane_common::{
     backend::{Backend, backend_state},
     device::Device,
-    service::{PortSet, Scope, Service, port_set_index, service_flags},
+    service::{Frontend, PortSet, Scope, Service, port_set_index, service_flags},
 };
 
 use super::{
@@ -26,7 +26,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ServiceId {
     Known(BalancerKey),
-    /// Found in the table at start, by index. The table does not say whose it was.
+    /// Found in the table at start, by index: whose it was, its frontends say.
     Found(u32),
 }
 
@@ -42,7 +42,7 @@ pub struct Slot {
 /// The programmed state.
 #[derive(Debug)]
 pub struct Programmed {
-    pub frontends: HashMap<FrontendKey, u32>,
+    pub frontends: HashMap<FrontendKey, Frontend>,
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
@@ -129,7 +129,8 @@ impl Programmed {
         set.any & bit != 0 && (!addr.is_unspecified() || set.wildcard & bit != 0)
     }
 
-    /// Gives a balancer without index the one that was found behind its frontends.
+    /// Gives a balancer without index the one that was found behind its frontends, if these were the same Service's:
+    /// flows of another's must not meet its generation.
     pub fn adopt(&mut self, key: &BalancerKey, desired: &HashMap<FrontendKey, BalancerKey>) {
         if self.found.is_empty() || self.service_ids.get(&ServiceId::Known(key.clone())).is_some() {
             return;
@@ -137,11 +138,12 @@ impl Programmed {
         for scope in [Scope::Internal, Scope::External] {
             let frontend = encode::frontend_key(&key.frontend, scope);
             if desired.get(&frontend) == Some(key)
-                && let Some(index) = self.frontends.get(&frontend)
-                && self.found.remove(index)
+                && let Some(value) = self.frontends.get(&frontend)
+                && value.owner == encode::owner(&key.owner)
+                && self.found.remove(&value.service)
             {
                 self.service_ids
-                    .rename(&ServiceId::Found(*index), ServiceId::Known(key.clone()));
+                    .rename(&ServiceId::Found(value.service), ServiceId::Known(key.clone()));
                 return;
             }
         }
@@ -163,9 +165,10 @@ impl Programmed {
             ServiceId::Found(_) => encode::service_frontend(&self.slot(index).value),
         };
         frontend.is_some_and(|frontend| {
-            [Scope::Internal, Scope::External]
-                .into_iter()
-                .any(|scope| self.frontends.get(&encode::frontend_key(&frontend, scope)) == Some(&index))
+            [Scope::Internal, Scope::External].into_iter().any(|scope| {
+                let value = self.frontends.get(&encode::frontend_key(&frontend, scope));
+                value.is_some_and(|value| value.service == index)
+            })
         })
     }
 

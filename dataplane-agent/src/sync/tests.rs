@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use dataplane_common::service::{Frontend, service_flags};
 use proptest::{prelude::*, strategy::ValueTree};
 
 use super::{HostTables, Syncer};
@@ -289,14 +290,64 @@ fn an_audit_finds_foreign_changes() {
     let before = memory.dump();
     assert_eq!(agent.syncer.audit(&memory).unwrap(), 0);
     let (key, _) = memory.frontends.pop_first().unwrap();
-    memory
-        .frontends
-        .insert(*memory.frontends.keys().next().unwrap(), 150);
+    memory.frontends.insert(
+        *memory.frontends.keys().next().unwrap(),
+        Frontend {
+            service: 150,
+            owner: 0,
+        },
+    );
     memory.own_addresses.clear();
     assert_eq!(agent.syncer.audit(&memory).unwrap(), 3);
     agent.syncer.run(&mut memory);
     assert!(memory.frontends.contains_key(&key));
     assert_eq!(memory.dump(), before);
+}
+
+/// A Service and its slice.
+fn object(number: u8, last: u8) -> [Object; 2] {
+    let service = Service {
+        name: name(number),
+        proxied: true,
+        cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
+        ipv4: true,
+        ipv6: false,
+        ports: vec![ServicePort {
+            place: 0,
+            name: "".into(),
+            proto: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+            target: TargetPort::Number(80),
+        }],
+        selector: std::collections::BTreeMap::new(),
+        internal_local: false,
+        external_local: false,
+        publish_not_ready: false,
+        created_ns: 0,
+    };
+    let slice = EndpointSlice {
+        name: name(number),
+        service: Some(name(number)),
+        family: SliceFamily::V4,
+        ports: vec![SlicePort {
+            name: "".into(),
+            proto: Protocol::Tcp,
+            port: 80,
+        }],
+        endpoints: vec![Endpoint {
+            addr: IpAddr::from([10, 244, 0, number]),
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: None,
+            zone_hints: Box::default(),
+            node_hints: Box::default(),
+        }],
+    };
+    [Object::Service(service), Object::EndpointSlice(slice)]
 }
 
 /// A full table leaves the rest served, is reported by name, and is made good when there is room.
@@ -305,52 +356,8 @@ fn a_full_table_is_reported_and_made_good() {
     let limits = Limits { maglev: 40, ..LIMITS };
     let mut memory = Memory::new(limits);
     let mut agent = Agent::new(&memory);
-    let object = |number: u8| {
-        let service = Service {
-            name: name(number),
-            proxied: true,
-            cluster_ips: vec![IpAddr::from([10, 96, 0, number])],
-            external_ips: Vec::new(),
-            ingress_ips: Vec::new(),
-            ipv4: true,
-            ipv6: false,
-            ports: vec![ServicePort {
-                place: 0,
-                name: "".into(),
-                proto: Protocol::Tcp,
-                port: 80,
-                node_port: None,
-                target: TargetPort::Number(80),
-            }],
-            selector: std::collections::BTreeMap::new(),
-            internal_local: false,
-            external_local: false,
-            publish_not_ready: false,
-            created_ns: 0,
-        };
-        let slice = EndpointSlice {
-            name: name(number),
-            service: Some(name(number)),
-            family: SliceFamily::V4,
-            ports: vec![SlicePort {
-                name: "".into(),
-                proto: Protocol::Tcp,
-                port: 80,
-            }],
-            endpoints: vec![Endpoint {
-                addr: IpAddr::from([10, 244, 0, number]),
-                ready: true,
-                serving: true,
-                terminating: false,
-                node: None,
-                zone_hints: Box::default(),
-                node_hints: Box::default(),
-            }],
-        };
-        [Object::Service(service), Object::EndpointSlice(slice)]
-    };
-    agent.take(object(1));
-    agent.take(object(2));
+    agent.take(object(1, 1));
+    agent.take(object(2, 2));
     let report = agent.syncer.run(&mut memory);
     assert_eq!(report.failed.len(), 1);
     let (what, reason) = report.failed.first_key_value().unwrap();
@@ -368,4 +375,32 @@ fn a_full_table_is_reported_and_made_good() {
     let report = agent.syncer.run(&mut memory);
     assert!(report.failed.is_empty(), "{:?}", report.failed);
     assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+}
+
+/// After a restart a Service keeps its number and generation, so that its flows go on; another one at its address
+/// gets a number of its own, so that they do not reach it.
+#[test]
+fn a_restart_tells_whose_an_address_is() {
+    let mut memory = Memory::new(LIMITS);
+    let mut agent = Agent::new(&memory);
+    agent.take(object(1, 1));
+    agent.syncer.run(&mut memory);
+    let number = |memory: &Memory| memory.frontends.values().next().unwrap().service;
+    let first = number(&memory);
+    let entry = memory.services[&first];
+
+    let mut same = memory.clone();
+    let mut agent = Agent::new(&same);
+    agent.take(object(1, 1));
+    agent.syncer.run(&mut same);
+    assert_eq!(number(&same), first);
+    assert_eq!(same.services[&first], entry);
+
+    let mut agent = Agent::new(&memory);
+    agent.take(object(2, 1));
+    agent.syncer.run(&mut memory);
+    assert_ne!(number(&memory), first);
+    assert_eq!(memory.services[&first].head.flags, service_flags::DELETED);
+    agent.syncer.reclaim(&mut memory).unwrap();
+    assert!(agent.syncer.is_settled());
 }

@@ -28,7 +28,7 @@ use dataplane_agent::{
 };
 use dataplane_common::{
     device::device_flags,
-    service::{FrontendKey4, Service, ServiceHead},
+    service::{Frontend, FrontendKey4, Service, ServiceHead},
 };
 
 use node::{Node, delete_link, ip, ready};
@@ -299,15 +299,18 @@ fn tables_hold_what_is_written() -> Result<()> {
             scope: 0,
         })
     };
+    let value = |port: u16| Frontend {
+        service: u32::from(port),
+        owner: 7,
+    };
     for port in 0..1024 {
-        store.put_frontend(key(port), u32::from(port))?;
+        store.put_frontend(key(port), value(port))?;
     }
-    let full = store.put_frontend(key(2000), 1).unwrap_err();
+    let full = store.put_frontend(key(2000), value(1)).unwrap_err();
     assert_eq!(full.to_string(), "table FRONTENDS_V4 is full (1024 entries)");
-    let mut all = store.frontends()?;
-    all.sort();
+    let all = store.frontends()?;
     assert_eq!(all.len(), 1024);
-    assert!((0..1024).all(|port| all.contains(&(key(port), u32::from(port)))));
+    assert!((0..1024).all(|port| all.contains(&(key(port), value(port)))));
     store.delete_frontend(key(7))?;
     store.delete_frontend(key(7))?;
     assert_eq!(store.frontends()?.len(), 1023);

@@ -346,7 +346,14 @@ fn fill(object: &mut Ebpf, case: &Case, flows: u32, device: &Device) -> Result<(
                 proto: TCP,
                 scope: Scope::Internal as u8,
             };
-            hash(object, "FRONTENDS_V4")?.insert(Raw(key), Raw(Frontend { service: ID }), 0)?;
+            hash(object, "FRONTENDS_V4")?.insert(
+                Raw(key),
+                Raw(Frontend {
+                    service: ID,
+                    owner: 0,
+                }),
+                0,
+            )?;
             Ok(())
         }
         Tables::Flows | Tables::RoutedFlows => fill_flows(object, case, flows),

@@ -8,8 +8,10 @@ mod kernel;
 mod packets;
 mod setting;
 
+use std::collections::HashMap;
 use std::env;
 use std::fmt::Write as _;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -107,10 +109,19 @@ fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
     kernel.insert::<_, _, 4, 32>("DEVICES", memory.devices.iter())?;
     kernel.insert::<_, _, 4, 4>("OWN_ADDRS_V4", memory.v4.own_addresses.iter())?;
     kernel.insert::<_, _, 16, 4>("OWN_ADDRS_V6", memory.v6.own_addresses.iter())?;
-    kernel.insert::<_, _, 8, 4>("FRONTENDS_V4", memory.v4.frontends.iter())?;
-    kernel.insert::<_, _, 20, 4>("FRONTENDS_V6", memory.v6.frontends.iter())?;
-    const { assert!(size_of::<Frontend>() == 4) };
+    let (v4, v6) = (values(&memory.v4.frontends), values(&memory.v6.frontends));
+    kernel.insert::<_, _, 8, 8>("FRONTENDS_V4", v4.iter())?;
+    kernel.insert::<_, _, 20, 8>("FRONTENDS_V6", v6.iter())?;
     Ok(())
+}
+
+/// Frontends as the kernel's tables have them.
+fn values<K: Copy + Eq + Hash>(frontends: &HashMap<K, u32>) -> HashMap<K, Frontend> {
+    let value = |service: u32| Frontend { service, owner: 0 };
+    frontends
+        .iter()
+        .map(|(key, service)| (*key, value(*service)))
+        .collect()
 }
 
 const HOOKS: [Hook; 6] = [

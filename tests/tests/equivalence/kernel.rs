@@ -84,10 +84,13 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    pub fn load(object: &Path, config: &Config, memory: &Memory) -> Result<Self> {
+    pub fn load(object: &Path, config: &Config, memory: &Memory, debug_lines: bool) -> Result<Self> {
         let bytes = std::fs::read(object).with_context(|| format!("failed to read {}", object.display()))?;
         let mut loader = EbpfLoader::new();
         loader.override_global(config::SYMBOL, bytes_of(config), true);
+        // Nobody reads the lines: when the ring buffer is full, they are lost.
+        let level = if debug_lines { u8::MAX } else { 0 };
+        loader.override_global("AYA_LOG_LEVEL", &level, true);
         for (names, entries) in [
             (["SERVICES", "SERVICES"], memory.services.len() as u32),
             (["BACKENDS", "BACKENDS"], memory.backends.len() as u32),

@@ -41,6 +41,17 @@ const TALKS: usize = 64;
 
 #[test]
 fn host_and_kernel_build_agree_on_every_packet() -> Result<()> {
+    agree(1, false)
+}
+
+/// The programs are others to the verifier then.
+#[test]
+fn they_agree_with_debug_lines_too() -> Result<()> {
+    agree(20, true)
+}
+
+/// Runs one in `share` of the packets that are asked for.
+fn agree(share: usize, debug_lines: bool) -> Result<()> {
     let object = env::var_os("DATAPLANE_EBPF_OBJECT").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/dataplane.o"),
         PathBuf::from,
@@ -53,7 +64,7 @@ fn host_and_kernel_build_agree_on_every_packet() -> Result<()> {
         println!("skipped: no {}, run `cargo xtask build-ebpf`", object.display());
         return Ok(());
     }
-    let packets: usize = number("DATAPLANE_EQUIVALENCE_PACKETS")?.unwrap_or(1_000_000) as usize;
+    let packets: usize = number("DATAPLANE_EQUIVALENCE_PACKETS")?.unwrap_or(1_000_000) as usize / share;
     let seed = number("DATAPLANE_EQUIVALENCE_SEED")?.unwrap_or_else(|| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         now.as_nanos() as u64
@@ -63,7 +74,7 @@ fn host_and_kernel_build_agree_on_every_packet() -> Result<()> {
 
     let (_netns, mut links) = setting::enter()?;
     let setting = Setting::new(&mut links)?;
-    let mut kernel = Kernel::load(&object, &setting.memory.config, &setting.memory)?;
+    let mut kernel = Kernel::load(&object, &setting.memory.config, &setting.memory, debug_lines)?;
     links.attach_xdp("up0", &kernel.xdp()?)?;
     fill(&mut kernel, &setting.memory)?;
     let mut run = Run {

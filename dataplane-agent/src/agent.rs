@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
 use dataplane_common::device::own_flags;
+use jiff::Timestamp;
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     time,
@@ -17,14 +17,14 @@ use tokio::{
 
 use crate::{
     attach,
-    compile::Compiler,
+    compile::{Compiler, Options},
     config::{Config, NodePortAddresses},
-    health::{self, Health, LookAgain, Progress},
-    host::{HostState, Kernel, OwnAddress, Reach, WantedPods},
-    model::{Dirty, Index, Kind, Name, Origin, Rejected},
+    health::{self, Health, LookAgain, Progress, node_ports},
+    host::{HostState, Kernel, WantedPods},
+    model::{Dirty, Index, Kind, ObjectRef, Origin, Problem, Rejected},
     source::{self, Batch, Change},
     store::Store,
-    sync::{HostTables, Syncer},
+    sync::{Failure, HostTables, Subject, Syncer},
 };
 
 /// The first wait after a failed write; it doubles up to [`RETRY_AT_MOST`].
@@ -34,6 +34,8 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(30);
 const RECLAIM_AFTER: Duration = Duration::from_millis(100);
 /// Between comparisons of the tables with what we believe is in them.
 const AUDIT: Duration = Duration::from_mins(1);
+/// Between attempts to get the ports of health checks that somebody else has.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -51,27 +53,20 @@ async fn start(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("failed to watch {}", config.manifests.display()))?;
     // All that can fail without a trace comes first.
     let prepared = attach::start::prepare(&config)?;
-    let probes = match config.health_addr {
-        Some(addr) => Some(
-            TcpListener::bind(addr)
-                .await
-                .with_context(|| format!("failed to listen on {addr}"))?,
-        ),
-        None => None,
-    };
     let socket = health::bind_unix(&config.socket)?;
     let (wanted, wanted_seen) = watch::channel(WantedPods::default());
     let Kernel { store, mut host } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
     let (look_again, mut looks) = mpsc::unbounded_channel();
+    let health_checks = node_ports::Servers::new(progress_seen.clone());
     let health = Health {
         progress: progress_seen,
         rescan: source.rescan.clone(),
         look_again,
     };
-    if let Some(listener) = probes {
-        tokio::spawn(health.clone().serve_tcp(listener));
+    if let Some(addr) = config.health_addr {
+        tokio::spawn(health.clone().serve_tcp(addr));
     }
     tokio::spawn(health.serve_unix(socket));
 
@@ -80,11 +75,12 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut alive = time::interval(SIGN_OF_LIFE);
     let mut audit = time::interval_at(time::Instant::now() + AUDIT, AUDIT);
     let mut batches = source.batches;
-    let mut agent = Agent::new(&config, store, syncer, wanted, progress);
+    let mut agent = Agent::new(&config, store, syncer, wanted, progress, health_checks);
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
     loop {
         let reclaim_at = agent.reclaim_at;
         let retry_at = agent.retry_at;
+        let listen_at = agent.listen_at;
         tokio::select! {
             batch = batches.recv() => agent.take_batch(batch.context("the source has ended")?),
             changed = host.changed() => {
@@ -94,6 +90,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
             }
             Some(reply) = looks.recv() => agent.look_again(reply),
             () = at(retry_at), if retry_at.is_some() => agent.write(),
+            () = at(listen_at), if listen_at.is_some() => agent.listen_again(),
             () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
             _ = audit.tick() => agent.audit(),
             _ = alive.tick() => agent.sign_of_life(),
@@ -123,16 +120,20 @@ struct Agent {
     host: Option<HostState>,
     wanted: watch::Sender<WantedPods>,
     progress: watch::Sender<Progress>,
-    origins: HashMap<Name, Origin>,
+    health_checks: node_ports::Servers,
+    origins: HashMap<ObjectRef, Origin>,
     /// The source has been read completely.
     complete: bool,
     taken: u64,
     source_rejected: Vec<Rejected>,
     rejected: BTreeSet<Rejected>,
-    failed: BTreeMap<String, String>,
+    failed: BTreeMap<Subject, Failure>,
+    failing_since: Option<Instant>,
+    synced: Timestamp,
     ignored: BTreeSet<String>,
     retry: Duration,
     retry_at: Option<Instant>,
+    listen_at: Option<Instant>,
     reclaim_at: Option<Instant>,
 }
 
@@ -143,25 +144,32 @@ impl Agent {
         syncer: Syncer,
         wanted: watch::Sender<WantedPods>,
         progress: watch::Sender<Progress>,
+        health_checks: node_ports::Servers,
     ) -> Self {
         Self {
             node_port_addresses: config.node_port_addresses.clone(),
             index: Index::new(&config.node_name),
-            compiler: Compiler::default(),
+            compiler: Compiler::new(Options {
+                external_ips: config.external_ips,
+            }),
             syncer,
             store,
             host: None,
             wanted,
             progress,
+            health_checks,
             origins: HashMap::new(),
             complete: false,
             taken: 0,
             source_rejected: Vec::new(),
             rejected: BTreeSet::new(),
             failed: BTreeMap::new(),
+            failing_since: None,
+            synced: Timestamp::UNIX_EPOCH,
             ignored: BTreeSet::new(),
             retry: RETRY,
             retry_at: None,
+            listen_at: None,
             reclaim_at: None,
         }
     }
@@ -193,7 +201,6 @@ impl Agent {
         if dirty.local_pods || dirty.node || is_first {
             self.publish_wanted(is_first);
         }
-        self.report_rejected();
         self.retry = RETRY;
         self.write();
     }
@@ -201,15 +208,13 @@ impl Agent {
     fn take_change(&mut self, change: Change) -> Dirty {
         match change {
             Change::Apply { key, object, origin } => {
-                if key.kind == Kind::Service {
-                    self.origins.extend(origin.map(|origin| (key.name, origin)));
+                if has_problems_later(key.kind) {
+                    self.origins.extend(origin.map(|origin| (key, origin)));
                 }
                 self.index.apply(object)
             }
             Change::Delete(key) => {
-                if key.kind == Kind::Service {
-                    self.origins.remove(&key.name);
-                }
+                self.origins.remove(&key);
                 self.index.delete(&key)
             }
         }
@@ -256,21 +261,53 @@ impl Agent {
             self.publish_progress();
             return;
         };
-        self.syncer.set_host(self.host_tables(host));
+        let tables = self.host_tables(host);
+        self.listen(&tables);
+        self.syncer.set_host(tables);
         let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
         if report.writes > 0 {
             tracing::debug!(revision = self.taken, writes = report.writes, "programmed");
         }
-        for (what, reason) in &report.failed {
-            if self.failed.get(what) != Some(reason) {
-                tracing::error!(what, reason, "not programmed");
+        for (what, failure) in &report.failed {
+            if self.failed.get(what) != Some(failure) {
+                tracing::error!(%what, reason = failure.reason, "not programmed");
             }
         }
         self.failed = report.failed;
+        if self.failed.values().any(|failure| failure.refused) {
+            self.failing_since.get_or_insert_with(Instant::now);
+        } else {
+            self.failing_since = None;
+            self.synced = Timestamp::now();
+        }
         self.retry_at = (!self.failed.is_empty()).then(|| Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(RETRY_AT_MOST);
         if self.syncer.has_garbage() && self.reclaim_at.is_none() {
             self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
+        }
+        self.publish_progress();
+    }
+
+    /// Serves the health checks of load balancers.
+    fn listen(&mut self, tables: &HostTables) {
+        let addrs: BTreeSet<IpAddr> = if self.node_port_addresses == NodePortAddresses::All {
+            [IpAddr::V6(Ipv6Addr::UNSPECIFIED)].into()
+        } else {
+            let node_ports = |flags: u32| flags & own_flags::NODE_PORT != 0;
+            let own = tables.own_addresses.iter();
+            own.filter(|(_, flags)| node_ports(**flags))
+                .map(|(addr, _)| *addr)
+                .collect()
+        };
+        self.health_checks.set(self.compiler.health_checks(), &addrs);
+        let is_waiting = !self.health_checks.refused().is_empty();
+        self.listen_at = is_waiting.then(|| Instant::now() + LISTEN_AGAIN);
+    }
+
+    fn listen_again(&mut self) {
+        if let Some(host) = &self.host {
+            let tables = self.host_tables(host);
+            self.listen(&tables);
         }
         self.publish_progress();
     }
@@ -302,13 +339,17 @@ impl Agent {
             .send_modify(|progress| progress.alive = Instant::now());
     }
 
-    fn publish_progress(&self) {
+    fn publish_progress(&mut self) {
+        self.report_rejected();
         let host_revision = self.host.as_ref().map_or(0, |host| host.wanted_revision);
         let started = self.complete && self.host.is_some();
         let settled = started && self.failed.is_empty() && self.syncer.is_settled();
         self.progress.send_modify(|progress| {
             progress.alive = Instant::now();
             progress.taken = self.taken;
+            progress.failing_since = self.failing_since;
+            progress.synced = self.synced;
+            progress.leaving = self.index.node().is_some_and(|node| node.leaving);
             progress.started |= settled;
             if settled {
                 progress.revision = self.taken;
@@ -318,15 +359,25 @@ impl Agent {
             progress.failed = self
                 .failed
                 .iter()
-                .map(|(what, reason)| format!("{what}: {reason}"))
+                .map(|(what, failure)| format!("{what}: {}", failure.reason))
                 .collect();
         });
     }
 
     /// Logs what is newly rejected.
     fn report_rejected(&mut self) {
-        let of_services = self.compiler.rejected(|name| self.origins.get(name).cloned());
-        let rejected: BTreeSet<Rejected> = self.source_rejected.iter().cloned().chain(of_services).collect();
+        let origin = |object: &ObjectRef| self.origins.get(object).cloned();
+        let of_health_checks = self.health_checks.refused().into_iter().map(|(service, reason)| {
+            let object = ObjectRef::service(&service);
+            Rejected {
+                origin: origin(&object),
+                object: object.to_string(),
+                problem: Problem::new("spec.healthCheckNodePort", reason),
+            }
+        });
+        let of_objects = self.compiler.rejected(origin).into_iter();
+        let of_source = self.source_rejected.iter().cloned();
+        let rejected: BTreeSet<Rejected> = of_source.chain(of_objects).chain(of_health_checks).collect();
         for one in rejected.difference(&self.rejected) {
             tracing::warn!("rejected: {one}");
         }
@@ -344,8 +395,8 @@ impl Agent {
             .filter(|(addr, _)| !self.compiler.is_service_address(**addr));
         HostTables {
             own_addresses: own
-                .map(|(addr, own)| {
-                    let flags = if self.has_node_ports(*addr, own) {
+                .map(|(addr, _)| {
+                    let flags = if self.has_node_ports(*addr) {
                         own_flags::NODE_PORT
                     } else {
                         0
@@ -363,18 +414,27 @@ impl Agent {
     }
 
     /// Whether node ports answer at an own address.
-    fn has_node_ports(&self, addr: IpAddr, own: &OwnAddress) -> bool {
+    fn has_node_ports(&self, addr: IpAddr) -> bool {
         let is_internal_ip = self
             .index
             .node()
             .is_some_and(|node| node.internal_ips.contains(&addr));
         match &self.node_port_addresses {
-            // A node's own address may live on `lo`, where routes are announced by BGP.
-            NodePortAddresses::All => own.reach == Reach::Global || is_internal_ip,
+            // A node's own address may live on `lo`, where routes are announced by BGP. Answers to `fe80::/10` would need
+            // to know the link.
+            NodePortAddresses::All => {
+                let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
+                !addr.is_loopback() && !is_link_local
+            }
             NodePortAddresses::Primary => is_internal_ip,
             NodePortAddresses::Within(cidrs) => {
-                !addr.is_loopback() && cidrs.iter().any(|cidr| cidr.contains(addr))
+                !addr.is_loopback() && cidrs.iter().any(|cidr| cidr.contains(&addr))
             }
         }
     }
+}
+
+/// Kinds whose problems may show only beside other objects.
+fn has_problems_later(kind: Kind) -> bool {
+    matches!(kind, Kind::Service | Kind::Pod)
 }

@@ -2,8 +2,9 @@
 //! flag counts before the variable, the variable before the file, the file before the default.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -91,9 +92,9 @@ struct Settings {
     /// The cgroup v2 folder whose processes get socket hooks [default: the hierarchy's root].
     #[arg(long, env = "DATAPLANE_CGROUP")]
     cgroup: Option<PathBuf>,
-    /// Where /healthz, /livez and /readyz are served [default: nowhere].
+    /// Where /healthz, /livez and /readyz are served, or `off` [default: [::]:10256, which means IPv4 too].
     #[arg(long, env = "DATAPLANE_HEALTH_ADDR")]
-    health_addr: Option<SocketAddr>,
+    health_addr: Option<HealthAddr>,
     /// The unix socket of `wait` [default: /run/dataplane/agent.sock].
     #[arg(long, env = "DATAPLANE_SOCKET")]
     socket: Option<PathBuf>,
@@ -113,9 +114,12 @@ struct Settings {
     #[arg(long, env = "DATAPLANE_NODE_PORTS")]
     node_ports: Option<PortRange>,
     /// At which of the node's addresses node ports answer: CIDRs, or `primary` for the Node's `InternalIP`s [default:
-    /// all but loopback, link-local and Service addresses].
+    /// all but loopback, IPv6 link-local and Service addresses].
     #[arg(long, env = "DATAPLANE_NODE_PORT_ADDRESSES", value_delimiter = ',')]
     node_port_addresses: Option<Vec<String>>,
+    /// Whether `spec.externalIPs` of Services are served [default: true].
+    #[arg(long, env = "DATAPLANE_EXTERNAL_IPS")]
+    external_ips: Option<bool>,
     /// Addresses and ports of Services, by family and scope [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
     max_frontends: Option<u32>,
@@ -139,6 +143,39 @@ struct Settings {
     debug_log: Option<bool>,
 }
 
+/// An address and port, or `off`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct HealthAddr(Option<SocketAddr>);
+
+impl Default for HealthAddr {
+    /// kube-proxy's, where load balancers ask.
+    fn default() -> Self {
+        Self(Some((Ipv6Addr::UNSPECIFIED, 10256).into()))
+    }
+}
+
+impl FromStr for HealthAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        let addr = text.parse();
+        addr.map(|addr| Self(Some(addr)))
+            .map_err(|_| format!("`{text}` is neither `off` nor an address and port such as 127.0.0.1:10256"))
+    }
+}
+
+impl TryFrom<String> for HealthAddr {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 /// The first of two settings that is set.
 macro_rules! first_set {
     ($first:ident, $second:ident: $($field:ident),+ $(,)?) => {
@@ -150,7 +187,7 @@ impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, max_frontends, max_services, max_backends, max_maglev,
+            snat_ports, node_ports, node_port_addresses, external_ips, max_frontends, max_services, max_backends, max_maglev,
             max_flows, max_half_open, debug_log,
         )
     }
@@ -179,6 +216,7 @@ impl Settings {
             snat_ports,
             node_ports,
             node_port_addresses,
+            external_ips,
             max_frontends,
             max_services,
             max_backends,
@@ -195,7 +233,7 @@ impl Settings {
             devices: device.unwrap_or_default(),
             bpffs: bpffs.unwrap_or_else(|| BPFFS.into()),
             cgroup,
-            health_addr,
+            health_addr: health_addr.unwrap_or_default().0,
             socket: socket.unwrap_or_else(|| SOCKET.into()),
             socket_lb: socket_lb.unwrap_or(SocketLb::Auto),
             datapath: datapath.unwrap_or(DatapathMode::Auto),
@@ -209,6 +247,7 @@ impl Settings {
                 max: 32767,
             }),
             node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
+            external_ips: external_ips.unwrap_or(true),
             limits: Limits {
                 frontends: positive("max-frontends", max_frontends, 131_072)?,
                 services: positive("max-services", max_services, 65_536)?,
@@ -258,10 +297,12 @@ fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddress
     if texts == ["primary"] {
         return Ok(NodePortAddresses::Primary);
     }
-    let cidrs: Result<Vec<_>, String> = texts.iter().map(|text| text.parse()).collect();
-    cidrs
-        .map(NodePortAddresses::Within)
-        .map_err(|error| anyhow::anyhow!("--node-port-addresses: {error}"))
+    let parse = |text: &&str| {
+        text.parse()
+            .map_err(|_| anyhow::anyhow!("--node-port-addresses: `{text}` is no CIDR such as 192.0.2.0/24"))
+    };
+    let cidrs: anyhow::Result<Vec<_>> = texts.iter().map(parse).collect();
+    cidrs.map(NodePortAddresses::Within)
 }
 
 /// Seconds, with or without `s` behind.
@@ -297,6 +338,16 @@ mod tests {
         assert_eq!(config.snat_ports.min, 50000);
         assert_eq!(config.socket_lb, SocketLb::HostOnly);
         assert_eq!(config.max_half_open, 65_536);
+        assert_eq!(config.health_addr, Some("[::]:10256".parse().unwrap()));
+        assert!(config.external_ips);
+        std::fs::write(
+            &file,
+            format!("{text}health-addr: 127.0.0.1:1\nexternal-ips: false\n"),
+        )
+        .unwrap();
+        let config = run(&["--config", file.path().to_str().unwrap(), "--health-addr", "off"]).unwrap();
+        assert_eq!(config.health_addr, None);
+        assert!(!config.external_ips);
     }
 
     #[test]

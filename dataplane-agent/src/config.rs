@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use ipnet::IpNet;
+
 use crate::store::Limits;
 
 /// Everything that `run` is told.
@@ -18,6 +20,7 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// The cgroup v2 folder for socket hooks; `None`: the root of the hierarchy found in /proc/mounts.
     pub cgroup: Option<PathBuf>,
+    /// Where probes are answered; `None`: nowhere.
     pub health_addr: Option<SocketAddr>,
     /// The unix socket of `wait`.
     pub socket: PathBuf,
@@ -29,6 +32,8 @@ pub struct Config {
     /// The cluster's node port range.
     pub node_ports: PortRange,
     pub node_port_addresses: NodePortAddresses,
+    /// Serve `spec.externalIPs`.
+    pub external_ips: bool,
     pub limits: Limits,
     /// Entries of each of `FLOWS_V4` and `FLOWS_V6`.
     pub max_flows: u32,
@@ -111,49 +116,10 @@ impl TryFrom<String> for PortRange {
 /// `--node-port-addresses`: the own addresses at which node ports answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
-    /// Every own address except loopback, link-local and Service addresses.
+    /// Every own address except loopback, IPv6 link-local and Service addresses.
     All,
     /// The `InternalIP`s of this node's Node object.
     Primary,
     /// Own addresses inside one of these.
-    Within(Vec<Cidr>),
-}
-
-/// An address prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cidr {
-    pub addr: std::net::IpAddr,
-    pub prefix: u8,
-}
-
-impl Cidr {
-    pub fn contains(&self, addr: std::net::IpAddr) -> bool {
-        use std::net::IpAddr::{V4, V6};
-        match (self.addr, addr) {
-            (V4(net), V4(addr)) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
-                u32::from(net) & mask == u32::from(addr) & mask
-            }
-            (V6(net), V6(addr)) => {
-                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix)).unwrap_or(0);
-                u128::from(net) & mask == u128::from(addr) & mask
-            }
-            _ => false,
-        }
-    }
-}
-
-impl std::str::FromStr for Cidr {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is no CIDR such as 192.0.2.0/24");
-        let (addr, prefix) = text.trim().split_once('/').ok_or_else(wrong)?;
-        let addr: std::net::IpAddr = addr.parse().map_err(|_| wrong())?;
-        let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
-        if prefix > if addr.is_ipv4() { 32 } else { 128 } {
-            return Err(wrong());
-        }
-        Ok(Self { addr, prefix })
-    }
+    Within(Vec<IpNet>),
 }

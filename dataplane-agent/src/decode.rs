@@ -9,11 +9,15 @@ mod slice;
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use ipnet::IpNet;
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::model::{Kind, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
+
+/// The cluster autoscaler's taint on a node that it is about to remove.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// What became of a document.
 #[derive(Debug)]
@@ -80,7 +84,7 @@ pub fn decode(value: &Value) -> Decoded {
         Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems))),
         Kind::Service => parse(value)
             .and_then(|service| service::decode(name, service, &mut problems))
-            .map(Object::Service),
+            .map(|service| Object::Service(Box::new(service))),
         Kind::EndpointSlice => parse(value)
             .and_then(|slice| slice::decode(name, &slice, &mut problems))
             .map(Object::EndpointSlice),
@@ -148,10 +152,13 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
             Err(reason) => problems.push(Problem::new(format!("status.addresses[{i}].address"), reason)),
         }
     }
+    let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
     Node {
         name,
         labels: node.metadata.labels.unwrap_or_default(),
         internal_ips,
+        leaving: node.metadata.deletion_timestamp.is_some()
+            || taints.iter().any(|taint| taint.key == TO_BE_DELETED),
     }
 }
 
@@ -162,10 +169,11 @@ fn namespace(name: Name, namespace: core::Namespace) -> Namespace {
     }
 }
 
-/// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal.
+/// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal, and an IPv4 address
+/// written as IPv6 is that IPv4 address.
 fn parse_ip(text: &str) -> Result<IpAddr, String> {
-    if let Ok(ip) = text.parse() {
-        return Ok(ip);
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(ip.to_canonical());
     }
     let octets: Option<Vec<u8>> = text
         .split('.')
@@ -179,6 +187,18 @@ fn parse_ip(text: &str) -> Result<IpAddr, String> {
         Some(&[a, b, c, d]) => Ok(Ipv4Addr::new(a, b, c, d).into()),
         _ => Err(format!("`{text}` is no IP address")),
     }
+}
+
+/// An address range; its host bits do not count.
+fn parse_cidr(text: &str) -> Result<IpNet, String> {
+    let range = text.split_once('/').and_then(|(addr, prefix)| {
+        let is_number = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
+        let prefix = is_number.then(|| prefix.parse().ok()).flatten()?;
+        IpNet::new(parse_ip(addr).ok()?, prefix).ok()
+    });
+    range
+        .map(|range| range.trunc())
+        .ok_or_else(|| format!("`{text}` is no address range such as 192.0.2.0/24"))
 }
 
 /// A port that is required to be one.
@@ -217,9 +237,45 @@ mod tests {
     #[test]
     fn leading_zeros_are_decimal() {
         assert_eq!(parse_ip("010.096.000.041"), Ok("10.96.0.41".parse().unwrap()));
+        assert_eq!(parse_ip("::ffff:10.96.0.41"), Ok("10.96.0.41".parse().unwrap()));
         assert!(parse_ip("10.96.0.256").is_err());
         assert!(parse_ip("10.96.0").is_err());
         assert!(parse_ip("10.96.0.0x1").is_err());
+    }
+
+    #[test]
+    fn ranges_are_read_as_kubernetes_does() {
+        assert_eq!(
+            parse_cidr("203.0.113.010/025"),
+            Ok("203.0.113.0/25".parse().unwrap())
+        );
+        assert_eq!(parse_cidr("2001:db8::1/64"), Ok("2001:db8::/64".parse().unwrap()));
+        for wrong in ["203.0.113.0", "203.0.113.0/33", "203.0.113.0/+8", "a/8", "/"] {
+            assert!(parse_cidr(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_is_about_to_go_is_told() {
+        let leaving = |metadata: &str, spec: &str| {
+            let text = format!(
+                r#"{{"apiVersion": "v1", "kind": "Node", "metadata": {{"name": "a"{metadata}}}{spec}}}"#
+            );
+            let decoded = decode(&serde_json::from_str(&text).unwrap());
+            let Decoded::Object {
+                object: Object::Node(node),
+                ..
+            } = decoded
+            else {
+                panic!("{decoded:?}");
+            };
+            node.leaving
+        };
+        assert!(!leaving("", ""));
+        assert!(leaving(r#", "deletionTimestamp": "2026-01-01T00:00:00Z""#, ""));
+        let taint = |key| format!(r#", "spec": {{"taints": [{{"key": "{key}", "effect": "NoSchedule"}}]}}"#);
+        assert!(leaving("", &taint("ToBeDeletedByClusterAutoscaler")));
+        assert!(!leaving("", &taint("DeletionCandidateOfClusterAutoscaler")));
     }
 
     #[test]

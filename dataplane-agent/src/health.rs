@@ -1,29 +1,37 @@
-//! `/healthz`, `/livez` and `/readyz` over HTTP, and `/wait` besides on the agent's own socket.
-//!
-//! As much of HTTP as probes and `curl` speak: one GET a connection.
+//! What the agent tells of itself: `/healthz` and `/livez` as kube-proxy does at port 10256, `/readyz`, and, on its own
+//! socket, what its commands ask for. [`http`] is the server, [`node_ports`] the health checks of load balancers.
+
+pub mod http;
+pub mod node_ports;
 
 use std::{
+    net::SocketAddr,
     path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
+use hyper::{StatusCode, Uri};
+use jiff::Timestamp;
 use serde::Serialize;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpListener, UnixListener},
+    net::UnixListener,
     sync::{mpsc, oneshot, watch},
     time,
 };
 
+use self::http::{Answer, Listener};
 use crate::source::Rescan;
 
-const REQUEST_AT_MOST: usize = 8192;
 /// How long `/wait` lasts unless it says.
 const WAIT: Duration = Duration::from_mins(1);
-const REQUEST_WITHIN: Duration = Duration::from_secs(5);
 /// The loop shows a sign of life more often than this.
 const ALIVE_WITHIN: Duration = Duration::from_secs(30);
+/// Writes may fail for so long before this node asks load balancers for no more traffic (kube-proxy: twice its sync
+/// period).
+const STALE_AFTER: Duration = Duration::from_mins(1);
+/// Between attempts to get an address that somebody else has.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 
 /// How far the agent's loop has come.
 #[derive(Clone, Debug)]
@@ -37,6 +45,12 @@ pub struct Progress {
     pub revision: u64,
     /// The last look at the machine that is programmed.
     pub host_revision: u64,
+    /// When the tables were last brought up to date.
+    pub synced: Timestamp,
+    /// Since when the kernel has refused writes. A full table is not meant: all else is served.
+    pub failing_since: Option<Instant>,
+    /// This node is about to be removed, so load balancers should look elsewhere.
+    pub leaving: bool,
     pub rejected: Vec<String>,
     /// What could not be programmed, and is tried again.
     pub failed: Vec<String>,
@@ -50,9 +64,27 @@ impl Default for Progress {
             taken: 0,
             revision: 0,
             host_revision: 0,
+            synced: Timestamp::UNIX_EPOCH,
+            failing_since: None,
+            leaving: false,
             rejected: Vec::new(),
             failed: Vec::new(),
         }
+    }
+}
+
+impl Progress {
+    /// Whether the loop runs and the kernel takes what it writes: a restart would not help.
+    pub fn is_live(&self) -> bool {
+        let is_stale = self
+            .failing_since
+            .is_some_and(|since| since.elapsed() >= STALE_AFTER);
+        self.alive.elapsed() < ALIVE_WITHIN && !is_stale
+    }
+
+    /// Whether Services are served.
+    pub fn is_healthy(&self) -> bool {
+        self.started && self.is_live()
     }
 }
 
@@ -67,6 +99,16 @@ pub struct Health {
     pub look_again: mpsc::UnboundedSender<LookAgain>,
 }
 
+/// The answer of `/healthz` and `/livez`, by kube-proxy's names.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ProxyHealth {
+    last_updated: Timestamp,
+    current_time: Timestamp,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+}
+
 /// The answer of `/readyz`.
 #[derive(Serialize)]
 struct Page<'a> {
@@ -78,72 +120,71 @@ struct Page<'a> {
     failed: &'a [String],
 }
 
-struct Answer {
-    status: &'static str,
-    json: String,
-}
-
 impl Health {
-    /// Serves probes at an address.
-    pub async fn serve_tcp(self, listener: TcpListener) {
+    /// Serves probes at an address. While somebody else has it, it is tried again.
+    pub async fn serve_tcp(self, addr: SocketAddr) {
+        let mut told = false;
         loop {
-            if let Ok((stream, _)) = listener.accept().await {
-                let health = self.clone();
-                tokio::spawn(async move { health.connection(stream, false).await });
+            match http::listen(addr) {
+                Ok(listener) => {
+                    tracing::debug!(%addr, "serving probes");
+                    let answer = move |uri: Uri| {
+                        let health = self.clone();
+                        async move { health.probe(uri.path()).unwrap_or_else(Answer::not_found) }
+                    };
+                    return http::serve(listener, answer).await;
+                }
+                Err(error) if !told => {
+                    told = true;
+                    tracing::warn!(%addr, %error, "failed to listen for probes, trying again");
+                }
+                Err(_) => {}
             }
+            time::sleep(LISTEN_AGAIN).await;
         }
     }
 
     /// Serves `wait` and the probes on a socket.
     pub async fn serve_unix(self, listener: UnixListener) {
-        loop {
-            if let Ok((stream, _)) = listener.accept().await {
-                let health = self.clone();
-                tokio::spawn(async move { health.connection(stream, true).await });
+        let answer = move |uri: Uri| {
+            let health = self.clone();
+            async move {
+                match health.probe(uri.path()) {
+                    Some(answer) => answer,
+                    None => health.command(&uri).await,
+                }
             }
+        };
+        http::serve(Listener::Unix(listener), answer).await;
+    }
+
+    fn probe(&self, path: &str) -> Option<Answer> {
+        let progress = self.progress.borrow();
+        match path {
+            "/livez" => Some(proxy_health(&progress, true)),
+            "/healthz" => Some(proxy_health(&progress, false)),
+            "/readyz" => Some(answer(progress.started, &progress)),
+            _ => None,
         }
     }
 
-    async fn connection(mut self, mut stream: impl AsyncRead + AsyncWrite + Unpin, may_wait: bool) {
-        let Ok(Some(path)) = time::timeout(REQUEST_WITHIN, read_path(&mut stream)).await else {
-            return;
-        };
-        let Answer { status, json } = self.answer(&path, may_wait).await;
-        let head = format!(
-            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-            json.len()
-        );
-        // The client may have gone: nobody else wants the answer.
-        let _gone = stream.write_all((head + &json).as_bytes()).await;
-        let _gone = stream.shutdown().await;
-    }
-
-    async fn answer(&mut self, path: &str, may_wait: bool) -> Answer {
-        let (path, query) = path.split_once('?').unwrap_or((path, ""));
-        let progress = self.progress.borrow().clone();
-        let alive = progress.alive.elapsed() < ALIVE_WITHIN;
-        match path {
-            "/livez" => answer(alive, &progress),
-            "/healthz" => answer(alive && progress.started, &progress),
-            "/readyz" => answer(progress.started, &progress),
-            "/wait" if may_wait => {
-                let timeout = query
-                    .split('&')
-                    .find_map(|pair| pair.strip_prefix("timeout_ms=")?.parse().ok())
-                    .map_or(WAIT, Duration::from_millis);
-                let done = time::timeout(timeout, self.wait()).await;
-                let progress = self.progress.borrow().clone();
-                match done {
-                    Ok(Some(())) => answer(true, &progress),
-                    _ => Answer {
-                        status: "504 Gateway Timeout",
-                        ..answer(false, &progress)
-                    },
-                }
-            }
+    async fn command(mut self, uri: &Uri) -> Answer {
+        if uri.path() != "/wait" {
+            return Answer::not_found();
+        }
+        let timeout = uri
+            .query()
+            .unwrap_or_default()
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("timeout_ms=")?.parse().ok())
+            .map_or(WAIT, Duration::from_millis);
+        let done = time::timeout(timeout, self.wait()).await;
+        let progress = self.progress.borrow();
+        match done {
+            Ok(Some(())) => answer(true, &progress),
             _ => Answer {
-                status: "404 Not Found",
-                json: "{}\n".to_owned(),
+                status: StatusCode::GATEWAY_TIMEOUT,
+                ..answer(false, &progress)
             },
         }
     }
@@ -175,7 +216,7 @@ impl Health {
     }
 }
 
-/// The socket of `wait`; a stale one of a killed agent is replaced.
+/// The socket of the commands; a stale one of a killed agent is replaced.
 pub fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
     let failed = || format!("failed to listen on {}", path.display());
     if let Some(folder) = path.parent() {
@@ -188,6 +229,24 @@ pub fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
     UnixListener::bind(path).with_context(failed)
 }
 
+/// `/livez` is about this process alone, `/healthz` about what load balancers should send here.
+fn proxy_health(progress: &Progress, only_live: bool) -> Answer {
+    let healthy = if only_live {
+        progress.is_live()
+    } else {
+        progress.is_healthy()
+    };
+    let now = Timestamp::now();
+    let page = ProxyHealth {
+        // As kube-proxy: recent while healthy, whether or not there was anything to do.
+        last_updated: if healthy { now } else { progress.synced },
+        current_time: now,
+        node_eligible: (!only_live).then_some(!progress.leaving),
+    };
+    let good = healthy && (only_live || !progress.leaving);
+    Answer::of_health(good, to_json(&page))
+}
+
 fn answer(good: bool, progress: &Progress) -> Answer {
     let page = Page {
         ready: good,
@@ -196,21 +255,48 @@ fn answer(good: bool, progress: &Progress) -> Answer {
         rejected: &progress.rejected,
         failed: &progress.failed,
     };
-    Answer {
-        status: if good { "200 OK" } else { "503 Service Unavailable" },
-        json: serde_json::to_string(&page).unwrap_or_default() + "\n",
-    }
+    Answer::of_health(good, to_json(&page))
 }
 
-/// The path of a GET request.
-async fn read_path(stream: &mut (impl AsyncRead + Unpin)) -> Option<String> {
-    let mut request = Vec::new();
-    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        if request.len() > REQUEST_AT_MOST || stream.read_buf(&mut request).await.ok()? == 0 {
-            return None;
-        }
+fn to_json(page: &impl Serialize) -> String {
+    serde_json::to_string(page).unwrap_or_default() + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(progress: &Progress) -> (u16, u16) {
+        let status = |only_live| proxy_health(progress, only_live).status.as_u16();
+        (status(false), status(true))
     }
-    let line = String::from_utf8_lossy(&request);
-    let mut words = line.lines().next()?.split(' ');
-    (words.next()? == "GET").then(|| words.next().map(str::to_owned))?
+
+    #[test]
+    fn a_node_that_is_leaving_fails_healthz_alone() {
+        let mut progress = Progress::default();
+        assert_eq!(status(&progress), (503, 200), "nothing is programmed yet");
+        progress.started = true;
+        assert_eq!(status(&progress), (200, 200));
+        progress.leaving = true;
+        assert_eq!(status(&progress), (503, 200));
+        let page: serde_json::Value = serde_json::from_str(&proxy_health(&progress, false).json).unwrap();
+        assert_eq!(page["nodeEligible"], false);
+        assert_eq!(page["lastUpdated"], page["currentTime"]);
+    }
+
+    #[test]
+    fn writes_that_keep_failing_and_a_stuck_loop_are_told() {
+        let ago = |age| Instant::now().checked_sub(age).unwrap();
+        let mut progress = Progress {
+            started: true,
+            failing_since: Some(ago(STALE_AFTER / 2)),
+            ..Progress::default()
+        };
+        assert_eq!(status(&progress), (200, 200));
+        progress.failing_since = Some(ago(STALE_AFTER));
+        assert_eq!(status(&progress), (503, 503));
+        progress.failing_since = None;
+        progress.alive = ago(ALIVE_WITHIN);
+        assert_eq!(status(&progress), (503, 503));
+    }
 }

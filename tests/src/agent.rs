@@ -175,10 +175,7 @@ impl Agent {
             .arg(&self.bpffs)
             .arg("--cgroup")
             .arg(cgroup);
-        command
-            .args(["--health-addr", "127.0.0.1:10256"])
-            .arg("--socket")
-            .arg(&self.socket);
+        command.arg("--socket").arg(&self.socket);
         command.args(&options.flags);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(

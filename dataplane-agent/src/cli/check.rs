@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use crate::{
     compile::Compiler,
-    model::{Dirty, Index, Kind, ObjectRef, Origin, Rejected},
+    model::{Dirty, Index, ObjectRef, Origin, Rejected},
     source::{Change, manifests::Folder},
 };
 
@@ -41,13 +41,7 @@ pub fn check(folder: &Path) -> Vec<Rejected> {
     }
     let mut compiler = Compiler::default();
     compiler.update(&index, &dirty);
-    rejected.extend(compiler.rejected(|name| {
-        let key = ObjectRef {
-            kind: Kind::Service,
-            name: name.clone(),
-        };
-        origins.get(&key).cloned()
-    }));
+    rejected.extend(compiler.rejected(|object| origins.get(object).cloned()));
     rejected.sort();
     rejected
 }

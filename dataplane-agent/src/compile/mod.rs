@@ -1,10 +1,11 @@
 //! From the model to what the tables should say: pure, and by Service, so that an event costs what it touches.
 //!
 //! [`endpoints`] selects backends, [`services`] makes balancers of them, [`claims`] settles who owns an address and
-//! port, [`maglev`] fills tables. [`Compiler`] strings them together.
+//! port, [`maglev`] fills tables, [`health_checks`] answers load balancers. [`Compiler`] strings them together.
 
 pub mod claims;
 pub mod endpoints;
+pub mod health_checks;
 pub mod maglev;
 pub mod services;
 
@@ -15,8 +16,9 @@ use std::{
 };
 
 use claims::Claims;
+use health_checks::{Checks, HealthChecks};
 
-use crate::model::{Dirty, Index, Kind, Name, ObjectRef, Origin, Problem, Protocol, Rejected};
+use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Problem, Protocol, Rejected, Service};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,10 +44,10 @@ pub enum Policy {
     Local,
 }
 
-/// Identifies a balancer for as long as its Service has it.
+/// Identifies a balancer for as long as its owner has it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BalancerKey {
-    pub owner: Name,
+    pub owner: ObjectRef,
     pub frontend: FrontendAddr,
     pub policy: Policy,
 }
@@ -65,7 +67,7 @@ pub struct Balancer {
     pub drop_when_empty: bool,
 }
 
-/// Everything that a Service wants from the tables.
+/// Everything that an object wants from the tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compiled {
     pub balancers: Vec<Balancer>,
@@ -80,60 +82,88 @@ pub struct EndpointInfo {
     pub local: bool,
 }
 
-/// A Service's new state; `None`: it wants nothing any more.
-pub type Update = (Name, Option<Arc<Compiled>>);
+/// An object's new state; `None`: it wants nothing any more.
+pub type Update = (ObjectRef, Option<Arc<Compiled>>);
+
+/// What is served, as far as it can be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// `spec.externalIPs`.
+    pub external_ips: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { external_ips: true }
+    }
+}
 
 /// Keeps what must be remembered between Services: who claims which address and port.
 #[derive(Debug, Default)]
 pub struct Compiler {
+    options: Options,
     claims: Claims,
-    problems: BTreeMap<Name, Vec<Problem>>,
+    health_checks: HealthChecks,
+    problems: BTreeMap<ObjectRef, Vec<Problem>>,
 }
 
 impl Compiler {
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            ..Self::default()
+        }
+    }
+
     /// Compiles what has changed. A Service that gives up or gains an address because of another's change is among
     /// the updates too.
     pub fn update(&mut self, index: &Index, dirty: &Dirty) -> Vec<Update> {
-        let mut names: BTreeSet<Name> = dirty.services.clone();
+        let mut owners: BTreeSet<ObjectRef> = dirty.services.iter().map(ObjectRef::service).collect();
         if dirty.node {
-            names.extend(index.services().map(|service| service.name.clone()));
+            owners.extend(index.services().map(|service| ObjectRef::service(&service.name)));
         }
         let mut affected = BTreeSet::new();
-        for name in &names {
-            let service = index.service(name).filter(|service| service.proxied);
-            affected.extend(self.claims.set(name, service));
+        for owner in &owners {
+            affected.extend(self.claim(index, owner));
         }
-        names.extend(affected);
-        names
+        owners.extend(affected);
+        owners
             .into_iter()
-            .map(|name| {
-                let compiled = self.compile(index, &name);
-                (name, compiled)
+            .map(|owner| {
+                let compiled = self.compile(index, &owner);
+                (owner, compiled)
             })
             .collect()
     }
 
-    /// Addresses and ports that a Service does not get, by Service.
-    pub fn problems(&self) -> &BTreeMap<Name, Vec<Problem>> {
-        &self.problems
+    /// Everything that an object does not get.
+    pub fn problems(&self) -> Vec<(ObjectRef, Problem)> {
+        let of_object = |(owner, problems): (&ObjectRef, &Vec<Problem>)| {
+            let owner = owner.clone();
+            let with_owner = move |problem: &Problem| (owner.clone(), problem.clone());
+            problems.iter().map(with_owner).collect::<Vec<_>>()
+        };
+        let of_checks = self.health_checks.problems().into_iter();
+        self.problems
+            .iter()
+            .flat_map(of_object)
+            .chain(of_checks.map(|(name, problem)| (ObjectRef::service(&name), problem)))
+            .collect()
     }
 
-    /// The same as rejections, with what `origin` knows of a Service.
-    pub fn rejected(&self, origin: impl Fn(&Name) -> Option<Origin>) -> Vec<Rejected> {
-        let of_service = |(name, problems): (&Name, &Vec<Problem>)| {
-            let object = ObjectRef {
-                kind: Kind::Service,
-                name: name.clone(),
-            };
-            let origin = origin(name);
-            let reject = move |problem: &Problem| Rejected {
-                origin: origin.clone(),
-                object: object.to_string(),
-                problem: problem.clone(),
-            };
-            problems.iter().map(reject).collect::<Vec<_>>()
+    /// The same as rejections, with what `origin` knows of an object.
+    pub fn rejected(&self, origin: impl Fn(&ObjectRef) -> Option<Origin>) -> Vec<Rejected> {
+        let reject = |(owner, problem): (ObjectRef, Problem)| Rejected {
+            origin: origin(&owner),
+            object: owner.to_string(),
+            problem,
         };
-        self.problems.iter().flat_map(of_service).collect()
+        self.problems().into_iter().map(reject).collect()
+    }
+
+    /// The health checks that load balancers may ask for.
+    pub fn health_checks(&self) -> Checks {
+        self.health_checks.checks()
     }
 
     /// Whether an address belongs to a Service.
@@ -141,17 +171,29 @@ impl Compiler {
         self.claims.has_address(addr)
     }
 
-    fn compile(&mut self, index: &Index, name: &Name) -> Option<Arc<Compiled>> {
-        let Some(service) = index.service(name).filter(|service| service.proxied) else {
-            self.problems.remove(name);
-            return None;
+    /// Enters what an object claims; returns the others that gain or lose by it.
+    fn claim(&mut self, index: &Index, owner: &ObjectRef) -> BTreeSet<ObjectRef> {
+        let Some(service) = proxied(index, owner) else {
+            return self.claims.set(owner, 0, Vec::new());
         };
-        let (compiled, problems) = services::compile(index, service, &self.claims);
-        if problems.is_empty() {
-            self.problems.remove(name);
-        } else {
-            self.problems.insert(name.clone(), problems);
+        let frontends = services::frontends(service, self.options).map(|(addr, ..)| addr);
+        self.claims.set(owner, service.created_ns, frontends.collect())
+    }
+
+    fn compile(&mut self, index: &Index, owner: &ObjectRef) -> Option<Arc<Compiled>> {
+        self.problems.remove(owner);
+        let service = proxied(index, owner);
+        self.health_checks.set(index, &owner.name, service);
+        let (compiled, problems) = services::compile(index, service?, self.options, &self.claims);
+        if !problems.is_empty() {
+            self.problems.insert(owner.clone(), problems);
         }
         Some(Arc::new(compiled))
     }
+}
+
+fn proxied<'a>(index: &'a Index, owner: &ObjectRef) -> Option<&'a Service> {
+    let is_service = owner.kind == Kind::Service;
+    let service = is_service.then(|| index.service(&owner.name)).flatten();
+    service.filter(|service| service.proxied)
 }

@@ -7,11 +7,11 @@ use std::{
 };
 
 use super::{
-    BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, Policy,
+    BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, Options, Policy,
     claims::Claims,
     endpoints::{self, PortEndpoint, Selection, View},
 };
-use crate::model::{Index, Problem, Service, ServicePort};
+use crate::model::{Index, ObjectRef, Problem, Service, ServicePort};
 
 /// What kind of address a frontend has, which says whose policy counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,15 @@ pub enum Reached {
 }
 
 /// Every frontend of a Service with its port and the field that asks for it.
-pub fn frontends(service: &Service) -> impl Iterator<Item = (FrontendAddr, &ServicePort, Reached, String)> {
+pub fn frontends(
+    service: &Service,
+    options: Options,
+) -> impl Iterator<Item = (FrontendAddr, &ServicePort, Reached, String)> {
+    let external_ips: &[IpAddr] = if options.external_ips {
+        &service.external_ips
+    } else {
+        &[]
+    };
     service.ports.iter().flat_map(move |port| {
         let at = |addr, number| FrontendAddr {
             addr,
@@ -38,7 +46,7 @@ pub fn frontends(service: &Service) -> impl Iterator<Item = (FrontendAddr, &Serv
             };
             (at(*addr, port.port), port, Reached::ByClusterIp, field)
         });
-        let external = service.external_ips.iter().map(move |addr| {
+        let external = external_ips.iter().map(move |addr| {
             let field = "spec.externalIPs".to_owned();
             (at(*addr, port.port), port, Reached::FromOutside, field)
         });
@@ -68,20 +76,29 @@ struct Chosen {
 }
 
 /// Compiles one Service. What another Service owns becomes a problem.
-pub fn compile(index: &Index, service: &Service, claims: &Claims) -> (Compiled, Vec<Problem>) {
+pub fn compile(
+    index: &Index,
+    service: &Service,
+    options: Options,
+    claims: &Claims,
+) -> (Compiled, Vec<Problem>) {
     let mut compiled = Compiled::default();
     let mut problems = Vec::new();
+    if !options.external_ips && !service.external_ips.is_empty() {
+        problems.push(Problem::new("spec.externalIPs", "switched off by --external-ips"));
+    }
+    let this = ObjectRef::service(&service.name);
     let mut chosen: BTreeMap<(usize, bool), Chosen> = BTreeMap::new();
     let mut taken: Vec<FrontendAddr> = Vec::new();
-    for (frontend, port, reached, field) in frontends(service) {
+    for (frontend, port, reached, field) in frontends(service, options) {
         if taken.contains(&frontend) {
             continue;
         }
         taken.push(frontend);
         if let Some(owner) = claims.owner(&frontend)
-            && *owner != service.name
+            && *owner != this
         {
-            let reason = format!("{} is taken by Service {owner}", describe(&frontend));
+            let reason = format!("{} is taken by {owner}", describe(&frontend));
             problems.push(Problem::new(field, reason));
             continue;
         }

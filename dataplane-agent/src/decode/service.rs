@@ -2,18 +2,23 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
 use k8s_openapi::{
     api::core::v1::{self as core, ServiceSpec},
     apimachinery::pkg::util::intstr::IntOrString,
 };
 
-use super::{ProtocolField, Refused, label, parse_ip, parse_port, parse_protocol};
+use super::{ProtocolField, Refused, label, parse_cidr, parse_ip, parse_port, parse_protocol};
 use crate::model::{Name, Problem, Service, ServicePort, TargetPort};
 
 /// Services with this label belong to another proxy.
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// Services with this label are headless for proxies.
 const HEADLESS: &str = "service.kubernetes.io/headless";
+
+/// The default of `sessionAffinityConfig.clientIP.timeoutSeconds`, and the most it may be.
+const AFFINITY_S: i32 = 10_800;
+const AFFINITY_AT_MOST_S: i32 = 86_400;
 
 pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -> Result<Service, Refused> {
     let spec = service.spec.unwrap_or_default();
@@ -63,6 +68,16 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
         "spec.externalTrafficPolicy",
         &mut refused,
     );
+    let health_check_node_port = match spec.health_check_node_port {
+        Some(port) if port != 0 && kind == "LoadBalancer" && external_local => {
+            parse_port(port, || "spec.healthCheckNodePort".to_owned())
+                .map_err(|problem| refused.push(problem))
+                .ok()
+        }
+        _ => None,
+    };
+    let source_ranges = source_ranges(&spec, &mut refused);
+    let affinity_s = affinity(&spec, &mut refused);
     if !refused.is_empty() {
         return Err(refused);
     }
@@ -78,6 +93,9 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
         selector: spec.selector.unwrap_or_default(),
         internal_local,
         external_local: external_local && external,
+        health_check_node_port,
+        source_ranges,
+        affinity_s,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         created_ns: service
             .metadata
@@ -263,6 +281,45 @@ fn address(text: &str, field: impl FnOnce() -> String, problems: &mut Vec<Proble
     }
 }
 
+/// Ranges may be padded with white space: that is how an older annotation was split.
+fn source_ranges(spec: &ServiceSpec, refused: &mut Refused) -> Vec<IpNet> {
+    let mut ranges = Vec::new();
+    for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+        match parse_cidr(text.trim()) {
+            Ok(range) => ranges.push(range),
+            Err(reason) => {
+                let field = format!("spec.loadBalancerSourceRanges[{i}]");
+                refused.push(Problem::new(field, reason));
+            }
+        }
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges
+}
+
+/// The timeout of `ClientIP` affinity in seconds.
+fn affinity(spec: &ServiceSpec, refused: &mut Refused) -> Option<u32> {
+    match spec.session_affinity.as_deref() {
+        None | Some("" | "None") => return None,
+        Some("ClientIP") => {}
+        Some(other) => {
+            let reason = format!("`{other}` is no session affinity");
+            refused.push(Problem::new("spec.sessionAffinity", reason));
+            return None;
+        }
+    }
+    let config = spec.session_affinity_config.as_ref();
+    let timeout = config.and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+    let timeout = timeout.unwrap_or(AFFINITY_S);
+    if !(1..=AFFINITY_AT_MOST_S).contains(&timeout) {
+        let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+        let reason = format!("{timeout} is not within 1-{AFFINITY_AT_MOST_S} seconds");
+        refused.push(Problem::new(field, reason));
+    }
+    u32::try_from(timeout).ok()
+}
+
 fn is_local(policy: Option<&str>, field: &str, refused: &mut Refused) -> bool {
     match policy {
         None | Some("" | "Cluster") => false,
@@ -271,5 +328,129 @@ fn is_local(policy: Option<&str>, field: &str, refused: &mut Refused) -> bool {
             refused.push(Problem::new(field, format!("`{other}` is no traffic policy")));
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn decoded(spec: &Value, status: &Value) -> Result<(Service, Vec<Problem>), Refused> {
+        let mut object = json!({"metadata": {"name": "a"}, "spec": spec, "status": status});
+        object["spec"]["clusterIP"] = json!("10.96.0.1");
+        object["spec"]["ports"] = json!([{"port": 80}]);
+        let mut problems = Vec::new();
+        let service = serde_json::from_value(object).unwrap();
+        decode(Name::new("ns", "a"), service, &mut problems).map(|service| (service, problems))
+    }
+
+    fn service(spec: &Value) -> Service {
+        decoded(spec, &json!({})).unwrap().0
+    }
+
+    fn refused(spec: &Value) -> String {
+        let refused = decoded(spec, &json!({})).unwrap_err();
+        refused[0].field.clone()
+    }
+
+    #[test]
+    fn a_health_check_belongs_to_a_local_load_balancer() {
+        let port = |kind: &str, policy: &str, port: i32| {
+            let spec = json!({"type": kind, "externalTrafficPolicy": policy, "healthCheckNodePort": port});
+            service(&spec).health_check_node_port
+        };
+        assert_eq!(port("LoadBalancer", "Local", 31000), Some(31000));
+        assert_eq!(port("LoadBalancer", "Local", 0), None);
+        assert_eq!(port("LoadBalancer", "Cluster", 31000), None);
+        assert_eq!(port("NodePort", "Local", 31000), None);
+    }
+
+    #[test]
+    fn source_ranges_are_trimmed_and_a_wrong_one_leaves_nobody_unguarded() {
+        let ranges = |ranges: Value| json!({"type": "LoadBalancer", "loadBalancerSourceRanges": ranges});
+        let found = service(&ranges(json!([
+            " 203.0.113.000/25",
+            "2001:db8::/32 ",
+            "203.0.113.1/25"
+        ])));
+        let texts: Vec<String> = found.source_ranges.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["203.0.113.0/25", "2001:db8::/32"]);
+        assert_eq!(
+            refused(&ranges(json!(["10.0.0.0/8", "10.0.0.0/40"]))),
+            "spec.loadBalancerSourceRanges[1]"
+        );
+    }
+
+    #[test]
+    fn affinity_has_kubernetes_limits() {
+        let affinity = |timeout: Value| {
+            let config = json!({"clientIP": {"timeoutSeconds": timeout}});
+            json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": config})
+        };
+        assert_eq!(service(&json!({})).affinity_s, None);
+        assert_eq!(service(&json!({"sessionAffinity": "None"})).affinity_s, None);
+        assert_eq!(
+            service(&json!({"sessionAffinity": "ClientIP"})).affinity_s,
+            Some(10_800)
+        );
+        assert_eq!(service(&affinity(json!(1))).affinity_s, Some(1));
+        assert_eq!(service(&affinity(json!(86_400))).affinity_s, Some(86_400));
+        for wrong in [0, -1, 86_401] {
+            let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+            assert_eq!(refused(&affinity(json!(wrong))), field);
+        }
+        assert_eq!(
+            refused(&json!({"sessionAffinity": "Cookie"})),
+            "spec.sessionAffinity"
+        );
+    }
+
+    #[test]
+    fn ingress_is_captured_where_it_is_ours_to_capture() {
+        let ingress = json!([
+            {"ip": "198.18.0.1"}, {"ip": "198.18.0.2", "ipMode": "VIP"}, {"ip": "198.18.0.3", "ipMode": "Proxy"},
+            {"hostname": "lb.example"}, {"ip": "198.18.000.004"}, {"ip": "2001:db8::1"}, {"ip": "198.18.0"},
+        ]);
+        let status = json!({"loadBalancer": {"ingress": ingress}});
+        let (service, problems) = decoded(&json!({"type": "LoadBalancer"}), &status).unwrap();
+        let texts: Vec<String> = service.ingress_ips.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            ["198.18.0.1", "198.18.0.2", "198.18.0.4"],
+            "of the Service's family"
+        );
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].field, "status.loadBalancer.ingress[6].ip");
+        let (service, _) = decoded(&json!({"type": "NodePort"}), &status).unwrap();
+        assert_eq!(service.ingress_ips, Vec::<IpAddr>::new());
+    }
+
+    #[test]
+    fn services_of_others_are_left_alone() {
+        let proxied = |labels: Value, spec: Value| {
+            let object = json!({"metadata": {"name": "a", "labels": labels}, "spec": spec});
+            let service = serde_json::from_value(object).unwrap();
+            let mut problems = Vec::new();
+            let service = decode(Name::new("ns", "a"), service, &mut problems).unwrap();
+            assert_eq!(problems, []);
+            service.proxied
+        };
+        let spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
+        assert!(proxied(json!({}), spec.clone()));
+        assert!(!proxied(
+            json!({"service.kubernetes.io/service-proxy-name": ""}),
+            spec.clone()
+        ));
+        assert!(!proxied(json!({"service.kubernetes.io/headless": ""}), spec));
+        assert!(!proxied(
+            json!({}),
+            json!({"clusterIP": "None", "ports": [{"port": 80}]})
+        ));
+        assert!(!proxied(
+            json!({}),
+            json!({"type": "ExternalName", "externalName": "a.example"})
+        ));
     }
 }

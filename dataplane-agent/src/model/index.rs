@@ -85,7 +85,7 @@ impl Index {
                 }
                 self.pod_changed(previous.as_ref(), Some(&pod))
             }
-            Object::Service(service) => self.apply_service(service),
+            Object::Service(service) => self.apply_service(*service),
             Object::EndpointSlice(slice) => self.apply_slice(slice),
         }
     }

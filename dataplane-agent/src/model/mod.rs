@@ -91,6 +91,15 @@ pub struct ObjectRef {
     pub name: Name,
 }
 
+impl ObjectRef {
+    pub fn service(name: &Name) -> Self {
+        Self {
+            kind: Kind::Service,
+            name: name.clone(),
+        }
+    }
+}
+
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.kind.as_str(), self.name)
@@ -103,7 +112,7 @@ pub enum Object {
     Node(Node),
     Namespace(Namespace),
     Pod(Pod),
-    Service(Service),
+    Service(Box<Service>),
     EndpointSlice(EndpointSlice),
 }
 

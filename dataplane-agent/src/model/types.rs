@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use dataplane_common::addr::proto;
+use ipnet::IpNet;
 
 use super::Name;
 
@@ -54,6 +55,12 @@ pub struct Service {
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`, where it means anything: the Service has an external address of some kind.
     pub external_local: bool,
+    /// `healthCheckNodePort`, where one is needed: type LoadBalancer and `externalTrafficPolicy: Local`.
+    pub health_check_node_port: Option<u16>,
+    /// `loadBalancerSourceRanges`: who may use [`Service::ingress_ips`], by family; empty means everybody.
+    pub source_ranges: Vec<IpNet>,
+    /// `sessionAffinity: ClientIP`: how long after its last connection a client keeps its endpoint, in seconds.
+    pub affinity_s: Option<u32>,
     pub publish_not_ready: bool,
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown: of two Services that claim one address and port
     /// the older is served.
@@ -157,6 +164,8 @@ pub struct Node {
     pub name: Name,
     pub labels: BTreeMap<String, String>,
     pub internal_ips: Vec<IpAddr>,
+    /// It is being deleted, or the cluster autoscaler is about to remove it.
+    pub leaving: bool,
 }
 
 impl Node {

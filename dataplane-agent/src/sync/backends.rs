@@ -19,7 +19,7 @@ impl Syncer {
             };
             let Some(given) = self.programmed.backend_ids.give(&key) else {
                 let limit = self.limits.backends;
-                report.failed(describe(&key), &NoRoom::Backends { limit });
+                report.not_tried(describe(&key), &NoRoom::Backends { limit });
                 continue;
             };
             // A demotion waits until no table chooses the backend any more.

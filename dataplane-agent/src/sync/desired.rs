@@ -10,7 +10,7 @@ use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 use super::encode;
 use crate::{
     compile::{BackendKey, Balancer, BalancerKey, Compiled, FrontendAddr},
-    model::Name,
+    model::ObjectRef,
     store::FrontendKey,
 };
 
@@ -54,7 +54,7 @@ impl Touched {
 /// The desired state.
 #[derive(Debug)]
 pub struct Desired {
-    services: HashMap<Name, Arc<Compiled>>,
+    owners: HashMap<ObjectRef, Arc<Compiled>>,
     pub balancers: HashMap<BalancerKey, Wanted>,
     pub frontends: HashMap<FrontendKey, BalancerKey>,
     pub backends: BTreeMap<BackendKey, Uses>,
@@ -66,7 +66,7 @@ pub struct Desired {
 impl Default for Desired {
     fn default() -> Self {
         Self {
-            services: HashMap::new(),
+            owners: HashMap::new(),
             balancers: HashMap::new(),
             frontends: HashMap::new(),
             backends: BTreeMap::new(),
@@ -77,30 +77,30 @@ impl Default for Desired {
 }
 
 impl Desired {
-    /// Takes Services out, or replaces them. All that leave do so before any comes in, so that an address can pass
+    /// Takes Services and Pods out, or replaces them. All that leave do so before any comes in, so that an address can pass
     /// from one to another.
-    pub fn update(&mut self, updates: Vec<(Name, Option<Arc<Compiled>>)>, touched: &mut Touched) {
+    pub fn update(&mut self, updates: Vec<(ObjectRef, Option<Arc<Compiled>>)>, touched: &mut Touched) {
         let mut arriving = Vec::new();
-        for (name, compiled) in updates {
-            if self.services.get(&name) == compiled.as_ref() {
+        for (owner, compiled) in updates {
+            if self.owners.get(&owner) == compiled.as_ref() {
                 continue;
             }
-            if let Some(previous) = self.services.remove(&name) {
-                self.remove(&name, &previous, touched);
+            if let Some(previous) = self.owners.remove(&owner) {
+                self.remove(&owner, &previous, touched);
             }
-            arriving.extend(compiled.map(|compiled| (name, compiled)));
+            arriving.extend(compiled.map(|compiled| (owner, compiled)));
         }
-        for (name, compiled) in arriving {
-            self.add(&name, &compiled, touched);
-            self.services.insert(name, compiled);
+        for (owner, compiled) in arriving {
+            self.add(&owner, &compiled, touched);
+            self.owners.insert(owner, compiled);
         }
     }
 
     pub fn services(&self) -> usize {
-        self.services.len()
+        self.owners.len()
     }
 
-    fn add(&mut self, name: &Name, compiled: &Compiled, touched: &mut Touched) {
+    fn add(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
         for (backend, info) in &compiled.endpoints {
             let uses = self.backends.entry(*backend).or_default();
             uses.total += 1;
@@ -112,7 +112,7 @@ impl Desired {
             for backend in balancer.backends.iter() {
                 self.backends.entry(*backend).or_default().chosen += 1;
             }
-            let key = key(name, balancer);
+            let key = key(owner, balancer);
             for scope in scopes(balancer) {
                 let frontend = encode::frontend_key(&balancer.frontend, scope);
                 self.frontends.insert(frontend, key.clone());
@@ -128,14 +128,14 @@ impl Desired {
         }
     }
 
-    fn remove(&mut self, name: &Name, compiled: &Compiled, touched: &mut Touched) {
+    fn remove(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
         for balancer in &compiled.balancers {
             for backend in balancer.backends.iter() {
                 if let Some(uses) = self.backends.get_mut(backend) {
                     uses.chosen -= 1;
                 }
             }
-            let key = key(name, balancer);
+            let key = key(owner, balancer);
             for scope in scopes(balancer) {
                 let frontend = encode::frontend_key(&balancer.frontend, scope);
                 if self.frontends.get(&frontend) == Some(&key) {
@@ -184,7 +184,7 @@ impl Desired {
     }
 }
 
-fn key(owner: &Name, balancer: &Balancer) -> BalancerKey {
+fn key(owner: &ObjectRef, balancer: &Balancer) -> BalancerKey {
     BalancerKey {
         owner: owner.clone(),
         frontend: balancer.frontend,

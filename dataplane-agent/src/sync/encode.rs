@@ -14,7 +14,7 @@ use super::arena::Slice;
 use crate::{
     compile::{BackendKey, FrontendAddr},
     host::PodInterface,
-    model::{Name, Protocol},
+    model::{Kind, ObjectRef, Protocol},
     store::FrontendKey,
 };
 
@@ -56,9 +56,14 @@ pub fn frontend_key(frontend: &FrontendAddr, scope: Scope) -> FrontendKey {
     }
 }
 
-/// What a frontend's value says of its Service: the same in every version and after every restart.
-pub fn owner(name: &Name) -> u32 {
+/// What a frontend's value says of its owner: the same in every version and after every restart.
+pub fn owner(owner: &ObjectRef) -> u32 {
+    let ObjectRef { kind, name } = owner;
     let mut hasher = SipHasher24::new();
+    if *kind != Kind::Service {
+        hasher.write(kind.as_str().as_bytes());
+        hasher.write_u8(b' ');
+    }
     hasher.write(name.namespace.as_bytes());
     hasher.write_u8(b'/');
     hasher.write(name.name.as_bytes());

@@ -17,6 +17,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
     net::IpAddr,
 };
 
@@ -29,6 +30,7 @@ use self::{
 use crate::{
     compile::{BackendKey, Update},
     host::PodInterface,
+    model::ObjectRef,
     store::{FrontendKey, Limits, Store, StoreError},
 };
 
@@ -41,29 +43,66 @@ pub struct HostTables {
     pub pod_interfaces: BTreeMap<IpAddr, PodInterface>,
 }
 
+/// What a failure is about: an entry, and whose it is where that is known.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Subject {
+    pub object: Option<ObjectRef>,
+    pub entry: String,
+}
+
+impl From<String> for Subject {
+    fn from(entry: String) -> Self {
+        Self { object: None, entry }
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(object) = &self.object {
+            write!(f, "{object}: ")?;
+        }
+        f.write_str(&self.entry)
+    }
+}
+
+/// Why an entry is not as desired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub reason: String,
+    /// The kernel refused the write. Otherwise there is no room, for this entry or for one that it needs.
+    pub refused: bool,
+}
+
 /// What [`Syncer::run`] did.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Entries written or deleted.
     pub writes: usize,
     /// What is not as desired, by what it is about. Tried again by the next run.
-    pub failed: BTreeMap<String, String>,
+    pub failed: BTreeMap<Subject, Failure>,
 }
 
 impl Report {
-    fn failed(&mut self, what: impl Into<String>, error: &dyn std::error::Error) {
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            text.push_str(": ");
-            text.push_str(&cause.to_string());
-            source = cause.source();
+    /// Records a write that failed.
+    fn failed(&mut self, what: impl Into<Subject>, error: &StoreError) {
+        let mut reason = error.to_string();
+        if let StoreError::Io { source, .. } = error {
+            reason = format!("{reason}: {source}");
         }
-        self.failed.insert(what.into(), text);
+        let refused = matches!(error, StoreError::Io { .. });
+        self.failed.insert(what.into(), Failure { reason, refused });
+    }
+
+    /// Records what could not even be tried; a failed write says more.
+    fn not_tried(&mut self, what: impl Into<Subject>, reason: &NoRoom) {
+        self.failed.entry(what.into()).or_insert_with(|| Failure {
+            reason: reason.to_string(),
+            refused: false,
+        });
     }
 
     /// Records the outcome of a write; true when it succeeded.
-    fn note(&mut self, what: impl Into<String>, outcome: Result<(), StoreError>) -> bool {
+    fn note(&mut self, what: impl Into<Subject>, outcome: Result<(), StoreError>) -> bool {
         match outcome {
             Ok(()) => {
                 self.writes += 1;
@@ -309,8 +348,7 @@ impl Syncer {
             let index = match index {
                 Ok(index) => index,
                 Err(error) => {
-                    let reason = report.failed.entry(services::describe(key));
-                    reason.or_insert_with(|| error.to_string());
+                    report.not_tried(services::describe(key), &error);
                     return true;
                 }
             };

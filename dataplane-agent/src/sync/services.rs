@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use dataplane_common::service::{Service, ServiceHead, service_flags, size_class};
 
 use super::{
-    NoRoom, Report, Syncer,
+    NoRoom, Report, Subject, Syncer,
     arena::Slice,
     desired::Wanted,
     encode,
@@ -48,7 +48,7 @@ impl Syncer {
                 Ok(()) => {
                     self.touched.balancers.remove(&key);
                 }
-                Err(Failure::NoRoom(error)) => report.failed(describe(&key), &error),
+                Err(Failure::NoRoom(error)) => report.not_tried(describe(&key), &error),
                 Err(Failure::Store(error)) => report.failed(describe(&key), &error),
             }
         }
@@ -260,17 +260,22 @@ impl From<StoreError> for Failure {
 }
 
 /// A balancer for people.
-pub fn describe(key: &BalancerKey) -> String {
+pub fn describe(key: &BalancerKey) -> Subject {
     let BalancerKey {
         owner,
         frontend,
         policy: _,
     } = key;
     let proto = frontend.proto.as_str();
-    if frontend.addr.is_unspecified() {
+    let entry = if frontend.addr.is_unspecified() {
         let family = if frontend.addr.is_ipv4() { "IPv4" } else { "IPv6" };
-        return format!("Service {owner}: node port {}/{proto} ({family})", frontend.port);
+        format!("node port {}/{proto} ({family})", frontend.port)
+    } else {
+        let at = std::net::SocketAddr::new(frontend.addr, frontend.port);
+        format!("{at}/{proto}")
+    };
+    Subject {
+        object: Some(owner.clone()),
+        entry,
     }
-    let at = std::net::SocketAddr::new(frontend.addr, frontend.port);
-    format!("Service {owner}: {at}/{proto}")
 }

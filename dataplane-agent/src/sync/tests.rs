@@ -46,7 +46,7 @@ fn service() -> impl Strategy<Value = Object> {
         any::<bool>(),
     )
         .prop_map(|(number, last, node_port, internal_local, external_local)| {
-            Object::Service(Service {
+            Object::Service(Box::new(Service {
                 name: name(number),
                 proxied: last != 4,
                 cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
@@ -65,9 +65,12 @@ fn service() -> impl Strategy<Value = Object> {
                 selector: std::collections::BTreeMap::new(),
                 internal_local,
                 external_local: external_local && node_port.is_some(),
+                health_check_node_port: None,
+                source_ranges: Vec::new(),
+                affinity_s: None,
                 publish_not_ready: false,
                 created_ns: 0,
-            })
+            }))
         })
 }
 
@@ -325,6 +328,9 @@ fn object(number: u8, last: u8) -> [Object; 2] {
         selector: std::collections::BTreeMap::new(),
         internal_local: false,
         external_local: false,
+        health_check_node_port: None,
+        source_ranges: Vec::new(),
+        affinity_s: None,
         publish_not_ready: false,
         created_ns: 0,
     };
@@ -347,7 +353,7 @@ fn object(number: u8, last: u8) -> [Object; 2] {
             node_hints: Box::default(),
         }],
     };
-    [Object::Service(service), Object::EndpointSlice(slice)]
+    [Object::Service(Box::new(service)), Object::EndpointSlice(slice)]
 }
 
 /// A full table leaves the rest served, is reported by name, and is made good when there is room.
@@ -361,8 +367,12 @@ fn a_full_table_is_reported_and_made_good() {
     let report = agent.syncer.run(&mut memory);
     assert_eq!(report.failed.len(), 1);
     let (what, reason) = report.failed.first_key_value().unwrap();
-    assert_eq!(what, "Service ns/s2: 10.96.0.2:80/TCP");
-    assert_eq!(reason, "no room for a table of 27 elements (40 elements in all)");
+    assert_eq!(what.to_string(), "Service ns/s2: 10.96.0.2:80/TCP");
+    assert!(!reason.refused);
+    assert_eq!(
+        reason.reason,
+        "no room for a table of 27 elements (40 elements in all)"
+    );
     assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
     assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
 

@@ -125,6 +125,7 @@ impl Node {
                 max: 32767,
             },
             node_port_addresses: NodePortAddresses::All,
+            external_ips: true,
             limits: Limits {
                 frontends: 1024,
                 services: 1024,

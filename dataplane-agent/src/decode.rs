@@ -112,10 +112,14 @@ fn same_group(kind: Kind, api_version: &str) -> bool {
 
 fn key(kind: Kind, value: &Value) -> Result<ObjectRef, Problem> {
     let metadata = |field| value.get("metadata").and_then(|metadata| metadata.get(field));
-    let name = metadata("name")
-        .and_then(Value::as_str)
-        .filter(|name| !name.is_empty())
-        .ok_or_else(|| Problem::new("metadata.name", format!("a {} without a name", kind.as_str())))?;
+    let name = match metadata("name") {
+        Some(Value::String(name)) if !name.is_empty() => name,
+        None | Some(Value::Null | Value::String(_)) => {
+            let reason = format!("a {} without a name", kind.as_str());
+            return Err(Problem::new("metadata.name", reason));
+        }
+        Some(_) => return Err(Problem::new("metadata.name", "not a string")),
+    };
     let namespace = match metadata("namespace") {
         _ if !kind.is_namespaced() => "",
         None | Some(Value::Null) => "default",

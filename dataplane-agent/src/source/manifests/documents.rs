@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde_json::Value;
 
+use super::strict::Strict;
 use crate::{
     decode::{self, Decoded},
     model::{Object, ObjectRef, Problem},
@@ -47,11 +48,11 @@ pub fn parse(text: &[u8], is_json: bool) -> Parsed {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if is_json {
         for (i, value) in serde_json::Deserializer::from_str(text)
-            .into_iter::<Value>()
+            .into_iter::<Strict>()
             .enumerate()
         {
             match value {
-                Ok(value) => parsed.add(i + 1, &value, ""),
+                Ok(Strict(value)) => parsed.add(i + 1, &value, ""),
                 Err(error) => {
                     parsed.unreadable(i + 1, error.to_string());
                     break;
@@ -69,9 +70,13 @@ pub fn parse(text: &[u8], is_json: bool) -> Parsed {
             continue;
         }
         number += 1;
-        match serde_norway::from_str::<Value>(document) {
-            Ok(Value::Null) => {}
-            Ok(value) => parsed.add(number, &value, ""),
+        if is_too_deep(document) {
+            parsed.unreadable(number, format!("more than {NESTED_AT_MOST} open brackets"));
+            continue;
+        }
+        match serde_norway::from_str(document) {
+            Ok(Strict(Value::Null)) => {}
+            Ok(Strict(value)) => parsed.add(number, &value, ""),
             Err(error) => parsed.unreadable(number, yaml_error(&error, line)),
         }
     }
@@ -90,6 +95,15 @@ impl Parsed {
 
     fn add(&mut self, document: usize, value: &Value, at: &str) {
         if let Some((of, items)) = list(value) {
+            let Some(items) = items else {
+                self.opaque = true;
+                self.problems.push(DocumentProblem {
+                    document,
+                    object: format!("{of}List"),
+                    problem: Problem::new(format!("{at}items"), "not a list"),
+                });
+                return;
+            };
             for (i, item) in items.iter().enumerate() {
                 self.add(document, &typed(item, value, of), &format!("{at}items[{i}]."));
             }
@@ -119,7 +133,10 @@ impl Parsed {
             .extend(problems.into_iter().map(|problem| DocumentProblem {
                 document,
                 object: description.clone(),
-                problem: Problem::new(format!("{at}{}", problem.field), problem.reason),
+                problem: Problem::new(
+                    format!("{at}{}", problem.field).trim_end_matches('.'),
+                    problem.reason,
+                ),
             }));
         match key {
             Some(key) => self.entries.push(Entry {
@@ -151,13 +168,14 @@ impl Parsed {
     }
 }
 
-/// The items of a list and their kind, which is empty for a `List` of anything.
-fn list(value: &Value) -> Option<(&str, &[Value])> {
+/// The items of a list, if they are such, and their kind, which is empty for a `List` of anything.
+fn list(value: &Value) -> Option<(&str, Option<&[Value]>)> {
     let of = value.get("kind")?.as_str()?.strip_suffix("List")?;
-    match value.get("items")? {
-        Value::Array(items) => Some((of, items)),
-        Value::Null => Some((of, &[])),
-        _ => None,
+    match value.get("items") {
+        Some(Value::Array(items)) => Some((of, Some(items))),
+        Some(Value::Null) => Some((of, Some(&[]))),
+        Some(_) => Some((of, None)),
+        None => of.is_empty().then_some((of, None)),
     }
 }
 
@@ -175,13 +193,28 @@ fn typed(item: &Value, list: &Value, of: &str) -> Value {
     item
 }
 
-/// The documents of a YAML text, each with the number of its first line, counted from 0. A `---` at the start of a
-/// line ends a document wherever it stands, even in a block scalar (YAML 1.2, 9.1.2).
+/// Brackets that may be open at once. The parser refuses depths far below, but takes time by their square first.
+const NESTED_AT_MOST: usize = 4096;
+
+fn is_too_deep(document: &str) -> bool {
+    let mut depth = 0_usize;
+    document.bytes().any(|byte| {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth > NESTED_AT_MOST
+    })
+}
+
+/// The documents of a YAML text, each with the number of its first line, counted from 0. A `---` or `...` at the start
+/// of a line ends a document wherever it stands, even in a block scalar (YAML 1.2, 9.1.2).
 fn split(text: &str) -> Vec<(usize, &str)> {
     let mut documents = Vec::new();
     let (mut start, mut first_line, mut at) = (0, 0, 0);
     for (number, line) in text.split_inclusive('\n').enumerate() {
-        let marker = line.strip_prefix("---");
+        let marker = line.strip_prefix("---").or_else(|| line.strip_prefix("..."));
         if marker.is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n'])) {
             documents.push((first_line, &text[start..at]));
             // What follows on the marker's own line belongs to the document: blank the marker out by starting behind it.

@@ -6,6 +6,7 @@
 
 mod documents;
 mod folder;
+mod strict;
 
 use std::{
     collections::BTreeMap,

@@ -9,7 +9,7 @@ use std::{
 
 use dataplane_agent::{
     cli::check::check,
-    source::{Change, manifests, manifests::Folder},
+    source::{Change, Source, manifests, manifests::Folder},
 };
 
 fn service(name: &str, ip: &str) -> String {
@@ -122,6 +122,58 @@ fn a_config_map_is_swapped_as_a_whole() {
     );
     assert_eq!(describe(second.changes), ["+a"]);
     assert_eq!(second.revision, 2);
+}
+
+/// The next batch, with what it changes and how long it took. Polling alone would take seconds.
+fn next(source: &mut Source, begun: Instant) -> Vec<String> {
+    let batch = source.batches.blocking_recv().unwrap();
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    describe(batch.changes)
+}
+
+#[test]
+fn links_out_of_the_folder_are_followed_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for folder in ["manifests", "one", "two", "way"] {
+        fs::create_dir(path(folder)).unwrap();
+    }
+    fs::write(path("one/a.yaml"), service("a", "10.96.0.1")).unwrap();
+    fs::write(path("two/a.yaml"), service("a", "10.96.0.2")).unwrap();
+    // By way of a second link, which can be swapped; and a file beside the folder.
+    symlink("../one", path("way/current")).unwrap();
+    symlink("../way/current/a.yaml", path("manifests/a.yaml")).unwrap();
+    symlink(path("beside.yaml"), path("manifests/b.yaml")).unwrap();
+    let mut source = manifests::start(&path("manifests")).unwrap();
+    assert_eq!(next(&mut source, Instant::now()), ["+a"]);
+
+    let begun = Instant::now();
+    fs::write(path("beside.yaml"), service("b", "10.96.0.9")).unwrap();
+    let mut changes = next(&mut source, begun);
+    // An empty file may be seen before its text.
+    if changes.is_empty() {
+        changes = next(&mut source, begun);
+    }
+    assert_eq!(changes, ["+b"]);
+
+    let begun = Instant::now();
+    fs::write(path("one/new"), service("a", "10.96.0.3")).unwrap();
+    fs::rename(path("one/new"), path("one/a.yaml")).unwrap();
+    assert_eq!(next(&mut source, begun), ["+a"]);
+
+    let begun = Instant::now();
+    symlink("../two", path("way/new")).unwrap();
+    fs::rename(path("way/new"), path("way/current")).unwrap();
+    assert_eq!(next(&mut source, begun), ["+a"]);
+
+    // The old end does not count any more, the new one does.
+    fs::write(path("one/a.yaml"), service("a", "10.96.0.4")).unwrap();
+    let begun = Instant::now();
+    fs::write(path("two/new"), service("a", "10.96.0.5")).unwrap();
+    fs::rename(path("two/new"), path("two/a.yaml")).unwrap();
+    assert_eq!(next(&mut source, begun), ["+a"]);
+    assert!(source.batches.try_recv().is_err());
 }
 
 #[test]

@@ -14,7 +14,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::documents::{self, Parsed};
+use super::{
+    documents::{self, Parsed},
+    trail::Trail,
+};
 use crate::{
     model::{Object, ObjectRef, Origin, Problem, Rejected},
     source::{Batch, Change},
@@ -34,6 +37,7 @@ pub struct Folder {
     /// What is in force, and where it comes from.
     in_force: BTreeMap<ObjectRef, (Origin, Object)>,
     directories: BTreeMap<PathBuf, (u64, u64)>,
+    trail: Trail,
     complete: bool,
     readable: bool,
 }
@@ -64,6 +68,7 @@ struct Stamp {
 struct Walk {
     files: BTreeMap<PathBuf, Stamp>,
     directories: BTreeMap<PathBuf, (u64, u64)>,
+    trail: Trail,
     unreadable: BTreeMap<PathBuf, io::Error>,
     seen: HashSet<(u64, u64)>,
 }
@@ -76,6 +81,7 @@ impl Folder {
             documents: BTreeMap::new(),
             in_force: BTreeMap::new(),
             directories: BTreeMap::new(),
+            trail: Trail::default(),
             complete: false,
             readable: false,
         }
@@ -84,6 +90,11 @@ impl Folder {
     /// The folders that were read, with device and inode.
     pub fn directories(&self) -> &BTreeMap<PathBuf, (u64, u64)> {
         &self.directories
+    }
+
+    /// The way of the symbolic links that were followed.
+    pub fn trail(&self) -> &Trail {
+        &self.trail
     }
 
     /// Whether the last scan could read the root.
@@ -99,6 +110,9 @@ impl Folder {
     /// Looks at the folder; reads what has changed, or everything when `force`. The batch has no revision yet.
     pub fn scan(&mut self, force: bool) -> Batch {
         let mut walk = Walk::default();
+        if self.root.is_symlink() {
+            walk.trail.follow(&self.root);
+        }
         walk.directory(&self.root, 0);
         self.readable = !walk.unreadable.contains_key(&self.root);
         let mut unreadable = walk.unreadable;
@@ -128,10 +142,12 @@ impl Folder {
                 self.forget(&path, &mut touched);
             }
             self.directories = walk.directories;
+            self.trail = walk.trail;
             self.complete = true;
         } else {
             // Should it come back, nothing of it is watched.
             self.directories.clear();
+            self.trail = Trail::default();
         }
         let changes = touched.into_iter().filter_map(|key| self.settle(&key)).collect();
         Batch {
@@ -329,6 +345,9 @@ impl Walk {
             let is_manifest = path
                 .extension()
                 .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension == *known));
+            if path.is_symlink() {
+                self.trail.follow(&path);
+            }
             match fs::metadata(&path) {
                 Ok(metadata) if metadata.is_dir() => self.directory(&path, depth + 1),
                 Ok(metadata) if is_manifest && metadata.is_file() => {

@@ -1,17 +1,21 @@
 //! A folder of manifests as a source: [`folder`] reads, [`documents`] parses, this file follows changes.
 //!
-//! Every folder that was read is watched by inotify. An event only says "look again": what has changed is found by
-//! comparing, so no order of events can leave a wrong state. A slow poll covers what inotify cannot see (network
-//! file systems, targets of symbolic links).
+//! Every folder that was read is watched by inotify, and so are those that symbolic links lead through ([`trail`]). An
+//! event only says "look again": what has changed is found by comparing, so no order of events can leave a wrong
+//! state. A slow poll covers what inotify cannot see, such as network file systems.
 
 mod documents;
 mod folder;
 mod strict;
+mod trail;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
     time::{Duration, Instant},
 };
 
@@ -131,7 +135,7 @@ impl Follower {
                     return false;
                 }
             }
-            if !self.watches.follow(self.folder.directories()) {
+            if !self.watches.follow(&self.folder) {
                 return !self.batches.is_closed();
             }
         }
@@ -167,24 +171,34 @@ impl Follower {
     }
 }
 
-/// The inotify watches: one for each folder that was read, and one for the folder above the root.
+/// The inotify watches: one for each folder that was read or that a link leads through, and one for the folder above
+/// the root.
 struct Watches {
     watcher: RecommendedWatcher,
-    parent: Option<PathBuf>,
+    parent: PathBuf,
+    has_parent: bool,
     /// By path, with the (device, inode) that is watched: a folder replaced by another needs a new watch.
     watched: BTreeMap<PathBuf, (u64, u64)>,
+    /// Names outside of the root whose events count.
+    names: Arc<Mutex<BTreeSet<PathBuf>>>,
 }
 
 impl Watches {
     fn new(root: &Path, requests: Sender<Request>) -> notify::Result<Self> {
         let below = root.to_owned();
+        let names = Arc::new(Mutex::new(BTreeSet::new()));
+        let outside = names.clone();
+        let counts = move |path: &PathBuf| {
+            let outside = outside.lock().unwrap_or_else(PoisonError::into_inner);
+            path.starts_with(&below) || outside.contains(path)
+        };
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             let relevant = match event {
                 // Reading makes events too.
                 Ok(event) => {
                     (!event.kind.is_access()
                         || event.kind == EventKind::Access(AccessKind::Close(AccessMode::Write)))
-                        && (event.paths.is_empty() || event.paths.iter().any(|path| path.starts_with(&below)))
+                        && (event.paths.is_empty() || event.paths.iter().any(&counts))
                 }
                 // An overflow, for example.
                 Err(_) => true,
@@ -196,23 +210,38 @@ impl Watches {
         })?;
         Ok(Self {
             watcher,
-            parent: root.parent().map(Path::to_owned),
+            parent: root.parent().unwrap_or(root).to_owned(),
+            has_parent: false,
             watched: BTreeMap::new(),
+            names,
         })
     }
 
-    /// Watches exactly these; true when a watch is new.
-    fn follow(&mut self, directories: &BTreeMap<PathBuf, (u64, u64)>) -> bool {
-        if let Some(parent) = self
-            .parent
-            .take_if(|parent| self.watcher.watch(parent, RecursiveMode::NonRecursive).is_ok())
-        {
-            tracing::debug!(path = %parent.display(), "watching");
+    /// Watches exactly what a scan has met; true when a watch is new.
+    fn follow(&mut self, folder: &Folder) -> bool {
+        if !self.has_parent {
+            self.has_parent = self
+                .watcher
+                .watch(&self.parent, RecursiveMode::NonRecursive)
+                .is_ok();
         }
+        let (read, trail) = (folder.directories(), folder.trail());
+        let mut wanted = read.clone();
+        // The kernel has one watch for a folder, however many paths lead there.
+        let inodes: BTreeSet<(u64, u64)> = read.values().copied().collect();
+        let on_the_way = trail.folders.iter().filter(|(_, inode)| !inodes.contains(inode));
+        wanted.extend(on_the_way.map(|(path, inode)| (path.clone(), *inode)));
+        wanted.remove(&self.parent);
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if *names != trail.names {
+            names.clone_from(&trail.names);
+        }
+        drop(names);
+
         let gone: Vec<PathBuf> = self
             .watched
             .iter()
-            .filter(|(path, inode)| directories.get(*path) != Some(inode))
+            .filter(|(path, inode)| wanted.get(*path) != Some(inode))
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
@@ -221,13 +250,13 @@ impl Watches {
             self.watched.remove(&path);
         }
         let mut new = false;
-        for (path, inode) in directories {
-            if self.watched.contains_key(path) {
+        for (path, inode) in wanted {
+            if self.watched.contains_key(&path) {
                 continue;
             }
-            match self.watcher.watch(path, RecursiveMode::NonRecursive) {
+            match self.watcher.watch(&path, RecursiveMode::NonRecursive) {
                 Ok(()) => {
-                    self.watched.insert(path.clone(), *inode);
+                    self.watched.insert(path, inode);
                     new = true;
                 }
                 Err(error) => {

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::{
     cli::status::Output,
-    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, SocketLb},
+    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb},
     store::Limits,
 };
 
@@ -138,6 +138,15 @@ struct Settings {
     /// Flows that nobody has answered yet, by family [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_HALF_OPEN")]
     max_half_open: Option<u32>,
+    /// Connected or recently used sockets that are translated, by family [default: 131072].
+    #[arg(long, env = "DATAPLANE_MAX_SOCKETS")]
+    max_sockets: Option<u32>,
+    /// Addresses of this node, by family [default: 4096].
+    #[arg(long, env = "DATAPLANE_MAX_ADDRESSES")]
+    max_addresses: Option<u32>,
+    /// Uplinks and tunnel devices [default: 1024].
+    #[arg(long, env = "DATAPLANE_MAX_DEVICES")]
+    max_devices: Option<u32>,
     /// Log a line for every packet that the datapath rewrites, redirects or drops. Slow: for looking into one case.
     #[arg(long, env = "DATAPLANE_DEBUG_LOG", num_args = 0..=1, default_missing_value = "true")]
     debug_log: Option<bool>,
@@ -188,7 +197,7 @@ impl Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, external_ips, max_frontends, max_services, max_backends, max_maglev,
-            max_flows, max_half_open, debug_log,
+            max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
 
@@ -223,8 +232,13 @@ impl Settings {
             max_maglev,
             max_flows,
             max_half_open,
+            max_sockets,
+            max_addresses,
+            max_devices,
             debug_log,
         } = self;
+        let sizes = Sizes::default();
+        let limits = sizes.limits;
         let config = Config {
             node_name: node_name
                 .filter(|name| !name.is_empty())
@@ -248,24 +262,29 @@ impl Settings {
             }),
             node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
             external_ips: external_ips.unwrap_or(true),
-            limits: Limits {
-                frontends: positive("max-frontends", max_frontends, 131_072)?,
-                services: positive("max-services", max_services, 65_536)?,
-                backends: positive("max-backends", max_backends, 65_536)?,
-                maglev: positive("max-maglev", max_maglev, 4_194_304)?,
+            sizes: Sizes {
+                limits: Limits {
+                    frontends: size("max-frontends", max_frontends, limits.frontends, ROWS_AT_MOST)?,
+                    services: size("max-services", max_services, limits.services, ROWS_AT_MOST)?,
+                    backends: size("max-backends", max_backends, limits.backends, ROWS_AT_MOST)?,
+                    maglev: size("max-maglev", max_maglev, limits.maglev, ELEMENTS_AT_MOST)?,
+                },
+                flows: size("max-flows", max_flows, sizes.flows, FLOWS_AT_MOST)?,
+                half_open: size("max-half-open", max_half_open, sizes.half_open, FLOWS_AT_MOST)?,
+                sockets: size("max-sockets", max_sockets, sizes.sockets, FLOWS_AT_MOST)?,
+                own_addresses: size("max-addresses", max_addresses, sizes.own_addresses, ROWS_AT_MOST)?,
+                devices: size("max-devices", max_devices, sizes.devices, ROWS_AT_MOST)?,
             },
-            max_flows: positive("max-flows", max_flows, 262_144)?,
-            max_half_open: positive("max-half-open", max_half_open, 65_536)?,
             debug_log: debug_log.unwrap_or(false),
         };
         let (snat, node) = (config.snat_ports, config.node_ports);
         anyhow::ensure!(
-            snat.max < node.min || node.max < snat.min,
-            "--snat-ports {}-{} and --node-ports {}-{} overlap",
-            snat.min,
-            snat.max,
-            node.min,
-            node.max
+            snat.shared(node).is_none(),
+            "--snat-ports {snat} and --node-ports {node} overlap"
+        );
+        anyhow::ensure!(
+            snat.min >= 1024,
+            "--snat-ports {snat} begins below 1024, among the ports of this node's own services"
         );
         Ok(config)
     }
@@ -277,12 +296,6 @@ impl Run {
         let file = self.config.as_deref().map(Settings::read).transpose()?;
         self.settings.or(file.unwrap_or_default()).resolve()
     }
-}
-
-fn positive(flag: &str, value: Option<u32>, default: u32) -> anyhow::Result<u32> {
-    let value = value.unwrap_or(default);
-    anyhow::ensure!(value > 1, "--{flag} {value} is too small");
-    Ok(value)
 }
 
 fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddresses> {
@@ -303,6 +316,23 @@ fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddress
     };
     let cidrs: anyhow::Result<Vec<_>> = texts.iter().map(parse).collect();
     cidrs.map(NodePortAddresses::Within)
+}
+
+/// What fits into the kernel's arithmetic and into memory that a node may have: 2^24 rows that the agent keeps, 2^28
+/// elements (2 GiB) of Maglev tables, 2^26 flows (8 GiB and more).
+const ROWS_AT_MOST: u32 = 1 << 24;
+const ELEMENTS_AT_MOST: u32 = 1 << 28;
+const FLOWS_AT_MOST: u32 = 1 << 26;
+
+/// A size of a table, or its default.
+fn size(flag: &str, value: Option<u32>, default: u32, at_most: u32) -> anyhow::Result<u32> {
+    let value = value.unwrap_or(default);
+    anyhow::ensure!(value > 1, "--{flag} {value} is too small: 2 at the least");
+    anyhow::ensure!(
+        value <= at_most,
+        "--{flag} {value} is too large: {at_most} at the most"
+    );
+    Ok(value)
 }
 
 /// Seconds, with or without `s` behind.
@@ -334,10 +364,10 @@ mod tests {
             "node-name: a\nmanifests: /m\nmax-flows: 5\nsnat-ports: 50000-50999\nsocket-lb: host-only\n";
         std::fs::write(&file, text).unwrap();
         let config = run(&["--config", file.path().to_str().unwrap(), "--max-flows", "7"]).unwrap();
-        assert_eq!(config.max_flows, 7);
+        assert_eq!(config.sizes.flows, 7);
         assert_eq!(config.snat_ports.min, 50000);
         assert_eq!(config.socket_lb, SocketLb::HostOnly);
-        assert_eq!(config.max_half_open, 65_536);
+        assert_eq!(config.sizes.half_open, 65_536);
         assert_eq!(config.health_addr, Some("[::]:10256".parse().unwrap()));
         assert!(config.external_ips);
         std::fs::write(
@@ -356,7 +386,23 @@ mod tests {
         assert!(refused(&["--manifests", "/m"]).contains("--node-name"));
         assert!(refused(&["--node-name", "a"]).contains("--manifests"));
         let base = ["--node-name", "a", "--manifests", "/m"];
-        assert!(refused(&[&base[..], &["--snat-ports", "32000-33000"]].concat()).contains("overlap"));
-        assert!(refused(&[&base[..], &["--node-port-addresses", "10.0.0.0/33"]].concat()).contains("CIDR"));
+        for (arguments, expected) in [
+            (["--snat-ports", "32000-33000"], "overlap"),
+            (["--snat-ports", "80-1000"], "begins below 1024"),
+            (["--snat-ports", "0-1000"], "begins with 0"),
+            (["--node-ports", "32767-30000"], "ends before it begins"),
+            (["--node-ports", "30000"], "is no port range"),
+            (["--node-ports", "30000-99999"], "is no port range"),
+            (["--node-port-addresses", "10.0.0.0/33"], "CIDR"),
+            (["--max-flows", "1"], "--max-flows 1 is too small"),
+            (
+                ["--max-sockets", "100000000"],
+                "--max-sockets 100000000 is too large: 67108864",
+            ),
+            (["--max-maglev", "4294967296"], "--max-maglev"),
+        ] {
+            let error = refused(&[&base[..], &arguments].concat());
+            assert!(error.contains(expected), "{arguments:?}: {error}");
+        }
     }
 }

@@ -34,13 +34,45 @@ pub struct Config {
     pub node_port_addresses: NodePortAddresses,
     /// Serve `spec.externalIPs`.
     pub external_ips: bool,
-    pub limits: Limits,
-    /// Entries of each of `FLOWS_V4` and `FLOWS_V6`.
-    pub max_flows: u32,
-    /// Entries of each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
-    pub max_half_open: u32,
+    pub sizes: Sizes,
     /// Log what the datapath does with packets.
     pub debug_log: bool,
+}
+
+/// Entries of each table that can be sized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// What the agent's own tables hold.
+    pub limits: Limits,
+    /// Each of `FLOWS_V4` and `FLOWS_V6`.
+    pub flows: u32,
+    /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
+    pub half_open: u32,
+    /// Each of `SOCK_CHOSEN`, `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
+    pub sockets: u32,
+    /// Each of `OWN_ADDRS_V4` and `OWN_ADDRS_V6`.
+    pub own_addresses: u32,
+    /// `DEVICES`.
+    pub devices: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        let object = dataplane_common::config::Config::DEFAULT;
+        Self {
+            limits: Limits {
+                frontends: 131_072,
+                services: object.services,
+                backends: object.backends,
+                maglev: object.maglev,
+            },
+            flows: 262_144,
+            half_open: 65_536,
+            sockets: 131_072,
+            own_addresses: 4096,
+            devices: 1024,
+        }
+    }
 }
 
 /// `--socket-lb`.
@@ -85,8 +117,16 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    pub fn contains(self, port: u16) -> bool {
-        (self.min..=self.max).contains(&port)
+    /// The ports that two ranges share.
+    pub fn shared(self, other: Self) -> Option<Self> {
+        let (min, max) = (self.min.max(other.min), self.max.min(other.max));
+        (min <= max).then_some(Self { min, max })
+    }
+}
+
+impl std::fmt::Display for PortRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.min, self.max)
     }
 }
 
@@ -98,8 +138,11 @@ impl std::str::FromStr for PortRange {
         let (min, max) = text.split_once('-').ok_or_else(wrong)?;
         let min: u16 = min.trim().parse().map_err(|_| wrong())?;
         let max: u16 = max.trim().parse().map_err(|_| wrong())?;
-        if min == 0 || min > max {
-            return Err(wrong());
+        if min == 0 {
+            return Err(format!("port range `{text}` begins with 0, which is no port"));
+        }
+        if min > max {
+            return Err(format!("port range `{text}` ends before it begins"));
         }
         Ok(Self { min, max })
     }

@@ -17,10 +17,10 @@ use dataplane_agent::{
     bpf::{
         self, Program, kernel,
         loader::{self, LoadOptions},
-        maps::Sizes,
         pins::Pins,
         sys,
     },
+    config::Sizes,
 };
 use dataplane_tests::{
     links::{Links, Route, everywhere, host},

@@ -18,10 +18,9 @@ use crate::{
         kernel,
         links::Cgroup,
         loader::{self, LoadOptions},
-        maps::Sizes,
         pins::Pins,
     },
-    config::{Config, DatapathMode, FastPath, SocketLb},
+    config::{Config, DatapathMode, FastPath, PortRange, SocketLb},
     host::{HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
     store::bpf::BpfStore,
@@ -42,6 +41,7 @@ pub struct Prepared {
 /// network namespace of the host.
 pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
     kernel::check()?;
+    warn_of_local_ports(config.snat_ports);
     let cookie = netns_cookie(config);
     let socket_hooks = config.socket_lb != SocketLb::Off && cookie.is_some();
     let cgroup = socket_hooks.then(|| cgroup_path(config)).transpose()?;
@@ -94,12 +94,7 @@ fn load_and_watch(
         record.socket = Some(config.socket.clone());
     })?;
     let options = LoadOptions {
-        sizes: Sizes {
-            limits: config.limits,
-            flows: config.max_flows,
-            half_open: config.max_half_open,
-            ..Sizes::default()
-        },
+        sizes: config.sizes,
         config: datapath_config(config, version, cookie),
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks: cgroup.is_some(),
@@ -173,10 +168,21 @@ fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64)
         flags,
         snat_port_min: config.snat_ports.min,
         snat_port_max: config.snat_ports.max,
-        services: config.limits.services,
-        backends: config.limits.backends,
-        maglev: config.limits.maglev,
+        services: config.sizes.limits.services,
+        backends: config.sizes.limits.backends,
+        maglev: config.sizes.limits.maglev,
         ..datapath::Config::default()
+    }
+}
+
+/// A socket of this host and a translated flow that take one port towards one backend would get each other's answers.
+fn warn_of_local_ports(snat_ports: PortRange) {
+    if let Some(shared) = sysctl::local_ports().and_then(|range| range.shared(snat_ports))
+        && !sysctl::is_reserved(shared)
+    {
+        tracing::warn!(
+            "this host's own connections may use {shared} too (net.ipv4.ip_local_port_range): keep them apart with --snat-ports or with net.ipv4.ip_local_reserved_ports={shared}"
+        );
     }
 }
 

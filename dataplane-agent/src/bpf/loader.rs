@@ -17,9 +17,10 @@ use super::{
     OBJECT, Program,
     debug_log::{self, DebugLog},
     kernel,
-    maps::{self, Shape, Sizes},
+    maps::{self, Shape},
     pins::{PinError, Pins},
 };
+use crate::config::Sizes;
 
 /// Begins the names of maps that are renewed with the programs: read-only data, those of aya-log, scratch space.
 const RENEWED_MAPS: [&str; 3] = [".", "AYA_", "WORK_"];
@@ -165,7 +166,7 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
 /// What each map that is kept between starts should look like.
 fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>, LoadError> {
     let object = aya_obj::Object::parse(object).map_err(|error| LoadError::Parse(Box::new(error)))?;
-    let sizes: BTreeMap<&str, u32> = sizes.by_name().into_iter().collect();
+    let sizes: BTreeMap<&str, u32> = maps::sizes_by_name(sizes).into_iter().collect();
     Ok(object
         .maps
         .iter()

@@ -3,68 +3,41 @@
 use std::{io, os::fd::AsFd};
 
 use super::{map_names, pins::Pins, sys};
-use crate::store::Limits;
+use crate::{config::Sizes, store::Limits};
 
-/// Entries of each table that configuration sizes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizes {
-    /// What the agent's own tables hold.
-    pub limits: Limits,
-    /// Each of `FLOWS_V4` and `FLOWS_V6`.
-    pub flows: u32,
-    /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
-    pub half_open: u32,
-    /// Each of `SOCK_CHOSEN`, `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
-    pub sock_reverse: u32,
-}
-
-impl Default for Sizes {
-    fn default() -> Self {
-        let config = dataplane_common::config::Config::default();
-        Self {
-            limits: Limits {
-                frontends: 131_072,
-                services: config.services,
-                backends: config.backends,
-                maglev: config.maglev,
-            },
-            flows: 524_288,
-            half_open: 131_072,
-            sock_reverse: 131_072,
-        }
-    }
-}
-
-impl Sizes {
-    /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-    pub fn by_name(&self) -> [(&'static str, u32); 12] {
-        let Self {
-            limits,
-            flows,
-            half_open,
-            sock_reverse,
-        } = *self;
-        let Limits {
-            frontends,
-            services,
-            backends,
-            maglev,
-        } = limits;
-        [
-            (map_names::FRONTENDS_V4, frontends),
-            (map_names::FRONTENDS_V6, frontends),
-            (map_names::SERVICES, services),
-            (map_names::BACKENDS, backends),
-            (map_names::MAGLEV, maglev),
-            (map_names::FLOWS_V4, flows),
-            (map_names::FLOWS_V6, flows),
-            (map_names::HALF_OPEN_V4, half_open),
-            (map_names::HALF_OPEN_V6, half_open),
-            (map_names::SOCK_CHOSEN, sock_reverse),
-            (map_names::SOCK_REVERSE_V4, sock_reverse),
-            (map_names::SOCK_REVERSE_V6, sock_reverse),
-        ]
-    }
+/// Names and entries of the maps whose size is set at load time; the others keep the object's.
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 15] {
+    let Sizes {
+        limits,
+        flows,
+        half_open,
+        sockets,
+        own_addresses,
+        devices,
+    } = *sizes;
+    let Limits {
+        frontends,
+        services,
+        backends,
+        maglev,
+    } = limits;
+    [
+        (map_names::FRONTENDS_V4, frontends),
+        (map_names::FRONTENDS_V6, frontends),
+        (map_names::SERVICES, services),
+        (map_names::BACKENDS, backends),
+        (map_names::MAGLEV, maglev),
+        (map_names::FLOWS_V4, flows),
+        (map_names::FLOWS_V6, flows),
+        (map_names::HALF_OPEN_V4, half_open),
+        (map_names::HALF_OPEN_V6, half_open),
+        (map_names::SOCK_CHOSEN, sockets),
+        (map_names::SOCK_REVERSE_V4, sockets),
+        (map_names::SOCK_REVERSE_V6, sockets),
+        (map_names::OWN_ADDRS_V4, own_addresses),
+        (map_names::OWN_ADDRS_V6, own_addresses),
+        (map_names::DEVICES, devices),
+    ]
 }
 
 /// The properties of a map that must be equal for a pinned one to be used again.

@@ -17,11 +17,10 @@ use dataplane_agent::{
         Hook, Program,
         links::Links as PinnedLinks,
         loader::{self, LoadOptions},
-        maps::Sizes,
         pins::{LinkName, Pins},
         sys,
     },
-    config::{Config, DatapathMode, SocketLb},
+    config::{Config, DatapathMode, Sizes, SocketLb},
     host::HostState,
     netlink::{filters, socket::RequestSocket, tables},
     store::FrontendKey,
@@ -31,7 +30,7 @@ use dataplane_common::{
     service::{Frontend, FrontendKey4, Service, ServiceHead},
 };
 
-use node::{Node, delete_link, ip, ready};
+use node::{Node, SIZES, delete_link, ip, ready};
 
 #[test]
 fn attaches_and_finds_pods() -> Result<()> {
@@ -160,7 +159,7 @@ fn what_is_switched_off_is_detached() -> Result<()> {
     agent.stop(&node)?;
 
     let larger = Config {
-        max_flows: 8192,
+        sizes: Sizes { flows: 8192, ..SIZES },
         ..config
     };
     let error = node.start(&larger).err().context("accepted")?.to_string();
@@ -225,12 +224,7 @@ fn others_programs_stay_and_are_shown() -> Result<()> {
 
 fn small(config: &Config) -> LoadOptions {
     LoadOptions {
-        sizes: Sizes {
-            limits: config.limits,
-            flows: 4096,
-            half_open: 1024,
-            sock_reverse: 1024,
-        },
+        sizes: config.sizes,
         config: dataplane_common::config::Config::default(),
         xdp: true,
         socket_hooks: false,

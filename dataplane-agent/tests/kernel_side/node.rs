@@ -15,7 +15,7 @@ use dataplane_agent::{
         state::State,
     },
     bpf::{self, Hook, kernel, pins::Pins, sys},
-    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, SocketLb},
+    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb},
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
     store::Limits,
@@ -26,6 +26,21 @@ use dataplane_tests::{
     places::{self, Places},
 };
 use tokio::sync::watch;
+
+/// Small tables, which are made quickly.
+pub const SIZES: Sizes = Sizes {
+    limits: Limits {
+        frontends: 1024,
+        services: 1024,
+        backends: 1024,
+        maglev: 65536,
+    },
+    flows: 4096,
+    half_open: 1024,
+    sockets: 1024,
+    own_addresses: 1024,
+    devices: 1024,
+};
 
 /// A node with an uplink to a router, and a routed pod.
 pub struct Node {
@@ -126,14 +141,7 @@ impl Node {
             },
             node_port_addresses: NodePortAddresses::All,
             external_ips: true,
-            limits: Limits {
-                frontends: 1024,
-                services: 1024,
-                backends: 1024,
-                maglev: 65536,
-            },
-            max_flows: 4096,
-            max_half_open: 1024,
+            sizes: SIZES,
             debug_log: false,
         }
     }

@@ -9,11 +9,11 @@ use dataplane_agent::{
         cleanup, inspect, start,
         state::{Record, State},
     },
-    config::Config,
+    config::{Config, Sizes},
 };
 use tokio::sync::watch;
 
-use super::node::{Agent, Node, ready};
+use super::node::{Agent, Node, SIZES, ready};
 
 /// All that an agent needs.
 const ENOUGH: [Capability; 3] = [
@@ -101,7 +101,10 @@ fn a_first_start_that_fails_leaves_nothing() -> Result<()> {
     let config = Config {
         bpffs: node.places.bpffs.join("deep/down"),
         // More than the kernel has memory for, and found out only after other maps were made.
-        max_half_open: u32::MAX,
+        sizes: Sizes {
+            half_open: u32::MAX,
+            ..SIZES
+        },
         ..node.config()
     };
     let error = node.start(&config).err().context("started")?;

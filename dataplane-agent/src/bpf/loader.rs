@@ -5,6 +5,8 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    panic::resume_unwind,
+    thread,
 };
 
 use aya::{
@@ -144,13 +146,11 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
         .load(object)
         .map_err(|error| LoadError::Maps(Box::new(error)))?;
 
-    let mut programs = BTreeMap::new();
-    for &program in Program::ALL {
-        if (program == Program::Xdp && !options.xdp) || (program.is_cgroup() && !options.socket_hooks) {
-            continue;
-        }
-        programs.insert(program, load_program(&mut object, program)?);
-    }
+    let is_wanted = |program: &Program| match program {
+        Program::Xdp => options.xdp,
+        program => options.socket_hooks || !program.is_cgroup(),
+    };
+    let programs = load_programs(&mut object, is_wanted)?;
     let debug_log = options
         .debug_log
         .then(|| DebugLog::of(&mut object))
@@ -187,11 +187,34 @@ fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>
         .collect())
 }
 
-fn load_program(object: &mut aya::Ebpf, program: Program) -> Result<OwnedFd, LoadError> {
+/// Loads programs side by side: what the verifier takes for them is nearly all the time that a start takes.
+fn load_programs(
+    object: &mut aya::Ebpf,
+    is_wanted: impl Fn(&Program) -> bool,
+) -> Result<BTreeMap<Program, OwnedFd>, LoadError> {
+    let found: BTreeMap<Program, &mut AyaProgram> = object
+        .programs_mut()
+        .filter_map(|(name, loaded)| Some((Program::by_symbol(name)?, loaded)))
+        .filter(|(program, _)| is_wanted(program))
+        .collect();
+    let missing = |program: &&Program| is_wanted(program) && !found.contains_key(program);
+    if let Some(program) = Program::ALL.iter().find(missing) {
+        return Err(LoadError::MissingProgram(program.symbol()));
+    }
+    thread::scope(|scope| {
+        let loads: Vec<_> = found
+            .into_iter()
+            .map(|(program, loaded)| scope.spawn(move || Ok((program, load_program(program, loaded)?))))
+            .collect();
+        loads
+            .into_iter()
+            .map(|load| load.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect()
+    })
+}
+
+fn load_program(program: Program, loaded: &mut AyaProgram) -> Result<OwnedFd, LoadError> {
     let symbol = program.symbol();
-    let loaded = object
-        .program_mut(symbol)
-        .ok_or(LoadError::MissingProgram(symbol))?;
     let fd = match loaded {
         AyaProgram::Xdp(xdp) => xdp.load().and_then(|()| xdp.fd()),
         AyaProgram::SchedClassifier(classifier) => classifier.load().and_then(|()| classifier.fd()),

@@ -1,16 +1,28 @@
 //! Puts the machine back as it was before the first start: links, programs, maps and pins go, qdiscs and settings that
 //! were ours are undone, and nobody else's are touched. Whatever is missing already is success.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{state::State, state::StateError, sysctl, sysctl::SysctlError};
 use crate::{
     bpf::{
         Hook,
+        links::{LinkError, Links},
         pins::{PinError, Pins},
+        sys,
     },
     netlink::{filters, socket::RequestSocket, tables},
 };
+
+/// Some grace periods, on a busy machine.
+const FREED_WITHIN: Duration = Duration::from_secs(3);
+const FREED_POLL: Duration = Duration::from_millis(10);
 
 /// Something could not be undone.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +32,8 @@ pub enum CleanupError {
     #[error(transparent)]
     Pin(#[from] PinError),
     #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
     Sysctl(#[from] SysctlError),
     #[error("failed to remove the filters of clsact qdiscs")]
     Filters(#[source] io::Error),
@@ -28,9 +42,19 @@ pub enum CleanupError {
 /// Removes all that agents with this `--bpffs` have made. Must be called in the network namespace of the host.
 pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
     let state = State::lock(bpffs)?;
-    // Links go with their pins, and with the last of those the programs and maps.
-    Pins::new(bpffs).remove()?;
-    remove_filters(&state).map_err(CleanupError::Filters)?;
+    let pins = Pins::new(bpffs);
+    let links = Links::new(&pins);
+    let mut objects = Objects {
+        programs: Vec::new(),
+        maps: pins.map_ids(),
+    };
+    for link in pins.list_links()? {
+        objects.programs.extend(links.program_id(link));
+        links.drop(link)?;
+    }
+    // With the last pins go the programs and maps.
+    pins.remove()?;
+    remove_filters(&state, &mut objects.programs).map_err(CleanupError::Filters)?;
     sysctl::restore(&state)?;
     if let Some(socket) = &state.record.socket {
         // A killed agent's. It is gone already after a stop.
@@ -41,23 +65,45 @@ pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
         let _ = fs::remove_dir(folder);
     }
     state.remove()?;
+    objects.wait_until_freed();
     Ok(())
 }
 
-fn remove_filters(state: &State) -> io::Result<()> {
+/// What the kernel frees some grace periods after nobody holds it any more.
+struct Objects {
+    programs: Vec<u32>,
+    maps: Vec<u32>,
+}
+
+impl Objects {
+    /// Waits, but not for ever: somebody may look at one at this moment. Without `CAP_SYS_ADMIN` nothing can be told.
+    fn wait_until_freed(&self) {
+        let lives = |found: io::Result<OwnedFd>| found.is_ok();
+        let deadline = Instant::now() + FREED_WITHIN;
+        while Instant::now() < deadline
+            && (self.programs.iter().any(|&id| lives(sys::prog_by_id(id)))
+                || self.maps.iter().any(|&id| lives(sys::map_by_id(id))))
+        {
+            thread::sleep(FREED_POLL);
+        }
+    }
+}
+
+/// Adds the removed filters' programs to `programs`.
+fn remove_filters(state: &State, programs: &mut Vec<u32>) -> io::Result<()> {
     let mut socket = RequestSocket::open()?;
     for link in tables::dump_links(&mut socket)? {
         let made = state.record.clsact.get(&link.ifindex) == Some(&link.name);
-        let mut others = false;
         for hook in [Hook::TcIngress, Hook::TcEgress] {
             let found = filters::list(&mut socket, link.ifindex, hook)?;
-            if found.iter().any(|filter| filter.program().is_some()) {
+            let ours: Vec<_> = found.iter().filter(|filter| filter.program().is_some()).collect();
+            if !ours.is_empty() {
+                programs.extend(ours.iter().map(|filter| filter.prog_id));
                 filters::remove(&mut socket, link.ifindex, hook)?;
             }
-            others |= found.iter().any(|filter| filter.program().is_none());
         }
-        if made && !others {
-            filters::remove_clsact(&mut socket, link.ifindex)?;
+        if made {
+            filters::remove_unused_clsact(&mut socket, link.ifindex)?;
         }
     }
     Ok(())

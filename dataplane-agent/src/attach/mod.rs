@@ -230,7 +230,7 @@ impl Attacher {
                     .iter()
                     .any(|other| *other != link && other.ifindex == link.ifindex);
                 if last && self.state.record.clsact.contains_key(&link.ifindex) {
-                    filters::remove_clsact(socket, link.ifindex)
+                    filters::remove_unused_clsact(socket, link.ifindex)
                         .map_err(|source| AttachError::Detach { link, source })?;
                     self.state
                         .change(|record| drop(record.clsact.remove(&link.ifindex)))?;

@@ -182,9 +182,12 @@ impl Links {
         sys::link_info(fd.as_fd()).ok().map(|info| info.prog_id)
     }
 
-    /// Detaches by removing the pin; a link that is not there is success.
+    /// Detaches, and removes the pin; a link that is not there is success.
     pub fn drop(&self, link: LinkName) -> Result<(), LinkError> {
-        match fs::remove_file(self.pins.link(link)) {
+        let path = self.pins.link(link);
+        // Without its pin the link would end too, but at some later moment.
+        let _dead = sys::open_pin(&path).and_then(|fd| sys::link_detach(fd.as_fd()));
+        match fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LinkError::Drop { link, source }),
             _ => Ok(()),
         }

@@ -3,7 +3,7 @@
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -72,6 +72,13 @@ impl Pins {
     /// Opens the pinned map `name`; `NotFound` when it is not there.
     pub fn open_map(&self, name: &str) -> io::Result<OwnedFd> {
         sys::open_pin(&self.map(name))
+    }
+
+    /// The ids of the pinned maps, as far as they can be opened.
+    pub fn map_ids(&self) -> Vec<u32> {
+        let id = |path: PathBuf| Some(sys::map_info(sys::open_pin(&path).ok()?.as_fd()).ok()?.id);
+        let entries = fs::read_dir(self.maps()).into_iter().flatten().flatten();
+        entries.filter_map(|entry| id(entry.path())).collect()
     }
 
     /// Fails when the path is not in a BPF filesystem.

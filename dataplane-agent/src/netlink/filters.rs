@@ -3,7 +3,8 @@
 use std::io;
 
 use super::socket::{
-    NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, RequestSocket, attributes, push_attribute, read_string, read_u32,
+    Message, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, RequestSocket, attributes, push_attribute, read_string,
+    read_u32,
 };
 use crate::bpf::{Hook, Program};
 
@@ -86,11 +87,6 @@ pub fn ensure_clsact(socket: &mut RequestSocket, ifindex: u32) -> io::Result<boo
     }
 }
 
-/// Removes the device's clsact qdisc with all its filters; success when there is none.
-pub fn remove_clsact(socket: &mut RequestSocket, ifindex: u32) -> io::Result<()> {
-    ignore_missing(socket.change(RTM_DELQDISC, 0, &tcmsg(ifindex, CLSACT_HANDLE, CLSACT_PARENT, 0)))
-}
-
 /// Whether the device has a clsact qdisc.
 pub fn has_clsact(socket: &mut RequestSocket, ifindex: u32) -> io::Result<bool> {
     let qdiscs = socket.dump(RTM_GETQDISC, &tcmsg(ifindex, 0, 0, 0))?;
@@ -130,11 +126,28 @@ pub fn remove(socket: &mut RequestSocket, ifindex: u32, hook: Hook) -> io::Resul
 
 /// The BPF filters of a device in the order in which they run.
 pub fn list(socket: &mut RequestSocket, ifindex: u32, hook: Hook) -> io::Result<Vec<Filter>> {
+    let messages = dump(socket, ifindex, hook)?;
+    Ok(messages
+        .iter()
+        .filter_map(|message| parse(&message.body))
+        .collect())
+}
+
+/// Removes the device's clsact qdisc unless it holds filters that are not ours, of any kind. Ours must be gone.
+pub fn remove_unused_clsact(socket: &mut RequestSocket, ifindex: u32) -> io::Result<()> {
+    for hook in [Hook::TcIngress, Hook::TcEgress] {
+        // The kernel lists each priority once more, without a filter.
+        let is_filter = |message: &Message| read_u32(&message.body, 8).is_some_and(|handle| handle != 0);
+        if dump(socket, ifindex, hook)?.iter().any(is_filter) {
+            return Ok(());
+        }
+    }
+    ignore_missing(socket.change(RTM_DELQDISC, 0, &tcmsg(ifindex, CLSACT_HANDLE, CLSACT_PARENT, 0)))
+}
+
+fn dump(socket: &mut RequestSocket, ifindex: u32, hook: Hook) -> io::Result<Vec<Message>> {
     match socket.dump(RTM_GETTFILTER, &tcmsg(ifindex, 0, parent(hook), 0)) {
-        Ok(messages) => Ok(messages
-            .iter()
-            .filter_map(|message| parse(&message.body))
-            .collect()),
+        Ok(messages) => Ok(messages),
         // No clsact qdisc there.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(Vec::new()),
         Err(error) => Err(error),

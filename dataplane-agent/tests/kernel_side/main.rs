@@ -1,6 +1,7 @@
 //! The kernel side on a node made of network namespaces: what is attached, found and taken over, and that nothing of
 //! it stays. Needs root and the BPF object; without them the tests say so and do nothing.
 
+mod cleaning;
 mod node;
 mod starting;
 

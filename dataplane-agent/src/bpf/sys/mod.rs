@@ -21,7 +21,8 @@ use bytemuck::Pod;
 pub use attr::{LinkInfo, MapInfo, ProgInfo};
 pub use maps::{MapFd, MappedArray, count_entries, lookup_per_cpu};
 pub use objects::{
-    link_create, link_info, link_update, map_info, open_pin, pin, prog_by_id, prog_info, prog_query, try_map,
+    link_create, link_detach, link_info, link_update, map_by_id, map_info, open_pin, pin, prog_by_id,
+    prog_info, prog_query, try_map,
 };
 pub use process::{filesystem_magic, membarrier_global, netns_cookie, raise_memlock_limit, watch_readable};
 
@@ -36,11 +37,13 @@ enum Command {
     ObjPin = 6,
     ObjGet = 7,
     ProgGetFdById = 13,
+    MapGetFdById = 14,
     ObjGetInfo = 15,
     ProgQuery = 16,
     MapLookupBatch = 24,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// Size of the attribute block handed to the kernel: larger than any field used here, and zero beyond them, which

@@ -56,17 +56,22 @@ pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 
 /// Needs `CAP_SYS_ADMIN`.
 pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
-    // SAFETY: no addresses; the command returns a descriptor.
-    unsafe {
-        bpf_fd(
-            Command::ProgGetFdById,
-            &mut IdAttr {
-                id,
-                next_id: 0,
-                open_flags: 0,
-            },
-        )
-    }
+    by_id(Command::ProgGetFdById, id)
+}
+
+/// Needs `CAP_SYS_ADMIN`.
+pub fn map_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(Command::MapGetFdById, id)
+}
+
+fn by_id(command: Command, id: u32) -> io::Result<OwnedFd> {
+    let mut attr = IdAttr {
+        id,
+        next_id: 0,
+        open_flags: 0,
+    };
+    // SAFETY: no addresses; both commands return a descriptor.
+    unsafe { bpf_fd(command, &mut attr) }
 }
 
 pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
@@ -114,6 +119,12 @@ pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()>
     };
     // SAFETY: no addresses.
     unsafe { bpf(Command::LinkUpdate, &mut attr) }.map(drop)
+}
+
+/// Takes the link's program off its hook at once; the link lives on without a target.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no addresses.
+    unsafe { bpf(Command::LinkDetach, &mut raw(link)) }.map(drop)
 }
 
 /// The ids of the programs at a hook, in the order in which they run.

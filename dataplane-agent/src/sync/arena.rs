@@ -50,6 +50,15 @@ impl Arena {
         Some(Slice { start, len })
     }
 
+    /// Whether [`Arena::allocate`] would find room once a range has been given back.
+    pub fn has_room_without(&self, slice: Slice, len: u32) -> bool {
+        let before = self.free.range(..slice.start).next_back();
+        let before = before.filter(|(start, len)| *start + *len == slice.start);
+        let after = self.free.get(&slice.end());
+        let merged = slice.len + before.map_or(0, |(_, len)| *len) + after.copied().unwrap_or(0);
+        merged >= len
+    }
+
     /// Takes exactly this range, as found in the table at start; false when part of it is taken or outside.
     pub fn reserve(&mut self, slice: Slice) -> bool {
         let Some(end) = slice.start.checked_add(slice.len) else {
@@ -100,6 +109,12 @@ mod tests {
         let mut arena = Arena::new(100);
         let slices: Vec<Slice> = (0..4).map(|_| arena.allocate(25).unwrap()).collect();
         assert_eq!(arena.allocate(1), None);
+        assert!(arena.has_room_without(slices[1], 25));
+        assert!(!arena.has_room_without(slices[1], 26));
+        arena.free(slices[0]);
+        assert!(arena.has_room_without(slices[1], 50));
+        assert!(!arena.has_room_without(slices[2], 50));
+        assert_eq!(arena.allocate(25), Some(slices[0]));
         for i in [1, 3, 0, 2] {
             arena.free(slices[i]);
         }

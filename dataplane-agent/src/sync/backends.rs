@@ -122,7 +122,7 @@ fn rank(state: u8) -> u8 {
     }
 }
 
-fn describe(key: &BackendKey) -> String {
+pub fn describe(key: &BackendKey) -> String {
     let BackendKey { addr, port, proto } = key;
     format!(
         "backend {}/{}",

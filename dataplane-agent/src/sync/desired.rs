@@ -96,6 +96,10 @@ impl Desired {
         }
     }
 
+    pub fn owners(&self) -> impl Iterator<Item = (&ObjectRef, &Compiled)> {
+        self.owners.iter().map(|(owner, compiled)| (owner, &**compiled))
+    }
+
     pub fn services(&self) -> usize {
         self.owners.len()
     }

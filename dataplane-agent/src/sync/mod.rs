@@ -28,7 +28,7 @@ use self::{
     programmed::Programmed,
 };
 use crate::{
-    compile::{BackendKey, Update},
+    compile::{BackendKey, Compiled, Update},
     host::PodInterface,
     model::ObjectRef,
     store::{FrontendKey, Limits, Store, StoreError},
@@ -101,6 +101,12 @@ impl Report {
         });
     }
 
+    /// Whether the kernel refused a write.
+    fn is_refused(&self, what: impl Into<Subject>) -> bool {
+        let failure = self.failed.get(&what.into());
+        failure.is_some_and(|failure| failure.refused)
+    }
+
     /// Records the outcome of a write; true when it succeeded.
     fn note(&mut self, what: impl Into<Subject>, outcome: Result<(), StoreError>) -> bool {
         match outcome {
@@ -127,8 +133,8 @@ enum NoRoom {
     Maglev { wanted: u32, limit: u32 },
     #[error("{backends} endpoints are more than a table can number")]
     TooMany { backends: usize },
-    #[error("an endpoint's entry is not written")]
-    Inactive,
+    #[error("{missing} of {wanted} endpoints are not written")]
+    Inactive { missing: usize, wanted: usize },
     #[error("its service entry is not written")]
     NoService,
     #[error("its port is not written")]
@@ -260,6 +266,11 @@ impl Syncer {
         self.programmed.usage()
     }
 
+    /// What every Service and Pod wants, in no order.
+    pub fn wanted(&self) -> impl Iterator<Item = (&ObjectRef, &Compiled)> {
+        self.desired.owners()
+    }
+
     /// Services known, programmed or not.
     pub fn services(&self) -> usize {
         self.desired.services()
@@ -334,6 +345,8 @@ impl Syncer {
 
     fn put_frontends(&mut self, store: &mut dyn Store, report: &mut Report) {
         let (desired, programmed) = (&self.desired, &mut self.programmed);
+        // Otherwise what is missing comes with the next try.
+        let is_full = !report.failed.values().any(|failure| failure.refused);
         self.touched.frontends.retain(|frontend| {
             let Some(key) = desired.frontends.get(frontend) else {
                 return true;
@@ -349,6 +362,14 @@ impl Syncer {
                 Ok(index) => index,
                 Err(error) => {
                     report.not_tried(services::describe(key), &error);
+                    // There is no room for the owner, and its predecessor holds what may become room.
+                    if is_full
+                        && matches!(error, NoRoom::NoService)
+                        && programmed.frontends.contains_key(frontend)
+                        && report.note(services::describe(key), store.delete_frontend(*frontend))
+                    {
+                        programmed.frontends.remove(frontend);
+                    }
                     return true;
                 }
             };

@@ -8,6 +8,7 @@ use dataplane_common::service::{Service, ServiceHead, service_flags, size_class}
 use super::{
     NoRoom, Report, Subject, Syncer,
     arena::Slice,
+    backends,
     desired::Wanted,
     encode,
     ids::Given,
@@ -40,7 +41,14 @@ impl Syncer {
                 continue;
             };
             let mut outcome = self.put_service(store, report, &key, &wanted, &mut last);
-            if matches!(outcome, Err(Failure::NoRoom(_))) && self.has_garbage() && self.reclaim(store).is_ok()
+            if let Err(NotPut::NoRoom(NoRoom::Maglev { .. } | NoRoom::Services { .. })) = outcome
+                && self.has_garbage()
+                && self.reclaim(store).is_ok()
+            {
+                outcome = self.put_service(store, report, &key, &wanted, &mut last);
+            }
+            if let Err(NotPut::NoRoom(NoRoom::Maglev { wanted: len, .. })) = outcome
+                && self.vacate(store, report, &key, len)
             {
                 outcome = self.put_service(store, report, &key, &wanted, &mut last);
             }
@@ -48,12 +56,14 @@ impl Syncer {
                 Ok(()) => {
                     self.touched.balancers.remove(&key);
                 }
-                Err(Failure::NoRoom(error)) => report.not_tried(describe(&key), &error),
-                Err(Failure::Store(error)) => report.failed(describe(&key), &error),
+                Err(NotPut::NoRoom(error)) => report.not_tried(describe(&key), &error),
+                Err(NotPut::Store(error)) => report.failed(describe(&key), &error),
             }
         }
     }
 
+    /// With as many of its endpoints as have an entry: where others find no room, they are missed, but nobody is sent
+    /// to one that is gone.
     fn put_service(
         &mut self,
         store: &mut dyn Store,
@@ -61,7 +71,7 @@ impl Syncer {
         key: &BalancerKey,
         wanted: &Wanted,
         last: &mut LastTable,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), NotPut> {
         let Wanted {
             backends,
             drop_when_empty,
@@ -70,10 +80,17 @@ impl Syncer {
             let backends = backends.len();
             return Err(NoRoom::TooMany { backends }.into());
         }
-        let numbers = backends
-            .iter()
-            .map(|backend| self.programmed.active_backend(backend));
-        let ids: Vec<u32> = numbers.collect::<Option<_>>().ok_or(NoRoom::Inactive)?;
+        let numbered = |backend: &BackendKey| Some((*backend, self.programmed.active_backend(backend)?));
+        let (active, ids): (Vec<BackendKey>, Vec<u32>) = backends.iter().filter_map(numbered).unzip();
+        let missing = backends.len() - ids.len();
+        let incomplete = NoRoom::Inactive {
+            missing,
+            wanted: backends.len(),
+        };
+        if missing > 0 && !self.serves_in_part(report, key, backends, &ids) {
+            return Err(incomplete.into());
+        }
+        let backends = if missing > 0 { &active.into() } else { backends };
         let (index, is_new) = match self.index(key)? {
             Given::Same(index) => (index, false),
             Given::New(index) => (index, true),
@@ -110,7 +127,7 @@ impl Syncer {
                 generation
             },
             size_class: class,
-            flags: if *drop_when_empty {
+            flags: if *drop_when_empty || missing > 0 {
                 service_flags::DROP_WHEN_EMPTY
             } else {
                 0
@@ -128,7 +145,60 @@ impl Syncer {
             self.programmed.slice_garbage.extend(before.slice);
         }
         self.programmed.set_slot(index, Slot { value, slice, ids });
+        if missing > 0 {
+            return Err(incomplete.into());
+        }
         Ok(())
+    }
+
+    /// Whether a service goes on with these endpoints alone. Not where the kernel refused a write, which will soon be
+    /// tried again, and a new one not without any.
+    fn serves_in_part(
+        &mut self,
+        report: &Report,
+        key: &BalancerKey,
+        backends: &[BackendKey],
+        ids: &[u32],
+    ) -> bool {
+        if backends
+            .iter()
+            .any(|backend| report.is_refused(backends::describe(backend)))
+        {
+            return false;
+        }
+        self.programmed.adopt(key, &self.desired.frontends);
+        !ids.is_empty() || self.programmed.written_service(key).is_some()
+    }
+
+    /// Takes a service's table away where its successor fits in no other place. For the moment between, new
+    /// connections are dropped, so that their clients try again.
+    fn vacate(&mut self, store: &mut dyn Store, report: &mut Report, key: &BalancerKey, len: u32) -> bool {
+        let Some(index) = self.programmed.service_ids.get(&ServiceId::Known(key.clone())) else {
+            return false;
+        };
+        let before = self.programmed.slot(index);
+        let arena = &self.programmed.arena;
+        let Some(slice) = before.slice.filter(|slice| arena.has_room_without(*slice, len)) else {
+            return false;
+        };
+        let head = ServiceHead {
+            slots_offset: 0,
+            size_class: 0,
+            flags: service_flags::DROP_WHEN_EMPTY,
+            generation: before.value.head.generation,
+        };
+        let value = Service { head, ..before.value };
+        if !report.note(describe(key), store.write_service(index, &value)) {
+            return false;
+        }
+        self.programmed.slice_garbage.push(slice);
+        let slot = Slot {
+            value,
+            slice: None,
+            ids: Vec::new(),
+        };
+        self.programmed.set_slot(index, slot);
+        self.reclaim(store).is_ok()
     }
 
     /// Whether the slice in force is already what is wanted.
@@ -242,20 +312,21 @@ impl Syncer {
     }
 }
 
-enum Failure {
+/// Why a service is not as desired.
+enum NotPut {
     NoRoom(NoRoom),
     Store(StoreError),
 }
 
-impl From<NoRoom> for Failure {
+impl From<NoRoom> for NotPut {
     fn from(error: NoRoom) -> Self {
-        Failure::NoRoom(error)
+        NotPut::NoRoom(error)
     }
 }
 
-impl From<StoreError> for Failure {
+impl From<StoreError> for NotPut {
     fn from(error: StoreError) -> Self {
-        Failure::Store(error)
+        NotPut::Store(error)
     }
 }
 

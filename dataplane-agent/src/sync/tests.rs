@@ -1,5 +1,7 @@
 //! Histories of random changes, with writes that fail and restarts in between, end where a fresh start would.
 
+mod full;
+
 use std::net::IpAddr;
 
 use dataplane_common::service::{Frontend, service_flags};
@@ -354,37 +356,6 @@ fn object(number: u8, last: u8) -> [Object; 2] {
         }],
     };
     [Object::Service(Box::new(service)), Object::EndpointSlice(slice)]
-}
-
-/// A full table leaves the rest served, is reported by name, and is made good when there is room.
-#[test]
-fn a_full_table_is_reported_and_made_good() {
-    let limits = Limits { maglev: 40, ..LIMITS };
-    let mut memory = Memory::new(limits);
-    let mut agent = Agent::new(&memory);
-    agent.take(object(1, 1));
-    agent.take(object(2, 2));
-    let report = agent.syncer.run(&mut memory);
-    assert_eq!(report.failed.len(), 1);
-    let (what, reason) = report.failed.first_key_value().unwrap();
-    assert_eq!(what.to_string(), "Service ns/s2: 10.96.0.2:80/TCP");
-    assert!(!reason.refused);
-    assert_eq!(
-        reason.reason,
-        "no room for a table of 27 elements (40 elements in all)"
-    );
-    assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
-    assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
-
-    let dirty = agent.index.delete(&ObjectRef {
-        kind: Kind::Service,
-        name: name(1),
-    });
-    agent.update(&dirty);
-    agent.syncer.run(&mut memory);
-    let report = agent.syncer.run(&mut memory);
-    assert!(report.failed.is_empty(), "{:?}", report.failed);
-    assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
 }
 
 /// After a restart a Service keeps its number and generation, so that its flows go on; another one at its address

@@ -1,0 +1,214 @@
+//! Full tables: told by name, without harm to what fits, and made good.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use proptest::prelude::*;
+
+use super::{Agent, LIMITS, Step, inconsistency, key, name, object, step};
+use crate::{
+    compile::BalancerKey,
+    model::{Endpoint, EndpointSlice, Kind, Object, ObjectRef},
+    store::{FrontendKey, Limits, faulty::Faulty, memory::Memory},
+    sync::{Report, Syncer, services},
+};
+
+/// Limits of which at least one is soon reached.
+fn tight() -> impl Strategy<Value = Limits> {
+    let limits = (1..9u32, 2..9u32, 2..9u32, 27..200u32);
+    (limits, 0..4).prop_map(|((frontends, services, backends, maglev), which)| {
+        let mut limits = LIMITS;
+        match which {
+            0 => limits.frontends = frontends,
+            1 => limits.services = services,
+            2 => limits.backends = backends,
+            _ => limits.maglev = maglev,
+        }
+        limits
+    })
+}
+
+impl Agent {
+    /// Desired services and frontends that are not in force, or with fewer endpoints than desired.
+    fn not_served(&self) -> BTreeSet<String> {
+        let Syncer {
+            desired, programmed, ..
+        } = &self.syncer;
+        let is_whole = |key: &BalancerKey| {
+            let ids = |index| programmed.slot(index).ids.len();
+            let written = programmed.written_service(key).map(ids);
+            written == Some(desired.balancers[key].backends.len())
+        };
+        let leads_there = |key: &BalancerKey, frontend: &FrontendKey| {
+            let led = programmed
+                .frontends
+                .get(frontend)
+                .map(|frontend| frontend.service);
+            led.is_some() && led == programmed.written_service(key)
+        };
+        let services = desired.balancers.keys().filter(|key| !is_whole(key));
+        let frontends = desired.frontends.iter();
+        let frontends = frontends.filter(|(frontend, key)| !leads_there(key, frontend));
+        let all = services.chain(frontends.map(|(_, key)| key));
+        all.map(|key| services::describe(key).to_string()).collect()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A full table is never silent, stops nothing else, sends nobody to an endpoint that is gone, and heals.
+    #[test]
+    fn a_full_table_is_told_by_name_and_heals(limits in tight(), steps in proptest::collection::vec(step(), 1..40)) {
+        let mut objects: Vec<(ObjectRef, Object)> = Vec::new();
+        let mut memory = Memory::new(limits);
+        let mut agent = Agent::new(&memory);
+        for step in steps {
+            match step {
+                Step::Apply(object) => {
+                    let key = key(&object);
+                    objects.retain(|(known, _)| *known != key);
+                    objects.push((key, object.clone()));
+                    agent.take([object]);
+                }
+                Step::Delete(key) => {
+                    objects.retain(|(known, _)| *known != key);
+                    let dirty = agent.index.delete(&key);
+                    agent.update(&dirty);
+                }
+                Step::Restart => {
+                    agent = Agent::new(&memory);
+                    agent.take(objects.iter().map(|(_, object)| object.clone()));
+                }
+                Step::Fail(..) => continue,
+            }
+            let mut wrong = None;
+            let mut store = Faulty::new(memory, |_, memory: &Memory| {
+                wrong = wrong.take().or_else(|| inconsistency(memory));
+                false
+            });
+            // The second and third are the retries that follow a failure.
+            let mut report = Report::default();
+            for _ in 0..3 {
+                report = agent.syncer.run(&mut store);
+                agent.syncer.reclaim(&mut store).unwrap();
+            }
+            memory = store.memory;
+            prop_assert_eq!(wrong.or_else(|| inconsistency(&memory)), None);
+            let named: BTreeSet<String> = report.failed.keys().map(ToString::to_string).collect();
+            let silent: Vec<String> = agent.not_served().difference(&named).cloned().collect();
+            prop_assert!(silent.is_empty(), "{silent:?} beside {:?}", report.failed);
+            prop_assert!(report.failed.values().all(|failure| !failure.refused), "{:?}", report.failed);
+            prop_assert_eq!(agent.syncer.is_settled(), report.failed.is_empty());
+
+            let mut fresh_memory = Memory::new(limits);
+            let mut fresh = Agent::new(&fresh_memory);
+            fresh.take(objects.iter().map(|(_, object)| object.clone()));
+            let fits = fresh.syncer.run(&mut fresh_memory).failed.is_empty();
+            // The space of MAGLEV may be in pieces.
+            if fits && fresh.syncer.usage().2 * 3 <= limits.maglev {
+                prop_assert!(report.failed.is_empty(), "{:?}", report.failed);
+                prop_assert_eq!(memory.dump(), fresh_memory.dump());
+            }
+        }
+    }
+}
+
+/// A full table leaves the rest served, is reported by name, and is made good when there is room.
+#[test]
+fn a_full_table_is_reported_and_made_good() {
+    let limits = Limits { maglev: 40, ..LIMITS };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    agent.take(object(1, 1));
+    agent.take(object(2, 2));
+    let report = agent.syncer.run(&mut memory);
+    assert_eq!(report.failed.len(), 1);
+    let (what, reason) = report.failed.first_key_value().unwrap();
+    assert_eq!(what.to_string(), "Service ns/s2: 10.96.0.2:80/TCP");
+    assert!(!reason.refused);
+    assert_eq!(
+        reason.reason,
+        "no room for a table of 27 elements (40 elements in all)"
+    );
+    assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
+    assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+
+    let dirty = agent.index.delete(&ObjectRef {
+        kind: Kind::Service,
+        name: name(1),
+    });
+    agent.update(&dirty);
+    agent.syncer.run(&mut memory);
+    let report = agent.syncer.run(&mut memory);
+    assert!(report.failed.is_empty(), "{:?}", report.failed);
+    assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+}
+
+/// A Service's only slice, with these endpoints.
+fn with_endpoints(slice: &Object, last: &[u8]) -> Object {
+    let Object::EndpointSlice(slice) = slice else {
+        panic!("no slice");
+    };
+    let endpoints = last.iter().map(|last| Endpoint {
+        addr: IpAddr::from([10, 244, 0, *last]),
+        ..slice.endpoints[0].clone()
+    });
+    Object::EndpointSlice(EndpointSlice {
+        endpoints: endpoints.collect(),
+        ..slice.clone()
+    })
+}
+
+/// The space of a table may be needed by its own successor.
+#[test]
+fn a_table_makes_room_for_its_successor() {
+    let limits = Limits { maglev: 40, ..LIMITS };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    let [service, slice] = object(1, 1);
+    agent.take([service]);
+    for endpoint in [1, 2, 3] {
+        agent.take([with_endpoints(&slice, &[endpoint])]);
+        let report = agent.syncer.run(&mut memory);
+        assert!(report.failed.is_empty(), "{:?}", report.failed);
+        let expected = format!("internal -> [backend 10.244.0.{endpoint} 80/TCP active x101]");
+        assert!(memory.dump().contains(&expected), "{}", memory.dump());
+        agent.syncer.reclaim(&mut memory).unwrap();
+    }
+}
+
+/// Where endpoints find no room, the others get the traffic, and those that leave make room.
+#[test]
+fn a_service_goes_on_with_the_endpoints_that_fit() {
+    let limits = Limits {
+        backends: 3,
+        ..LIMITS
+    };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    let [service, slice] = object(1, 1);
+    let with = |last: &[u8]| with_endpoints(&slice, last);
+    agent.take([service, with(&[1, 2, 3])]);
+    let report = agent.syncer.run(&mut memory);
+    let texts: Vec<String> = report
+        .failed
+        .iter()
+        .map(|(what, failure)| format!("{what}: {}", failure.reason))
+        .collect();
+    let expected = [
+        "backend 10.244.0.3:80/TCP: no backend id is free (3 backends)",
+        "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written",
+    ];
+    assert_eq!(texts, expected);
+    let dump = memory.dump();
+    assert!(dump.contains("10.244.0.1") && dump.contains("10.244.0.2") && !dump.contains("10.244.0.3"));
+
+    agent.take([with(&[3, 4])]);
+    for _ in 0..2 {
+        agent.syncer.run(&mut memory);
+        agent.syncer.reclaim(&mut memory).unwrap();
+    }
+    assert!(agent.syncer.run(&mut memory).failed.is_empty());
+    let dump = memory.dump();
+    assert!(dump.contains("10.244.0.3") && dump.contains("10.244.0.4") && !dump.contains("10.244.0.1"));
+}

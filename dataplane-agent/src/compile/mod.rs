@@ -1,11 +1,13 @@
 //! From the model to what the tables should say: pure, and by Service, so that an event costs what it touches.
 //!
 //! [`endpoints`] selects backends, [`services`] makes balancers of them, [`claims`] settles who owns an address and
-//! port, [`maglev`] fills tables, [`health_checks`] answers load balancers. [`Compiler`] strings them together.
+//! port, [`maglev`] fills tables, [`health_checks`] answers load balancers, [`host_ports`] does for Pods what
+//! [`services`] does for Services. [`Compiler`] strings them together.
 
 pub mod claims;
 pub mod endpoints;
 pub mod health_checks;
+pub mod host_ports;
 pub mod maglev;
 pub mod services;
 
@@ -17,8 +19,9 @@ use std::{
 
 use claims::Claims;
 use health_checks::{Checks, HealthChecks};
+use host_ports::OwnAddresses;
 
-use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Problem, Protocol, Rejected, Service};
+use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Pod, Problem, Protocol, Rejected, Service};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -104,6 +107,10 @@ pub struct Compiler {
     options: Options,
     claims: Claims,
     health_checks: HealthChecks,
+    /// `None` while they are not known: what is refused because of them is not told before.
+    own_addresses: Option<OwnAddresses>,
+    /// This node's Pods with host ports.
+    host_ports: BTreeSet<ObjectRef>,
     problems: BTreeMap<ObjectRef, Vec<Problem>>,
 }
 
@@ -122,6 +129,36 @@ impl Compiler {
         if dirty.node {
             owners.extend(index.services().map(|service| ObjectRef::service(&service.name)));
         }
+        for name in &dirty.host_ports {
+            let pod = ObjectRef {
+                kind: Kind::Pod,
+                name: name.clone(),
+            };
+            let has_any = host_port_pod(index, &pod).is_some();
+            if has_any {
+                self.host_ports.insert(pod.clone());
+            } else {
+                self.host_ports.remove(&pod);
+            }
+            owners.insert(pod);
+        }
+        if !owners.is_empty() {
+            // A node port may hide a host port of one address, and the other way round.
+            owners.extend(self.host_ports.iter().cloned());
+        }
+        self.compile_all(index, owners)
+    }
+
+    /// Tells which addresses this node has; what depends on it is compiled again.
+    pub fn set_own_addresses(&mut self, index: &Index, own: OwnAddresses) -> Vec<Update> {
+        if self.own_addresses.as_ref() == Some(&own) {
+            return Vec::new();
+        }
+        self.own_addresses = Some(own);
+        self.compile_all(index, self.host_ports.clone())
+    }
+
+    fn compile_all(&mut self, index: &Index, mut owners: BTreeSet<ObjectRef>) -> Vec<Update> {
         let mut affected = BTreeSet::new();
         for owner in &owners {
             affected.extend(self.claim(index, owner));
@@ -173,6 +210,10 @@ impl Compiler {
 
     /// Enters what an object claims; returns the others that gain or lose by it.
     fn claim(&mut self, index: &Index, owner: &ObjectRef) -> BTreeSet<ObjectRef> {
+        if let (Some(pod), Some(own)) = (host_port_pod(index, owner), &self.own_addresses) {
+            let frontends = host_ports::frontends(pod, own).map(|(addr, ..)| addr);
+            return self.claims.set(owner, pod.created_ns, frontends.collect());
+        }
         let Some(service) = proxied(index, owner) else {
             return self.claims.set(owner, 0, Vec::new());
         };
@@ -182,9 +223,14 @@ impl Compiler {
 
     fn compile(&mut self, index: &Index, owner: &ObjectRef) -> Option<Arc<Compiled>> {
         self.problems.remove(owner);
-        let service = proxied(index, owner);
-        self.health_checks.set(index, &owner.name, service);
-        let (compiled, problems) = services::compile(index, service?, self.options, &self.claims);
+        let (compiled, problems) = if owner.kind == Kind::Pod {
+            let pod = host_port_pod(index, owner)?;
+            host_ports::compile(pod, self.own_addresses.as_ref()?, &self.claims)
+        } else {
+            let service = proxied(index, owner);
+            self.health_checks.set(index, &owner.name, service);
+            services::compile(index, service?, self.options, &self.claims)
+        };
         if !problems.is_empty() {
             self.problems.insert(owner.clone(), problems);
         }
@@ -196,4 +242,10 @@ fn proxied<'a>(index: &'a Index, owner: &ObjectRef) -> Option<&'a Service> {
     let is_service = owner.kind == Kind::Service;
     let service = is_service.then(|| index.service(&owner.name)).flatten();
     service.filter(|service| service.proxied)
+}
+
+fn host_port_pod<'a>(index: &'a Index, owner: &ObjectRef) -> Option<&'a Pod> {
+    let is_pod = owner.kind == Kind::Pod;
+    let pod = is_pod.then(|| index.local_pod(&owner.name)).flatten();
+    pod.filter(|pod| !pod.host_ports.is_empty())
 }

@@ -134,7 +134,7 @@ pub fn compile(
 }
 
 /// An address and port for people.
-fn describe(frontend: &FrontendAddr) -> String {
+pub fn describe(frontend: &FrontendAddr) -> String {
     let FrontendAddr { addr, port, proto } = frontend;
     let proto = proto.as_str();
     match addr {

@@ -1,11 +1,11 @@
-//! Pods: address, readiness, labels and named ports.
+//! Pods: address, readiness, labels, named ports and host ports.
 
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1 as core;
 
 use super::{ProtocolField, parse_ip, parse_port, parse_protocol};
-use crate::model::{Name, Pod, PodPort, Problem};
+use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem};
 
 pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
     let spec = pod.spec.unwrap_or_default();
@@ -33,6 +33,8 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
             Err(reason) => problems.push(Problem::new(field, reason)),
         }
     }
+    let mut ports = Ports::default();
+    ports.read(spec.init_containers.as_deref(), &spec.containers, problems);
     Pod {
         name,
         node: spec.node_name.filter(|node| !node.is_empty()).map(Into::into),
@@ -42,43 +44,137 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         ready,
         terminating: pod.metadata.deletion_timestamp.is_some(),
-        ports: ports(spec.init_containers.as_deref(), &spec.containers, problems),
+        running: status.phase.as_deref() == Some("Running"),
+        ports: ports.named,
+        host_ports: ports.host,
+        created_ns: pod
+            .metadata
+            .creation_timestamp
+            .map_or(0, |time| time.0.as_nanosecond()),
     }
 }
 
-/// The named ports, of restartable init containers (sidecars) too.
-fn ports(
-    init: Option<&[core::Container]>,
-    containers: &[core::Container],
-    problems: &mut Vec<Problem>,
-) -> Vec<PodPort> {
-    let sidecars = init
-        .into_iter()
-        .flatten()
-        .enumerate()
-        .filter(|(_, container)| container.restart_policy.as_deref() == Some("Always"))
-        .map(|(i, container)| ("initContainers", i, container));
-    let main = containers
-        .iter()
-        .enumerate()
-        .map(|(i, container)| ("containers", i, container));
-    let mut ports = Vec::new();
-    for (list, i, container) in main.chain(sidecars) {
-        for (j, port) in container.ports.iter().flatten().enumerate() {
-            let field = |what: &str| format!("spec.{list}[{i}].ports[{j}].{what}");
-            let Some(name) = port.name.clone().filter(|name| !name.is_empty()) else {
-                continue;
-            };
-            match (
-                parse_port(port.container_port, || field("containerPort")),
-                parse_protocol(port.protocol.as_deref(), || field("protocol")),
-            ) {
-                (Ok(port), ProtocolField::Served(proto)) => ports.push(PodPort { name, proto, port }),
-                // A Pod may have SCTP ports without anybody asking us to serve them.
-                (Ok(_), ProtocolField::NotYet(_)) => {}
-                (Err(problem), _) | (_, ProtocolField::Unknown(problem)) => problems.push(problem),
+#[derive(Default)]
+struct Ports {
+    named: Vec<PodPort>,
+    host: Vec<HostPort>,
+}
+
+impl Ports {
+    /// Those of restartable init containers (sidecars) too.
+    fn read(
+        &mut self,
+        init: Option<&[core::Container]>,
+        containers: &[core::Container],
+        problems: &mut Vec<Problem>,
+    ) {
+        let sidecars = init
+            .into_iter()
+            .flatten()
+            .enumerate()
+            .filter(|(_, container)| container.restart_policy.as_deref() == Some("Always"))
+            .map(|(i, container)| ("initContainers", i, container));
+        let main = containers
+            .iter()
+            .enumerate()
+            .map(|(i, container)| ("containers", i, container));
+        for (list, i, container) in main.chain(sidecars) {
+            for (j, port) in container.ports.iter().flatten().enumerate() {
+                let field = format!("spec.{list}[{i}].ports[{j}]");
+                if let Err(problem) = self.add(port, field) {
+                    problems.push(problem);
+                }
             }
         }
     }
-    ports
+
+    fn add(&mut self, port: &core::ContainerPort, field: String) -> Result<(), Problem> {
+        let name = port.name.clone().filter(|name| !name.is_empty());
+        let host_port = port.host_port.filter(|port| *port != 0);
+        if name.is_none() && host_port.is_none() {
+            return Ok(());
+        }
+        let number = parse_port(port.container_port, || format!("{field}.containerPort"))?;
+        let proto = match parse_protocol(port.protocol.as_deref(), || format!("{field}.protocol")) {
+            ProtocolField::Served(proto) => proto,
+            // A Pod may have SCTP ports without anybody asking us to serve them.
+            ProtocolField::NotYet(_) if host_port.is_none() => return Ok(()),
+            ProtocolField::NotYet(problem) | ProtocolField::Unknown(problem) => return Err(problem),
+        };
+        self.named.extend(name.map(|name| PodPort {
+            name,
+            proto,
+            port: number,
+        }));
+        let Some(host_port) = host_port else {
+            return Ok(());
+        };
+        let host_ip = match port.host_ip.as_deref().unwrap_or_default() {
+            "" => HostIp::Any,
+            text => {
+                HostIp::One(parse_ip(text).map_err(|reason| Problem::new(format!("{field}.hostIP"), reason))?)
+            }
+        };
+        let port = parse_port(host_port, || format!("{field}.hostPort"))?;
+        self.host.push(HostPort {
+            field,
+            host_ip,
+            port,
+            proto,
+            target: number,
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn host_ports_of_containers_and_sidecars_are_read() {
+        let pod = json!({
+            "metadata": {"name": "a"},
+            "spec": {
+                "containers": [{"name": "c", "ports": [
+                    {"containerPort": 80, "hostPort": 8080, "hostIP": "192.0.2.1"},
+                    {"containerPort": 81, "hostPort": 70000},
+                    {"containerPort": 82, "hostPort": 8082, "protocol": "SCTP"},
+                    {"containerPort": 83, "hostPort": 8083, "hostIP": "host"},
+                    {"containerPort": 84, "protocol": "SCTP", "name": "unasked"},
+                ]}],
+                "initContainers": [
+                    {"name": "s", "restartPolicy": "Always", "ports": [
+                        {"name": "dns", "containerPort": 53, "hostPort": 53, "protocol": "UDP"},
+                    ]},
+                    {"name": "i", "ports": [{"containerPort": 90, "hostPort": 9090}]},
+                ],
+            },
+        });
+        let mut problems = Vec::new();
+        let pod = decode(
+            Name::new("ns", "a"),
+            serde_json::from_value(pod).unwrap(),
+            &mut problems,
+        );
+        let found: Vec<_> = pod
+            .host_ports
+            .iter()
+            .map(|port| (&*port.field, port.port, port.target))
+            .collect();
+        let expected = [
+            ("spec.containers[0].ports[0]", 8080, 80),
+            ("spec.initContainers[0].ports[0]", 53, 53),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(pod.ports.len(), 1);
+        let fields: Vec<&str> = problems.iter().map(|problem| &*problem.field).collect();
+        let expected = ["ports[1].hostPort", "ports[2].protocol", "ports[3].hostIP"];
+        assert_eq!(
+            fields,
+            expected.map(|field| format!("spec.containers[0].{field}"))
+        );
+    }
 }

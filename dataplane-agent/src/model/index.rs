@@ -14,6 +14,8 @@ pub struct Dirty {
     pub node: bool,
     /// Pods of this node changed.
     pub local_pods: bool,
+    /// Pods that have, or had, host ports on this node.
+    pub host_ports: BTreeSet<Name>,
 }
 
 impl Dirty {
@@ -22,10 +24,12 @@ impl Dirty {
             services,
             node,
             local_pods,
+            host_ports,
         } = other;
         self.services.extend(services);
         self.node |= node;
         self.local_pods |= local_pods;
+        self.host_ports.extend(host_ports);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -175,6 +179,11 @@ impl Index {
             .filter_map(|slice| self.slices.get(slice))
     }
 
+    /// A Pod of this node.
+    pub fn local_pod(&self, name: &Name) -> Option<&Pod> {
+        self.pods.get(name).filter(|pod| self.is_local(pod))
+    }
+
     /// The Pods that a Service selects, in the order of their names.
     pub fn selected_pods<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
         in_namespace(&self.pods, &service.name).filter(move |pod| selects(service, pod))
@@ -184,7 +193,11 @@ impl Index {
     pub fn local_pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods
             .values()
-            .filter(|pod| !pod.finished && pod.node.as_deref() == Some(&*self.node_name))
+            .filter(|pod| !pod.finished && self.is_local(pod))
+    }
+
+    fn is_local(&self, pod: &Pod) -> bool {
+        pod.node.as_deref() == Some(&*self.node_name)
     }
 
     fn apply_service(&mut self, service: Service) -> Dirty {
@@ -248,10 +261,16 @@ impl Index {
             })
             .cloned()
             .collect();
+        let has_host_ports = |pod: &&&Pod| self.is_local(pod) && !pod.host_ports.is_empty();
         Dirty {
             services,
             node: false,
-            local_pods: pods().any(|pod| pod.node.as_deref() == Some(&*self.node_name)),
+            local_pods: pods().any(|pod| self.is_local(pod)),
+            host_ports: pods()
+                .find(has_host_ports)
+                .map(|pod| pod.name.clone())
+                .into_iter()
+                .collect(),
         }
     }
 }

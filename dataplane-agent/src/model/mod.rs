@@ -8,8 +8,8 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 pub use index::{Dirty, Index};
 pub use types::{
-    Endpoint, EndpointSlice, Namespace, Node, Pod, PodPort, Protocol, Service, ServicePort, SliceFamily,
-    SlicePort, TargetPort,
+    Endpoint, EndpointSlice, HostIp, HostPort, Namespace, Node, Pod, PodPort, Protocol, Service, ServicePort,
+    SliceFamily, SlicePort, TargetPort,
 };
 
 /// Namespace and name. The namespace is empty for cluster-scoped objects.

@@ -146,8 +146,14 @@ pub struct Pod {
     pub ready: bool,
     /// It has a deletion timestamp.
     pub terminating: bool,
+    /// The phase is `Running`.
+    pub running: bool,
     /// The named ports of its containers.
     pub ports: Vec<PodPort>,
+    /// The ports of its containers that its node is to forward.
+    pub host_ports: Vec<HostPort>,
+    /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown.
+    pub created_ns: i128,
 }
 
 /// A named port of a container.
@@ -156,6 +162,27 @@ pub struct PodPort {
     pub name: String,
     pub proto: Protocol,
     pub port: u16,
+}
+
+/// A port of a container that its node forwards.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostPort {
+    /// Where it stands, such as `spec.containers[0].ports[0]`.
+    pub field: String,
+    pub host_ip: HostIp,
+    pub port: u16,
+    pub proto: Protocol,
+    /// The container's port.
+    pub target: u16,
+}
+
+/// `hostIP`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostIp {
+    /// Every address of the node.
+    Any,
+    /// This one, or every one of its family where it is unspecified.
+    One(IpAddr),
 }
 
 /// A Node.

@@ -1,8 +1,10 @@
 //! The loop: batches of the source and observations of the machine in, table entries out.
 
+mod machine;
+mod reports;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
@@ -19,12 +21,12 @@ use crate::{
     attach,
     compile::{Compiler, Options},
     config::{Config, NodePortAddresses},
-    health::{self, Health, LookAgain, Progress, node_ports},
+    health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
-    model::{Dirty, Index, Kind, ObjectRef, Origin, Problem, Rejected},
+    model::{Dirty, Index, Kind, ObjectRef, Origin, Rejected},
     source::{self, Batch, Change},
     store::Store,
-    sync::{Failure, HostTables, Subject, Syncer},
+    sync::{Failure, Subject, Syncer},
 };
 
 /// The first wait after a failed write; it doubles up to [`RETRY_AT_MOST`].
@@ -34,8 +36,6 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(30);
 const RECLAIM_AFTER: Duration = Duration::from_millis(100);
 /// Between comparisons of the tables with what we believe is in them.
 const AUDIT: Duration = Duration::from_mins(1);
-/// Between attempts to get the ports of health checks that somebody else has.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -58,12 +58,12 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let Kernel { store, mut host } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
-    let (look_again, mut looks) = mpsc::unbounded_channel();
+    let (asks, mut asked) = mpsc::unbounded_channel();
     let health_checks = node_ports::Servers::new(progress_seen.clone());
     let health = Health {
         progress: progress_seen,
         rescan: source.rescan.clone(),
-        look_again,
+        asks,
     };
     if let Some(addr) = config.health_addr {
         tokio::spawn(health.clone().serve_tcp(addr));
@@ -88,7 +88,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 let state = host.borrow_and_update().clone();
                 agent.take_host(state);
             }
-            Some(reply) = looks.recv() => agent.look_again(reply),
+            Some(ask) = asked.recv() => agent.answer(ask),
             () = at(retry_at), if retry_at.is_some() => agent.write(),
             () = at(listen_at), if listen_at.is_some() => agent.listen_again(),
             () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
@@ -230,10 +230,17 @@ impl Agent {
         }
     }
 
-    fn look_again(&mut self, reply: LookAgain) {
-        self.publish_wanted(true);
-        // Whoever asked may have gone.
-        let _gone = reply.send(self.wanted.borrow().revision);
+    /// Whoever asked may have gone.
+    fn answer(&mut self, ask: Ask) {
+        match ask {
+            Ask::LookAgain(reply) => {
+                self.publish_wanted(true);
+                let _gone = reply.send(self.wanted.borrow().revision);
+            }
+            Ask::Served(reply) => {
+                let _gone = reply.send(self.served());
+            }
+        }
     }
 
     /// Tells the kernel side which pods' interfaces to find, and the node's addresses.
@@ -263,6 +270,10 @@ impl Agent {
         };
         let tables = self.host_tables(host);
         self.listen(&tables);
+        let own = tables.own_addresses.iter();
+        let own = own.map(|(addr, flags)| (*addr, flags & own_flags::NODE_PORT != 0));
+        let updates = self.compiler.set_own_addresses(&self.index, own.collect());
+        self.syncer.update(updates);
         self.syncer.set_host(tables);
         let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
         if report.writes > 0 {
@@ -284,30 +295,6 @@ impl Agent {
         self.retry = (self.retry * 2).min(RETRY_AT_MOST);
         if self.syncer.has_garbage() && self.reclaim_at.is_none() {
             self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
-        }
-        self.publish_progress();
-    }
-
-    /// Serves the health checks of load balancers.
-    fn listen(&mut self, tables: &HostTables) {
-        let addrs: BTreeSet<IpAddr> = if self.node_port_addresses == NodePortAddresses::All {
-            [IpAddr::V6(Ipv6Addr::UNSPECIFIED)].into()
-        } else {
-            let node_ports = |flags: u32| flags & own_flags::NODE_PORT != 0;
-            let own = tables.own_addresses.iter();
-            own.filter(|(_, flags)| node_ports(**flags))
-                .map(|(addr, _)| *addr)
-                .collect()
-        };
-        self.health_checks.set(self.compiler.health_checks(), &addrs);
-        let is_waiting = !self.health_checks.refused().is_empty();
-        self.listen_at = is_waiting.then(|| Instant::now() + LISTEN_AGAIN);
-    }
-
-    fn listen_again(&mut self) {
-        if let Some(host) = &self.host {
-            let tables = self.host_tables(host);
-            self.listen(&tables);
         }
         self.publish_progress();
     }
@@ -337,100 +324,6 @@ impl Agent {
     fn sign_of_life(&mut self) {
         self.progress
             .send_modify(|progress| progress.alive = Instant::now());
-    }
-
-    fn publish_progress(&mut self) {
-        self.report_rejected();
-        let host_revision = self.host.as_ref().map_or(0, |host| host.wanted_revision);
-        let started = self.complete && self.host.is_some();
-        let settled = started && self.failed.is_empty() && self.syncer.is_settled();
-        self.progress.send_modify(|progress| {
-            progress.alive = Instant::now();
-            progress.taken = self.taken;
-            progress.failing_since = self.failing_since;
-            progress.synced = self.synced;
-            progress.leaving = self.index.node().is_some_and(|node| node.leaving);
-            progress.started |= settled;
-            if settled {
-                progress.revision = self.taken;
-                progress.host_revision = host_revision;
-            }
-            progress.rejected = self.rejected.iter().map(ToString::to_string).collect();
-            progress.failed = self
-                .failed
-                .iter()
-                .map(|(what, failure)| format!("{what}: {}", failure.reason))
-                .collect();
-        });
-    }
-
-    /// Logs what is newly rejected.
-    fn report_rejected(&mut self) {
-        let origin = |object: &ObjectRef| self.origins.get(object).cloned();
-        let of_health_checks = self.health_checks.refused().into_iter().map(|(service, reason)| {
-            let object = ObjectRef::service(&service);
-            Rejected {
-                origin: origin(&object),
-                object: object.to_string(),
-                problem: Problem::new("spec.healthCheckNodePort", reason),
-            }
-        });
-        let of_objects = self.compiler.rejected(origin).into_iter();
-        let of_source = self.source_rejected.iter().cloned();
-        let rejected: BTreeSet<Rejected> = of_source.chain(of_objects).chain(of_health_checks).collect();
-        for one in rejected.difference(&self.rejected) {
-            tracing::warn!("rejected: {one}");
-        }
-        for one in self.rejected.difference(&rejected) {
-            tracing::info!("no longer rejected: {one}");
-        }
-        self.rejected = rejected;
-    }
-
-    /// What the tables should say of this machine.
-    fn host_tables(&self, host: &HostState) -> HostTables {
-        let own = host
-            .own_addresses
-            .iter()
-            .filter(|(addr, _)| !self.compiler.is_service_address(**addr));
-        HostTables {
-            own_addresses: own
-                .map(|(addr, _)| {
-                    let flags = if self.has_node_ports(*addr) {
-                        own_flags::NODE_PORT
-                    } else {
-                        0
-                    };
-                    (*addr, flags)
-                })
-                .collect(),
-            devices: host
-                .devices
-                .iter()
-                .map(|(ifindex, device)| (*ifindex, device.entry))
-                .collect(),
-            pod_interfaces: host.pod_interfaces.clone(),
-        }
-    }
-
-    /// Whether node ports answer at an own address.
-    fn has_node_ports(&self, addr: IpAddr) -> bool {
-        let is_internal_ip = self
-            .index
-            .node()
-            .is_some_and(|node| node.internal_ips.contains(&addr));
-        match &self.node_port_addresses {
-            // A node's own address may live on `lo`, where routes are announced by BGP. Answers to `fe80::/10` would need
-            // to know the link.
-            NodePortAddresses::All => {
-                let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
-                !addr.is_loopback() && !is_link_local
-            }
-            NodePortAddresses::Primary => is_internal_ip,
-            NodePortAddresses::Within(cidrs) => {
-                !addr.is_loopback() && cidrs.iter().any(|cidr| cidr.contains(&addr))
-            }
-        }
     }
 }
 

@@ -47,6 +47,17 @@ pub enum Command {
         #[arg(long, default_value = "60", value_parser = seconds)]
         timeout: Duration,
     },
+    /// Say what a running agent serves, and which objects it refuses, wholly or in part.
+    Services {
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        /// Only what is not served, and why.
+        #[arg(long)]
+        problems: bool,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// Say what is attached and how full the tables are.
     Status {
         /// The BPF file system of the agent.

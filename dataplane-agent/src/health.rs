@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use self::http::{Answer, Listener};
-use crate::source::Rescan;
+use crate::{served::Served, source::Rescan};
 
 /// How long `/wait` lasts unless it says.
 const WAIT: Duration = Duration::from_mins(1);
@@ -88,15 +88,21 @@ impl Progress {
     }
 }
 
-/// Asks the loop for a fresh look at the machine; the answer is the number of that look.
-pub type LookAgain = oneshot::Sender<u64>;
+/// What the loop is asked.
+#[derive(Debug)]
+pub enum Ask {
+    /// For a fresh look at the machine; the answer is the number of that look.
+    LookAgain(oneshot::Sender<u64>),
+    /// What is served.
+    Served(oneshot::Sender<Served>),
+}
 
 /// What the servers need of the agent.
 #[derive(Clone, Debug)]
 pub struct Health {
     pub progress: watch::Receiver<Progress>,
     pub rescan: Rescan,
-    pub look_again: mpsc::UnboundedSender<LookAgain>,
+    pub asks: mpsc::UnboundedSender<Ask>,
 }
 
 /// The answer of `/healthz` and `/livez`, by kube-proxy's names.
@@ -144,7 +150,7 @@ impl Health {
         }
     }
 
-    /// Serves `wait` and the probes on a socket.
+    /// Serves the commands and the probes on a socket.
     pub async fn serve_unix(self, listener: UnixListener) {
         let answer = move |uri: Uri| {
             let health = self.clone();
@@ -169,9 +175,22 @@ impl Health {
     }
 
     async fn command(mut self, uri: &Uri) -> Answer {
-        if uri.path() != "/wait" {
-            return Answer::not_found();
+        match uri.path() {
+            "/services" => {
+                let (reply, served) = oneshot::channel();
+                // A loop that has ended drops the question.
+                let _ended = self.asks.send(Ask::Served(reply));
+                match served.await {
+                    Ok(served) => Answer::of_health(true, to_json(&served)),
+                    Err(_) => Answer::of_health(false, "{}\n".to_owned()),
+                }
+            }
+            "/wait" => self.wait_for(uri).await,
+            _ => Answer::not_found(),
         }
+    }
+
+    async fn wait_for(&mut self, uri: &Uri) -> Answer {
         let timeout = uri
             .query()
             .unwrap_or_default()
@@ -204,7 +223,7 @@ impl Health {
             .await
             .ok()?;
         let (reply, look) = oneshot::channel();
-        self.look_again.send(reply).ok()?;
+        self.asks.send(Ask::LookAgain(reply)).ok()?;
         let look = look.await.ok()?;
         self.progress
             .wait_for(|progress| {

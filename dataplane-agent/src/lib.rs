@@ -16,6 +16,7 @@ pub mod host;
 pub mod model;
 pub mod netlink;
 pub mod path_error;
+pub mod served;
 pub mod source;
 pub mod store;
 pub mod sync;

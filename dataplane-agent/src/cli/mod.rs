@@ -1,7 +1,9 @@
 //! The commands.
 
+pub mod ask;
 pub mod check;
 pub mod cleanup;
+pub mod services;
 pub mod status;
 pub mod wait;
 
@@ -32,6 +34,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(run) => agent::run(run.resolve()?)?,
         Command::Check { folder } => return check::run(&folder),
         Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
+        Command::Services {
+            socket,
+            problems,
+            output,
+        } => services::run(&socket, problems, output)?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
         Command::Cleanup { bpffs } => cleanup::run(&bpffs)?,
     }

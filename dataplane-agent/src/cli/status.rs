@@ -92,8 +92,8 @@ fn render(status: &Status) -> String {
     text
 }
 
-/// Nothing when there are no rows.
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+/// Nothing when there are no rows, else an empty line first.
+pub fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     for row in rows {

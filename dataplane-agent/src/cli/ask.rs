@@ -1,0 +1,43 @@
+//! Questions to a running agent over its socket.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::Context;
+
+/// What an agent said.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub body: String,
+}
+
+/// Asks for a path. `within`: how long the agent may be silent.
+pub fn ask(socket: &Path, path: &str, within: Duration) -> anyhow::Result<Answer> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(within))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    anyhow::ensure!(!answer.is_empty(), "the agent hung up");
+    parse(&answer).with_context(|| {
+        let first = answer.lines().next().unwrap_or_default();
+        format!("the agent answered `{first}`")
+    })
+}
+
+fn parse(answer: &str) -> Option<Answer> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some(Answer {
+        status,
+        body: body.to_owned(),
+    })
+}

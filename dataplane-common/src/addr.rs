@@ -48,6 +48,40 @@ impl<A: Copy> Tuple<A> {
     }
 }
 
+/// The tuple that a packet is to get, in network byte order. Addresses stay where they are: two of IPv6 are more than
+/// there are registers for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewrite<'a, A> {
+    pub src: &'a A,
+    pub dst: &'a A,
+    pub sport_be: u16,
+    pub dport_be: u16,
+}
+
+impl<'a, A: Copy> Rewrite<'a, A> {
+    #[inline(always)]
+    pub fn of(tuple: &'a Tuple<A>) -> Self {
+        Self {
+            src: &tuple.src,
+            dst: &tuple.dst,
+            sport_be: tuple.sport_be,
+            dport_be: tuple.dport_be,
+        }
+    }
+
+    /// The tuple of the answer to a packet that has got this one.
+    #[inline(always)]
+    #[must_use]
+    pub fn reversed(&self) -> Tuple<A> {
+        Tuple {
+            src: *self.dst,
+            dst: *self.src,
+            sport_be: self.dport_be,
+            dport_be: self.sport_be,
+        }
+    }
+}
+
 /// IPv4 or IPv6: the types of the family's tables and the conversions into them.
 pub trait Family: Copy + 'static {
     /// 4 or 6.
@@ -67,7 +101,8 @@ pub trait Family: Copy + 'static {
     fn flow_key(tuple: &Tuple<Self::Addr>, proto: u8, side: Side) -> Self::FlowKey;
     fn flow(rewrite: &Tuple<Self::Addr>, meta: FlowMeta) -> Self::Flow;
     /// The tuple that a packet of the flow gets.
-    fn rewrite(flow: &Self::Flow) -> Tuple<Self::Addr>;
+    fn rewrite(flow: &Self::Flow) -> Rewrite<'_, Self::Addr>;
+    fn set_rewrite(flow: &mut Self::Flow, rewrite: &Tuple<Self::Addr>);
     fn set_rewrite_sport(flow: &mut Self::Flow, sport_be: u16);
     fn meta(flow: &Self::Flow) -> &FlowMeta;
     fn meta_mut(flow: &mut Self::Flow) -> &mut FlowMeta;
@@ -87,7 +122,8 @@ pub struct V6;
 macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
      $frontend:ident, $key:ident, $flow:ident,
-     to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr) => {
+     to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
+     key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
         impl Family for $family {
             const VERSION: u8 = $version;
             const HEADER_LEN: usize = $header;
@@ -108,15 +144,12 @@ macro_rules! family {
             }
             #[inline(always)]
             fn flow_key(tuple: &Tuple<$addr>, proto: u8, side: Side) -> $key {
-                $key {
-                    src_be: tuple.src,
-                    dst_be: tuple.dst,
-                    sport_be: tuple.sport_be,
-                    dport_be: tuple.dport_be,
-                    proto,
-                    side: side as u8,
-                    unused: [0; 2],
-                }
+                // Written as whole words, because that is how the kernel's hash reads it: a load that needs several
+                // smaller stores waits for all of them.
+                let ($src, $dst) = (tuple.src, tuple.dst);
+                let $ports: u32 = bytemuck::cast([tuple.sport_be, tuple.dport_be]);
+                let $rest: u32 = bytemuck::cast([proto, side as u8, 0, 0]);
+                bytemuck::cast($words_of_key)
             }
             #[inline(always)]
             fn flow(rewrite: &Tuple<$addr>, meta: FlowMeta) -> $flow {
@@ -129,13 +162,20 @@ macro_rules! family {
                 }
             }
             #[inline(always)]
-            fn rewrite(flow: &$flow) -> Tuple<$addr> {
-                Tuple {
-                    src: flow.src_be,
-                    dst: flow.dst_be,
+            fn rewrite(flow: &$flow) -> Rewrite<'_, $addr> {
+                Rewrite {
+                    src: &flow.src_be,
+                    dst: &flow.dst_be,
                     sport_be: flow.sport_be,
                     dport_be: flow.dport_be,
                 }
+            }
+            #[inline(always)]
+            fn set_rewrite(flow: &mut $flow, rewrite: &Tuple<$addr>) {
+                flow.src_be = rewrite.src;
+                flow.dst_be = rewrite.dst;
+                flow.sport_be = rewrite.sport_be;
+                flow.dport_be = rewrite.dport_be;
             }
             #[inline(always)]
             fn set_rewrite_sport(flow: &mut $flow, sport_be: u16) {
@@ -166,9 +206,11 @@ macro_rules! family {
 }
 
 family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4,
-    to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c));
+    to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
+    key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
 family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6,
-    to_any: |a| a, from_any: |b| b, words: |c| c);
+    to_any: |a| a, from_any: |b| b, words: |c| c,
+    key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);
 
 /// A link-layer address.
 #[repr(transparent)]

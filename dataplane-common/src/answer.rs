@@ -8,7 +8,7 @@ use crate::{
     checksum,
     packet::Packet,
     parse::{Headers, Ipv4Header, Ipv6Header, TcpHeader, tcp},
-    pipeline::{Context, World, drop_packet},
+    pipeline::{Context, World},
     reason::Reason,
     rewrite::{RewriteIp, write_macs},
     verdict::Verdict,
@@ -27,12 +27,12 @@ pub fn refuse<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     headers: &Headers<F::Addr>,
 ) -> Verdict {
-    world.count(Reason::NoEndpoints);
     if headers.has_flags(tcp::RST) {
         return Verdict::drop(Reason::NoEndpoints);
     }
+    world.count(Reason::NoEndpoints as u32);
     if !world.take_refusal() {
-        return drop_packet::<F, W>(world, Reason::RefusalRateLimited);
+        return Verdict::drop(Reason::RefusalRateLimited);
     }
     let done = if headers.proto == proto::TCP {
         reset::<F, P>(packet, at.l3, headers)
@@ -40,7 +40,7 @@ pub fn refuse<F: RewriteIp, P: Packet, W: World<F>>(
         let (kind, code) = if F::VERSION == 4 { (3, 3) } else { (1, 4) };
         icmp_error::<F, P>(packet, at.l3, headers, kind, code, 0)
     };
-    finish::<F, P, W>(packet, world, at, done)
+    finish(packet, at, done)
 }
 
 /// Tells the sender that a packet does not fit (RFC 1191, RFC 8201).
@@ -52,25 +52,20 @@ pub fn too_big<F: RewriteIp, P: Packet, W: World<F>>(
     headers: &Headers<F::Addr>,
     mtu: u16,
 ) -> Verdict {
-    world.count(Reason::FragmentationNeeded);
+    world.count(Reason::FragmentationNeeded as u32);
     if !world.take_refusal() {
-        return drop_packet::<F, W>(world, Reason::RefusalRateLimited);
+        return Verdict::drop(Reason::RefusalRateLimited);
     }
     let (kind, code) = if F::VERSION == 4 { (3, 4) } else { (2, 0) };
     let done = icmp_error::<F, P>(packet, at.l3, headers, kind, code, mtu);
-    finish::<F, P, W>(packet, world, at, done)
+    finish(packet, at, done)
 }
 
 #[inline(always)]
-fn finish<F: RewriteIp, P: Packet, W: World<F>>(
-    packet: &mut P,
-    world: &W,
-    at: &Context,
-    done: Option<()>,
-) -> Verdict {
+fn finish<P: Packet>(packet: &mut P, at: &Context, done: Option<()>) -> Verdict {
     match done.and_then(|()| if at.l3 == 0 { Some(()) } else { swap_macs(packet) }) {
         Some(()) => Verdict::ANSWER,
-        None => drop_packet::<F, W>(world, Reason::RewriteFailed),
+        None => Verdict::drop(Reason::RewriteFailed),
     }
 }
 

@@ -7,12 +7,12 @@
 use core::mem::offset_of;
 
 use crate::{
-    addr::{Family, Tuple, proto},
+    addr::{Family, Rewrite, proto},
     checksum::{self, diff16},
     exit::{Leave, leave},
     packet::{Checksum, Packet},
-    parse::{Fragment, Headers, Ipv4Header, UdpHeader},
-    pipeline::{Context, Work, World, drop_packet},
+    parse::{Fragment, Headers, Ipv4Header, UdpHeader, parse_ports},
+    pipeline::{Context, Work, World},
     reason::Reason,
     rewrite::RewriteIp,
     tables::Entry,
@@ -42,15 +42,15 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     work: &mut Work<F>,
 ) -> Verdict {
-    let quoted = match quoted::<F, P>(packet, &work.headers) {
-        Ok(Some(quoted)) => quoted,
-        Ok(None) => return Verdict::PASS,
+    match read_quoted::<F, P>(packet, &work.headers, &mut work.quoted) {
+        Ok(true) => {}
+        Ok(false) => return Verdict::PASS,
         Err(reason) => {
-            world.count(reason);
+            world.count(reason as u32);
             return Verdict::PASS;
         }
-    };
-    work.key = F::flow_key(&quoted.tuple.reversed(), quoted.proto, at.side());
+    }
+    work.key = F::flow_key(&work.quoted.tuple.reversed(), work.quoted.proto, at.side());
     match world.flow(&work.key) {
         Some(entry) => work.forward = *entry.flow(),
         None => match world.half_open(&work.key) {
@@ -62,35 +62,34 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     let verdict = match leave::<F, P, W>(packet, world, at, headers, &work.forward) {
         Leave::Exit(verdict) => verdict,
         Leave::Unchanged => return Verdict::PASS,
-        Leave::TooBig(_) => return drop_packet::<F, W>(world, Reason::FragmentationNeeded),
-        Leave::Drop(reason) => return drop_packet::<F, W>(world, reason),
+        Leave::TooBig(_) => return Verdict::drop(Reason::FragmentationNeeded),
+        Leave::Drop(reason) => return Verdict::drop(reason),
     };
     let rewrite = F::rewrite(&work.forward);
-    match translate::<F, P>(packet, at.l3, headers, &quoted, &rewrite) {
+    match translate::<F, P>(packet, at.l3, headers, &work.quoted, rewrite) {
         Some(()) => verdict,
-        None => drop_packet::<F, W>(world, Reason::RewriteFailed),
+        None => Verdict::drop(Reason::RewriteFailed),
     }
 }
 
-/// The packet that an error quotes, if it is an error about TCP or UDP.
+/// Reads the packet that an error quotes; false if it is no error about TCP or UDP.
 #[inline(always)]
-fn quoted<F: RewriteIp, P: Packet>(
+fn read_quoted<F: RewriteIp, P: Packet>(
     packet: &P,
     headers: &Headers<F::Addr>,
-) -> Result<Option<Headers<F::Addr>>, Reason> {
+    quoted: &mut Headers<F::Addr>,
+) -> Result<bool, Reason> {
     // Type and code: the verifier does not follow the bounds check of a single byte.
     let [kind, _code]: [u8; 2] = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
     if !is_error::<F>(kind) {
-        return Ok(None);
+        return Ok(false);
     }
-    let mut quoted = F::parse_ip(packet, headers.l4() + HEADER_LEN)?;
+    F::parse_ip(packet, headers.l4() + HEADER_LEN, quoted)?;
     if (quoted.proto != proto::TCP && quoted.proto != proto::UDP) || quoted.fragment == Fragment::Later {
-        return Ok(None);
+        return Ok(false);
     }
-    let [sport_be, dport_be]: [u16; 2] = packet.load(quoted.l4()).ok_or(Reason::Truncated)?;
-    quoted.tuple.sport_be = sport_be;
-    quoted.tuple.dport_be = dport_be;
-    Ok(Some(quoted))
+    parse_ports::<F, P>(packet, quoted)?;
+    Ok(true)
 }
 
 /// Writes the outer addresses, the quoted addresses and ports, and every checksum among them.
@@ -100,16 +99,15 @@ fn translate<F: RewriteIp, P: Packet>(
     l3: usize,
     headers: &Headers<F::Addr>,
     quoted: &Headers<F::Addr>,
-    rewrite: &Tuple<F::Addr>,
+    rewrite: Rewrite<'_, F::Addr>,
 ) -> Option<()> {
     let quoted_at = headers.l4() + HEADER_LEN;
     // The endpoint itself speaks under its translated address; a router on the way under its own.
     let outer_src = if headers.tuple.src == quoted.tuple.dst {
         rewrite.src
     } else {
-        headers.tuple.src
+        &headers.tuple.src
     };
-    let inner = rewrite.reversed();
     let ip_sum_at = quoted_at + offset_of!(Ipv4Header, checksum);
     let old_sum: u16 = if F::VERSION == 4 {
         packet.load(ip_sum_at)?
@@ -119,18 +117,18 @@ fn translate<F: RewriteIp, P: Packet>(
     let addresses = F::write_addresses(
         packet,
         quoted_at,
-        (quoted.tuple.src, quoted.tuple.dst),
-        (inner.src, inner.dst),
+        [&quoted.tuple.src, &quoted.tuple.dst],
+        [rewrite.dst, rewrite.src],
     )?;
     let new_sum: u16 = if F::VERSION == 4 {
         packet.load(ip_sum_at)?
     } else {
         0
     };
-    packet.store(quoted.l4(), [inner.sport_be, inner.dport_be])?;
+    packet.store(quoted.l4(), [rewrite.dport_be, rewrite.sport_be])?;
     let ports = checksum::add(
-        diff16(quoted.tuple.sport_be, inner.sport_be),
-        diff16(quoted.tuple.dport_be, inner.dport_be),
+        diff16(quoted.tuple.sport_be, rewrite.dport_be),
+        diff16(quoted.tuple.dport_be, rewrite.sport_be),
     );
     let mut payload = checksum::add(checksum::add(addresses, diff16(old_sum, new_sum)), ports);
     // The quoted checksum, where the quotation reaches that far.
@@ -153,8 +151,8 @@ fn translate<F: RewriteIp, P: Packet>(
     let pseudo = F::write_addresses(
         packet,
         l3,
-        (headers.tuple.src, headers.tuple.dst),
-        (outer_src, rewrite.dst),
+        [&headers.tuple.src, &headers.tuple.dst],
+        [outer_src, rewrite.dst],
     )?;
     let pseudo = if F::VERSION == 4 { 0 } else { pseudo };
     packet.adjust_l4_checksum(

@@ -9,14 +9,14 @@ use std::{collections::HashMap, vec::Vec};
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
-    addr::{AnyAddr, Family, Mac, Tuple, V4, V6, ethertype},
+    addr::{AnyAddr, Family, Mac, V4, V6, ethertype},
     backend::{Backend, BackendHead},
     checksum,
     config::Config,
     device::Device,
     packet::{Checksum, Packet},
-    parse::{Fragment, Headers},
-    pipeline::{Context, Work, process},
+    parse::Headers,
+    pipeline::{Context, Stages, Work, process},
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
     service::{PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
@@ -119,10 +119,14 @@ impl Memory {
             return Verdict::PASS;
         };
         match u16::from_be(kind) {
-            ethertype::IPV4 => process::<V4, _, _>(frame, self, at, &mut work()),
-            ethertype::IPV6 => process::<V6, _, _>(frame, self, at, &mut work()),
+            ethertype::IPV4 => self.run_as::<V4>(frame, at),
+            ethertype::IPV6 => self.run_as::<V6>(frame, at),
             _ => Verdict::PASS,
         }
+    }
+
+    fn run_as<F: MemoryFamily>(&self, frame: &mut Frame, at: &Context) -> Verdict {
+        process::<F, _, _, _>(frame, self, at, &mut Scratch(work::<F>()))
     }
 
     /// How often a reason was counted.
@@ -160,20 +164,22 @@ impl Memory {
     }
 }
 
+/// The space of one run.
+struct Scratch<F: Family>(Work<F>);
+
+impl<F: MemoryFamily> Stages<F, Frame, Memory> for Scratch<F> {
+    fn work(&mut self) -> Option<&mut Work<F>> {
+        Some(&mut self.0)
+    }
+}
+
 /// As the kernel side's scratch space begins.
 fn work<F: Family>() -> Work<F> {
     Work {
-        headers: Headers {
-            tuple: Tuple::default(),
-            l4: 0,
-            l3_len: 0,
-            proto: 0,
-            ttl: 0,
-            fragment: Fragment::Whole,
-            tcp_flags: 0,
-            payload: false,
-        },
+        headers: Headers::default(),
+        quoted: Headers::default(),
         key: F::FlowKey::zeroed(),
+        service: 0,
         forward: F::Flow::zeroed(),
         reply: F::Flow::zeroed(),
     }
@@ -265,8 +271,8 @@ impl<F: MemoryFamily> Tables<F> for Memory {
 }
 
 impl Env for Memory {
-    fn config(&self) -> Config {
-        self.config
+    fn config<T: Copy>(&self, field: impl FnOnce(&Config) -> &T) -> T {
+        *field(&self.config)
     }
 
     fn now_ticks(&self) -> u32 {
@@ -297,7 +303,7 @@ impl Env for Memory {
         self.devices.get(&ifindex).copied()
     }
 
-    fn count(&self, reason: Reason) {
+    fn count(&self, reason: u32) {
         self.counters.borrow_mut()[reason as usize] += 1;
     }
 
@@ -317,8 +323,8 @@ impl Env for Memory {
 }
 
 impl<F: Family> Router<F> for Memory {
-    fn route(&self, _ifindex: u32, _src: F::Addr, dst: F::Addr, _proto: u8, len: u16) -> Route {
-        let dst = F::to_any(dst);
+    fn route(&self, _ifindex: u32, _src: &F::Addr, dst: &F::Addr, _proto: u8, len: u16) -> Route {
+        let dst = F::to_any(*dst);
         let route = self.routes.iter().find(|route| route.matches(F::VERSION, dst));
         let Some(&MemoryRoute {
             ifindex, mtu, macs, ..

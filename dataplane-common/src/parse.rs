@@ -73,8 +73,9 @@ pub struct UdpHeader {
     pub checksum: u16,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fragment {
+    #[default]
     Whole,
     /// Offset 0, more to come: has the layer 4 header.
     First,
@@ -83,7 +84,7 @@ pub enum Fragment {
 }
 
 /// What the datapath needs to know of a packet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Headers<A> {
     /// Ports are 0 until [`parse_l4`].
     pub tuple: Tuple<A>,
@@ -129,12 +130,65 @@ const MAX_L4_OFFSET: usize = 255;
 
 /// Reading one family's header.
 pub trait ParseIp: Family {
-    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<Self::Addr>, Reason>;
+    /// Sets all of `headers`; ports and what else comes from layer 4 is 0.
+    fn parse_ip<P: Packet>(packet: &P, l3: usize, headers: &mut Headers<Self::Addr>) -> Result<(), Reason>;
+
+    /// Bytes of the frame that the datapath may want to see of this packet; `None` where they are too few to say.
+    fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize>;
+
+    /// Protocol and destination port of a whole TCP or UDP packet without options or extension headers, and nothing
+    /// of any other.
+    fn plain_port<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u16)>;
 }
+
+/// An IPv4 header without options, and the ports.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct PlainIpv4 {
+    ip: Ipv4Header,
+    ports_be: [u16; 2],
+}
+
+/// An IPv6 header without extensions, and the ports.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct PlainIpv6 {
+    ip: Ipv6Header,
+    ports_be: [u16; 2],
+}
+
+#[inline(always)]
+fn plain(l4_proto: u8, ports_be: [u16; 2]) -> Option<(u8, u16)> {
+    (l4_proto == proto::TCP || l4_proto == proto::UDP).then_some((l4_proto, ports_be[1]))
+}
+
+/// Bytes of an ICMP error's header and of the layer 4 header that it quotes, up to the checksum of TCP.
+const ICMP_WANTED: usize = 8 + 20;
 
 impl ParseIp for crate::addr::V4 {
     #[inline(always)]
-    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<u32>, Reason> {
+    fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize> {
+        let ip: Ipv4Header = packet.load(l3)?;
+        let l4 = l3 + usize::from(ip.version_ihl & 0x0f) * 4;
+        Some(if ip.proto == proto::ICMP {
+            l4 + ICMP_WANTED + 60
+        } else {
+            l4 + size_of::<TcpHeader>()
+        })
+    }
+
+    #[inline(always)]
+    fn plain_port<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u16)> {
+        let PlainIpv4 { ip, ports_be } = packet.load(l3)?;
+        let is_fragment = u16::from_be(ip.fragment_be) & 0x3fff != 0;
+        if ip.version_ihl != 0x45 || is_fragment {
+            return None;
+        }
+        plain(ip.proto, ports_be)
+    }
+
+    #[inline(always)]
+    fn parse_ip<P: Packet>(packet: &P, l3: usize, headers: &mut Headers<u32>) -> Result<(), Reason> {
         let header: Ipv4Header = packet.load(l3).ok_or(Reason::Truncated)?;
         let header_len = usize::from(header.version_ihl & 0x0f) * 4;
         let l3_len = u16::from_be(header.len_be);
@@ -145,7 +199,7 @@ impl ParseIp for crate::addr::V4 {
             return Err(Reason::Malformed);
         }
         let fragment = u16::from_be(header.fragment_be);
-        Ok(Headers {
+        *headers = Headers {
             tuple: addresses(header.src_be, header.dst_be),
             tcp_flags: 0,
             payload: false,
@@ -158,18 +212,38 @@ impl ParseIp for crate::addr::V4 {
                 (false, true) => Fragment::First,
                 (false, false) => Fragment::Whole,
             },
-        })
+        };
+        Ok(())
     }
 }
 
 impl ParseIp for crate::addr::V6 {
     #[inline(always)]
-    fn parse_ip<P: Packet>(packet: &P, l3: usize) -> Result<Headers<AnyAddr>, Reason> {
+    fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize> {
+        let ip: Ipv6Header = packet.load(l3)?;
+        Some(match ip.next_header {
+            proto::TCP | proto::UDP => l3 + Self::HEADER_LEN + size_of::<TcpHeader>(),
+            // Extension headers, of this packet or of the quoted one.
+            _ => l3 + Self::HEADER_LEN + MAX_L4_OFFSET + ICMP_WANTED,
+        })
+    }
+
+    #[inline(always)]
+    fn plain_port<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u16)> {
+        let PlainIpv6 { ip, ports_be } = packet.load(l3)?;
+        if u32::from_be(ip.version_class_flow_be) >> 28 != 6 {
+            return None;
+        }
+        plain(ip.next_header, ports_be)
+    }
+
+    #[inline(always)]
+    fn parse_ip<P: Packet>(packet: &P, l3: usize, headers: &mut Headers<AnyAddr>) -> Result<(), Reason> {
         let header: Ipv6Header = packet.load(l3).ok_or(Reason::Truncated)?;
         if u32::from_be(header.version_class_flow_be) >> 28 != 6 {
             return Err(Reason::Malformed);
         }
-        let mut info = Headers {
+        *headers = Headers {
             tuple: addresses(header.src_be, header.dst_be),
             tcp_flags: 0,
             payload: false,
@@ -179,10 +253,10 @@ impl ParseIp for crate::addr::V6 {
             l3_len: u16::from_be(header.payload_len_be).saturating_add(Self::HEADER_LEN as u16),
             fragment: Fragment::Whole,
         };
-        if info.proto != proto::TCP && info.proto != proto::UDP && info.proto != proto::ICMPV6 {
-            follow_extensions(packet, l3, &mut info)?;
+        if headers.proto != proto::TCP && headers.proto != proto::UDP && headers.proto != proto::ICMPV6 {
+            follow_extensions(packet, l3, headers)?;
         }
-        Ok(info)
+        Ok(())
     }
 }
 
@@ -238,6 +312,16 @@ fn addresses<A>(src: A, dst: A) -> Tuple<A> {
         sport_be: 0,
         dport_be: 0,
     }
+}
+
+/// Adds the ports of a TCP or UDP packet, and nothing is checked but that they are there.
+#[inline(always)]
+pub(crate) fn parse_ports<F: Family, P: Packet>(
+    packet: &P,
+    headers: &mut Headers<F::Addr>,
+) -> Result<(), Reason> {
+    [headers.tuple.sport_be, headers.tuple.dport_be] = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
+    Ok(())
 }
 
 /// Adds the ports and flags of a TCP or UDP packet; `headers.proto` is one of the two.

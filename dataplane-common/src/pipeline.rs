@@ -10,10 +10,13 @@
 
 use crate::{
     addr::{Family, proto},
+    answer,
     backend::backend_state,
     balance::find_service,
+    begin,
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
+    icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
     reason::Reason,
@@ -36,6 +39,27 @@ pub struct Context {
 }
 
 impl Context {
+    /// In one number: functions that are verified apart have no other arguments.
+    #[inline(always)]
+    pub fn to_raw(&self) -> u64 {
+        u64::from(self.ifindex) << 32
+            | (self.l3 as u64) << 16
+            | u64::from(self.from_host) << 8
+            | self.hook as u64
+    }
+
+    /// The context of [`Self::to_raw`].
+    #[inline(always)]
+    pub fn from_raw(raw: u64) -> Self {
+        Self {
+            hook: Hook::from_number(raw as u8),
+            ifindex: (raw >> 32) as u32,
+            from_host: raw >> 8 & 1 != 0,
+            // The mask changes nothing: it tells the verifier.
+            l3: (raw >> 16 & 0x0f) as usize,
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn side(&self) -> Side {
         match self.hook {
@@ -60,60 +84,144 @@ impl Context {
 pub trait World<F: Family>: Tables<F> + Env + Router<F> {}
 impl<F: Family, W: Tables<F> + Env + Router<F>> World<F> for W {}
 
-/// What is being made of one packet. All zeros is a valid value.
+/// What is being made of one packet that is not established. All zeros is a valid value.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Work<F: Family> {
     pub headers: Headers<F::Addr>,
+    /// Of the packet that an ICMP error quotes.
+    pub quoted: Headers<F::Addr>,
     pub key: F::FlowKey,
+    /// The service that the packet is for, or [`NO_SERVICE`].
+    pub service: u32,
     /// A new flow's entry for its packets.
     pub forward: F::Flow,
     /// A new flow's entry for its answers.
     pub reply: F::Flow,
 }
 
-/// Decides about one packet and writes what has to be written into it.
+/// In [`Work::service`]: an index that no table is large enough for.
+pub(crate) const NO_SERVICE: u32 = u32::MAX;
+
+/// The stages of [`process`] that a kernel program calls apart, and the space that they share.
 ///
-/// Each stage is a function of its own that has returned before the next is called: their stacks do not add up.
+/// What most packets are, nothing to us or established, is decided by [`glance`] in the entry program's registers. For
+/// the others there are functions of their own: a BPF program has 512 bytes of stack along a chain of calls, and the
+/// verifier looks at a global function once, not once for each way to get there.
+pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
+    fn work(&mut self) -> Option<&mut Work<F>>;
+
+    /// [`glance`], with its headers in the shared space.
+    #[inline(always)]
+    fn glance(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict {
+        match self.work() {
+            Some(work) => glance::<F, P, W>(packet, world, at, &mut work.headers),
+            None => Verdict::PASS,
+        }
+    }
+
+    /// [`decide`], with the glance's headers in the shared space.
+    #[inline(always)]
+    fn decide(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict {
+        match self.work() {
+            Some(work) => decide::<F, P, W>(packet, world, at, work, verdict),
+            None => Verdict::PASS,
+        }
+    }
+}
+
+/// Decides about one packet and writes what has to be written into it.
 #[inline(always)]
-pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
+pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     packet: &mut P,
     world: &W,
     at: &Context,
-    work: &mut Work<F>,
+    stages: &mut S,
 ) -> Verdict {
-    let mut verdict = established::<F, P, W>(packet, world, at, work);
-    if verdict.action() == Action::Miss {
-        verdict = crate::begin::miss::<F, P, W>(packet, world, at, work);
-    } else if verdict.action() == Action::Icmp {
-        verdict = crate::icmp::process::<F, P, W>(packet, world, at, work);
+    if at.hook == Hook::Xdp && is_foreign::<F, P, W>(packet, world, at.l3) {
+        return Verdict::PASS;
     }
-    if verdict.action() == Action::Refuse {
-        verdict = crate::answer::refuse::<F, P, W>(packet, world, at, &work.headers);
-    } else if verdict.action() == Action::TooBig {
-        let mtu = verdict.value() as u16;
-        verdict = crate::answer::too_big::<F, P, W>(packet, world, at, &work.headers, mtu);
+    let mut verdict = if F::VERSION == 4 {
+        let mut headers = Headers::default();
+        let verdict = glance::<F, P, W>(packet, world, at, &mut headers);
+        if verdict.is_pending()
+            && let Some(work) = stages.work()
+        {
+            work.headers = headers;
+        }
+        verdict
+    } else {
+        stages.glance(packet, world, at)
+    };
+    if verdict.is_pending() {
+        // A copy in memory, so that the glance can have its own in registers.
+        verdict = stages.decide(packet, world, &Context { ..*at }, verdict);
+    }
+    if verdict.action() == Action::Drop {
+        world.count(verdict.value());
     }
     verdict
 }
 
-/// The first stage: parses the packet, and finishes it if a live entry speaks for it.
-#[inline(never)]
-fn established<F: RewriteIp, P: Packet, W: World<F>>(
+/// Decides what [`glance`] has left undecided.
+#[inline(always)]
+pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,
     work: &mut Work<F>,
+    mut verdict: Verdict,
 ) -> Verdict {
-    match parse::<F, P>(packet, at, &mut work.headers) {
-        Ok(Kind::Flow) => forward::<F, P, W>(packet, world, at, work),
-        Ok(Kind::Icmp) => Verdict::to(Action::Icmp, 0),
-        Ok(Kind::Other) => Verdict::PASS,
-        Err(reason) => {
-            world.count(reason);
-            Verdict::PASS
+    if verdict.action() == Action::Miss {
+        work.service = verdict.value();
+        verdict = begin::first_answer::<F, W>(world, at, work);
+        if verdict.action() == Action::Next {
+            verdict = begin::plan::<F, P, W>(packet, world, at, work);
         }
+        if verdict.action() == Action::Next {
+            verdict = begin::claim::<F, W>(world, work);
+        }
+        if verdict.action() == Action::Translate {
+            verdict = begin::translate::<F, P, W>(packet, world, at, work);
+        }
+    } else if verdict.action() == Action::Icmp {
+        verdict = icmp::process::<F, P, W>(packet, world, at, work);
     }
+    if verdict.action() == Action::Refuse {
+        verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers);
+    } else if verdict.action() == Action::TooBig {
+        let mtu = verdict.value() as u16;
+        verdict = answer::too_big::<F, P, W>(packet, world, at, &work.headers, mtu);
+    }
+    verdict
+}
+
+/// Reads the headers, and finishes the packet if a live entry speaks for it or if it can't be anything to us.
+#[inline(always)]
+pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    headers: &mut Headers<F::Addr>,
+) -> Verdict {
+    if let Err(reason) = F::parse_ip(packet, at.l3, headers) {
+        return not_understood::<F, W>(world, at, reason);
+    }
+    match kind::<F>(headers, at) {
+        Kind::Other => Verdict::PASS,
+        Kind::FragmentPassed => not_understood::<F, W>(world, at, Reason::FragmentPassed),
+        Kind::Icmp => Verdict::to(Action::Icmp, 0),
+        Kind::Flow => established::<F, P, W>(packet, world, at, headers),
+    }
+}
+
+/// A packet that is passed because it can't be read. XDP leaves the counting to TC, which sees it next.
+#[inline(always)]
+fn not_understood<F: Family, W: World<F>>(world: &W, at: &Context, reason: Reason) -> Verdict {
+    if at.hook != Hook::Xdp {
+        world.count(reason as u32);
+    }
+    Verdict::PASS
 }
 
 /// What kind of attention a packet needs.
@@ -121,52 +229,55 @@ fn established<F: RewriteIp, P: Packet, W: World<F>>(
 enum Kind {
     Flow,
     Icmp,
+    FragmentPassed,
     Other,
 }
 
 #[inline(always)]
-fn parse<F: RewriteIp, P: Packet>(
-    packet: &mut P,
-    at: &Context,
-    headers: &mut Headers<F::Addr>,
-) -> Result<Kind, Reason> {
-    *headers = F::parse_ip(packet, at.l3)?;
-    if headers.proto != proto::TCP && headers.proto != proto::UDP {
-        let concerns =
-            headers.proto == F::ICMP && at.hook != Hook::Xdp && headers.fragment == Fragment::Whole;
-        return Ok(if concerns { Kind::Icmp } else { Kind::Other });
+fn kind<F: Family>(headers: &Headers<F::Addr>, at: &Context) -> Kind {
+    if headers.proto == proto::TCP || headers.proto == proto::UDP {
+        return match headers.fragment {
+            Fragment::Whole => Kind::Flow,
+            _ if at.hook == Hook::Xdp => Kind::Other,
+            Fragment::First => Kind::Flow,
+            Fragment::Later => Kind::FragmentPassed,
+        };
     }
-    if headers.fragment != Fragment::Whole && at.hook == Hook::Xdp {
-        return Ok(Kind::Other);
+    let whole = headers.fragment == Fragment::Whole;
+    if headers.proto == F::ICMP && at.hook != Hook::Xdp && whole {
+        Kind::Icmp
+    } else {
+        Kind::Other
     }
-    if headers.fragment == Fragment::Later {
-        return Err(Reason::FragmentPassed);
-    }
-    if !packet.is_gso() && !packet.covers(at.l3 + usize::from(headers.l3_len)) {
-        return Err(Reason::Truncated);
-    }
-    parse_l4::<F, P>(packet, at.l3, headers)?;
-    Ok(Kind::Flow)
 }
 
-/// A TCP or UDP packet.
+/// A TCP or UDP packet: finishes it if a live entry speaks for it, and passes it if it can't be anything to us.
 #[inline(always)]
-fn forward<F: RewriteIp, P: Packet, W: World<F>>(
+fn established<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,
-    work: &mut Work<F>,
+    headers: &mut Headers<F::Addr>,
 ) -> Verdict {
-    let headers = &work.headers;
-    if at.hook == Hook::Xdp && !xdp_concerns::<F, W>(world, headers) {
-        return Verdict::PASS;
+    let is_gso = packet.is_gso();
+    if !is_gso && !packet.covers(at.l3 + usize::from(headers.l3_len)) {
+        return not_understood::<F, W>(world, at, Reason::Truncated);
     }
-    let now = world.now_ticks();
-    work.key = F::flow_key(&headers.tuple, headers.proto, at.side());
-    if let Some(entry) = world.flow(&work.key) {
+    if let Err(reason) = parse_l4::<F, P>(packet, at.l3, headers) {
+        return not_understood::<F, W>(world, at, reason);
+    }
+    let key = F::flow_key(&headers.tuple, headers.proto, at.side());
+    let mut service = NO_SERVICE;
+    if let Some(entry) = world.flow(&key) {
+        let now = world.now_ticks();
         let flow = entry.flow();
         let meta = F::meta(flow);
-        if is_live::<F, W>(world, meta, headers, now, at) {
+        let liveness = liveness(world, meta, headers, now);
+        // TCP outlives its service, unless the address belongs to somebody else by now.
+        if liveness != Liveness::Live {
+            service = service_of::<F, W>(world, at, headers);
+        }
+        if liveness == Liveness::Live || liveness == Liveness::Orphaned && service == NO_SERVICE {
             if at.hook == Hook::Xdp && !xdp_finishes(meta) {
                 return Verdict::PASS;
             }
@@ -182,21 +293,26 @@ fn forward<F: RewriteIp, P: Packet, W: World<F>>(
             }
             return finish::<F, P, W>(packet, world, at, headers, flow);
         }
-    } else if !may_begin_or_answer::<F, W>(world, at, headers, now) {
-        return Verdict::PASS;
+    } else {
+        service = service_of::<F, W>(world, at, headers);
     }
-    Verdict::to(Action::Miss, 0)
+    if service != NO_SERVICE || may_be_first_answer(world, headers) && world.half_open(&key).is_some() {
+        return Verdict::to(Action::Miss, service);
+    }
+    Verdict::PASS
 }
 
-/// Whether XDP has anything to do with a packet: it is for a frontend's port, or an answer to a translated source.
+/// Whether XDP is done with a packet at the first look, as with most that arrive at a node: its headers are plain, and
+/// its port is neither a frontend's nor one of those that sources are translated to.
 #[inline(always)]
-fn xdp_concerns<F: Family, W: World<F>>(world: &W, headers: &Headers<F::Addr>) -> bool {
-    let port = u16::from_be(headers.tuple.dport_be);
-    let config = world.config();
-    if port >= config.snat_port_min && port <= config.snat_port_max {
-        return true;
-    }
-    world.ports(port_set_index(headers.proto, port)).any & 1u64 << (port & 63) != 0
+fn is_foreign<F: RewriteIp, P: Packet, W: World<F>>(packet: &P, world: &W, l3: usize) -> bool {
+    let Some((l4_proto, dport_be)) = F::plain_port(packet, l3) else {
+        return false;
+    };
+    let port = u16::from_be(dport_be);
+    let is_translated =
+        port >= world.config(|c| &c.snat_port_min) && port <= world.config(|c| &c.snat_port_max);
+    !is_translated && world.ports(port_set_index(l4_proto, port)).any & 1u64 << (port & 63) == 0
 }
 
 /// XDP finishes only what leaves by a route; all else passes unchanged to TC.
@@ -205,83 +321,75 @@ pub(crate) fn xdp_finishes(meta: &FlowMeta) -> bool {
     meta.exit & 0x0f == Exit::Route as u8
 }
 
-/// Whether a packet without a flow can be anything to us. Array lookups decide that for most packets.
-#[inline(always)]
-fn may_begin_or_answer<F: Family, W: World<F>>(
-    world: &W,
-    at: &Context,
-    headers: &Headers<F::Addr>,
-    now: u32,
-) -> bool {
-    if may_be_first_answer(world, headers, now) {
-        return true;
-    }
-    let port = u16::from_be(headers.tuple.dport_be);
-    at.scope().is_some() && world.ports(port_set_index(headers.proto, port)).any & 1u64 << (port & 63) != 0
-}
-
 /// Whether a packet without an entry in `FLOWS` could be the first answer of a flow in `HALF_OPEN`. Only a SYN-ACK
 /// or a RST is, in TCP, unless flows were begun in mid-stream lately.
 #[inline(always)]
-pub(crate) fn may_be_first_answer<A, W: Env>(world: &W, headers: &Headers<A>, now: u32) -> bool {
+pub(crate) fn may_be_first_answer<A, W: Env>(world: &W, headers: &Headers<A>) -> bool {
     if headers.proto == proto::UDP || headers.has_flags(tcp::SYN | tcp::RST) {
         return !headers.is_syn();
     }
     let midstream = world.midstream_ticks();
-    midstream != 0 && now.wrapping_sub(midstream) <= world.config().half_open_ticks
+    midstream != 0 && world.now_ticks().wrapping_sub(midstream) <= world.config(|c| &c.half_open_ticks)
+}
+
+/// The service that a packet is for, or [`NO_SERVICE`]. No `Option`: what that leaves undefined in a register where
+/// there is none, the verifier may find to be read.
+#[inline(always)]
+fn service_of<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F::Addr>) -> u32 {
+    let tuple = &headers.tuple;
+    let Some(scope) = at.scope() else {
+        return NO_SERVICE;
+    };
+    find_service::<F, W>(world, tuple.dst, tuple.dport_be, headers.proto, scope).unwrap_or(NO_SERVICE)
 }
 
 /// Whether an entry of `FLOWS` still speaks for its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Liveness {
+    Live,
+    /// Its service is gone, and it may outlive it.
+    Orphaned,
+    Dead,
+}
+
 #[inline(always)]
-fn is_live<F: Family, W: World<F>>(
-    world: &W,
-    meta: &FlowMeta,
-    headers: &Headers<F::Addr>,
-    now: u32,
-    at: &Context,
-) -> bool {
+fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<A>, now: u32) -> Liveness {
     let is_tcp = headers.proto == proto::TCP;
     if now.wrapping_sub(meta.seen_ticks) > timeout_ticks(world, is_tcp, meta.state) {
-        return false;
+        return Liveness::Dead;
     }
     if meta.flags & flow_flags::REPLY != 0 {
-        return true;
+        return Liveness::Live;
     }
     // A client that begins anew from the port of a connection that has ended.
     if is_tcp && meta.state != flow_state::OPEN && headers.is_syn() {
-        return false;
+        return Liveness::Dead;
     }
     let (Some(backend), Some(service)) = (world.backend_head(meta.backend), world.service_head(meta.service))
     else {
-        return false;
+        return Liveness::Dead;
     };
     if backend.generation != meta.backend_generation
         || backend.state == backend_state::GONE
         || !is_tcp && backend.state == backend_state::DRAINING
         || service.generation != meta.service_generation
     {
-        return false;
+        return Liveness::Dead;
     }
-    // TCP outlives its service, unless the address belongs to somebody else by now.
-    service.flags & service_flags::DELETED == 0 || is_tcp && !belongs_to_another::<F, W>(world, at, headers)
-}
-
-#[inline(never)]
-fn belongs_to_another<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F::Addr>) -> bool {
-    let tuple = &headers.tuple;
-    at.scope().is_some_and(|scope| {
-        find_service::<F, W>(world, tuple.dst, tuple.dport_be, headers.proto, scope).is_some()
-    })
+    match (service.flags & service_flags::DELETED != 0, is_tcp) {
+        (false, _) => Liveness::Live,
+        (true, true) => Liveness::Orphaned,
+        (true, false) => Liveness::Dead,
+    }
 }
 
 /// How long an idle entry of `FLOWS` is believed.
 #[inline(always)]
 pub(crate) fn timeout_ticks<W: Env>(world: &W, is_tcp: bool, state: u8) -> u32 {
-    let config = world.config();
     match (is_tcp, state) {
-        (true, flow_state::OPEN) => config.tcp_ticks,
-        (true, _) => config.tcp_closing_ticks,
-        (false, _) => config.udp_ticks,
+        (true, flow_state::OPEN) => world.config(|c| &c.tcp_ticks),
+        (true, _) => world.config(|c| &c.tcp_closing_ticks),
+        (false, _) => world.config(|c| &c.udp_ticks),
     }
 }
 
@@ -298,16 +406,10 @@ pub(crate) fn finish<F: RewriteIp, P: Packet, W: World<F>>(
         Leave::Exit(verdict) => verdict,
         Leave::Unchanged => return Verdict::PASS,
         Leave::TooBig(mtu) => return Verdict::to(Action::TooBig, mtu.into()),
-        Leave::Drop(reason) => return drop_packet::<F, W>(world, reason),
+        Leave::Drop(reason) => return Verdict::drop(reason),
     };
-    match rewrite::<F, P>(packet, at.l3, headers, &F::rewrite(flow)) {
+    match rewrite::<F, P>(packet, at.l3, headers, F::rewrite(flow)) {
         Some(()) => exit,
-        None => drop_packet::<F, W>(world, Reason::RewriteFailed),
+        None => Verdict::drop(Reason::RewriteFailed),
     }
-}
-
-#[inline(always)]
-pub(crate) fn drop_packet<F: Family, W: World<F>>(world: &W, reason: Reason) -> Verdict {
-    world.count(reason);
-    Verdict::drop(reason)
 }

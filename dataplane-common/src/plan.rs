@@ -65,7 +65,7 @@ pub(crate) fn plan<F: Family, P: Packet, W: World<F>>(
             plan.reply_exit = Exit::Back;
         }
         Hook::FromPod => {
-            if world.config().flags & config_flags::FAST_PATH != 0
+            if world.config(|c| &c.flags) & config_flags::FAST_PATH != 0
                 && backend.head.flags & backend_flags::FAST_PATH != 0
                 && backend.ifindex != 0
             {
@@ -133,7 +133,7 @@ fn snat_address<F: Family, W: World<F>>(
     dst: F::Addr,
     always: bool,
 ) -> Result<Option<F::Addr>, Reason> {
-    let ifindex = match world.route(at.ifindex, headers.tuple.src, dst, headers.proto, 0) {
+    let ifindex = match world.route(at.ifindex, &headers.tuple.src, &dst, headers.proto, 0) {
         Route::Found { ifindex, .. } => ifindex,
         // XDP leaves to TC what it could not finish.
         _ if at.hook == Hook::Xdp => return Ok(None),

@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 
 use crate::{
-    addr::{Family, Mac, Tuple, V4, V6, proto},
+    addr::{Family, Mac, Rewrite, V4, V6, proto},
     checksum::{self, diff_words, diff16},
     packet::{Checksum, Packet},
     parse::{Headers, Ipv4Header, Ipv6Header, ParseIp, TcpHeader, UdpHeader},
@@ -15,8 +15,8 @@ pub trait RewriteIp: ParseIp {
     fn write_addresses<P: Packet>(
         packet: &mut P,
         l3: usize,
-        old: (Self::Addr, Self::Addr),
-        new: (Self::Addr, Self::Addr),
+        old: [&Self::Addr; 2],
+        new: [&Self::Addr; 2],
     ) -> Option<u32>;
     /// Takes one from the time to live, of which there is more than one left.
     fn decrement_ttl<P: Packet>(packet: &mut P, l3: usize) -> Option<()>;
@@ -24,19 +24,14 @@ pub trait RewriteIp: ParseIp {
 
 impl RewriteIp for V4 {
     #[inline(always)]
-    fn write_addresses<P: Packet>(
-        packet: &mut P,
-        l3: usize,
-        old: (u32, u32),
-        new: (u32, u32),
-    ) -> Option<u32> {
-        let difference = checksum::add(checksum::diff(old.0, new.0), checksum::diff(old.1, new.1));
+    fn write_addresses<P: Packet>(packet: &mut P, l3: usize, old: [&u32; 2], new: [&u32; 2]) -> Option<u32> {
+        let difference = checksum::add(checksum::diff(*old[0], *new[0]), checksum::diff(*old[1], *new[1]));
         let at = l3 + offset_of!(Ipv4Header, checksum);
         // Checksum and both addresses are neighbours: one store.
         let field: u16 = packet.load(at)?;
         let sum = checksum::update(field, difference);
         packet.store(at, sum)?;
-        packet.store(l3 + offset_of!(Ipv4Header, src_be), [new.0, new.1])?;
+        packet.store(l3 + offset_of!(Ipv4Header, src_be), [*new[0], *new[1]])?;
         Some(difference)
     }
 
@@ -59,22 +54,23 @@ impl RewriteIp for V6 {
     fn write_addresses<P: Packet>(
         packet: &mut P,
         l3: usize,
-        old: ([u32; 4], [u32; 4]),
-        new: ([u32; 4], [u32; 4]),
+        old: [&[u32; 4]; 2],
+        new: [&[u32; 4]; 2],
     ) -> Option<u32> {
-        packet.store(l3 + offset_of!(Ipv6Header, src_be), new.0)?;
-        packet.store(l3 + offset_of!(Ipv6Header, dst_be), new.1)?;
+        packet.store(l3 + offset_of!(Ipv6Header, src_be), *new[0])?;
+        packet.store(l3 + offset_of!(Ipv6Header, dst_be), *new[1])?;
         Some(checksum::add(
-            diff_words(&old.0, &new.0),
-            diff_words(&old.1, &new.1),
+            diff_words(old[0], new[0]),
+            diff_words(old[1], new[1]),
         ))
     }
 
     #[inline(always)]
     fn decrement_ttl<P: Packet>(packet: &mut P, l3: usize) -> Option<()> {
-        let at = l3 + offset_of!(Ipv6Header, hop_limit);
-        let limit: u8 = packet.load(at)?;
-        packet.store(at, limit.checked_sub(1)?)
+        // With the byte before it: the verifier does not follow the bounds check of a single byte.
+        let at = l3 + offset_of!(Ipv6Header, next_header);
+        let [next_header, limit]: [u8; 2] = packet.load(at)?;
+        packet.store(at, [next_header, limit.checked_sub(1)?])
     }
 }
 
@@ -93,10 +89,10 @@ pub fn rewrite<F: RewriteIp, P: Packet>(
     packet: &mut P,
     l3: usize,
     headers: &Headers<F::Addr>,
-    new: &Tuple<F::Addr>,
+    new: Rewrite<'_, F::Addr>,
 ) -> Option<()> {
     let old = &headers.tuple;
-    let pseudo = F::write_addresses(packet, l3, (old.src, old.dst), (new.src, new.dst))?;
+    let pseudo = F::write_addresses(packet, l3, [&old.src, &old.dst], [new.src, new.dst])?;
     let l4 = headers.l4();
     packet.store(l4, [new.sport_be, new.dport_be])?;
     let ports = checksum::add(

@@ -47,6 +47,16 @@ pub struct SockKey6 {
     pub unused: [u8; 6],
 }
 
+impl SockKey6 {
+    /// Made of whole words: the compiler would clear the last six bytes by stores that are not aligned, which the
+    /// verifier does not allow on the stack.
+    #[inline(always)]
+    pub fn new(cookie: u64, addr_be: [u32; 4], port_be: u16) -> Self {
+        let [high, low]: [u64; 2] = bytemuck::cast(addr_be);
+        bytemuck::cast([cookie, high, low, bytemuck::cast([port_be, 0, 0, 0])])
+    }
+}
+
 /// Value of `SOCK_REVERSE_V4`: the service's address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

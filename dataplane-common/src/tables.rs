@@ -5,7 +5,6 @@ use crate::{
     backend::{Backend, BackendHead},
     config::Config,
     device::Device,
-    reason::Reason,
     service::{PortSet, ServiceHead},
 };
 
@@ -43,7 +42,8 @@ pub trait Tables<F: Family> {
 
 /// The tables that both families share, and the rest of the world.
 pub trait Env {
-    fn config(&self) -> Config;
+    /// One of the constants.
+    fn config<T: Copy>(&self, field: impl FnOnce(&Config) -> &T) -> T;
     /// The coarse monotonic clock in ticks of 2^30 ns.
     fn now_ticks(&self) -> u32;
 
@@ -54,7 +54,8 @@ pub trait Env {
     fn ports(&self, index: u32) -> PortSet;
     fn device(&self, ifindex: u32) -> Option<Device>;
 
-    fn count(&self, reason: Reason);
+    /// Counts a [`Reason`](crate::reason::Reason), given by its number.
+    fn count(&self, reason: u32);
     /// Takes one of this tick's refusals, if any is left.
     fn take_refusal(&self) -> bool;
     /// When a TCP flow was last begun in mid-stream, in ticks; 0 for never.
@@ -84,5 +85,5 @@ pub enum Route {
 
 /// The routing table, asked for a packet that entered at `ifindex`. `len` is its layer 3 length, 0 if unknown.
 pub trait Router<F: Family> {
-    fn route(&self, ifindex: u32, src: F::Addr, dst: F::Addr, proto: u8, len: u16) -> Route;
+    fn route(&self, ifindex: u32, src: &F::Addr, dst: &F::Addr, proto: u8, len: u16) -> Route;
 }

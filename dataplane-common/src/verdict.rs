@@ -19,7 +19,7 @@ pub enum Action {
     Resolve,
     /// An answer made of the packet, back to where it came from.
     Answer,
-    /// Not decided yet: no live entry speaks for the packet.
+    /// Not decided yet: no live entry speaks for the packet; it is for the service in `value`, or perhaps a first answer.
     Miss,
     /// Not decided yet: ICMP.
     Icmp,
@@ -27,6 +27,10 @@ pub enum Action {
     Refuse,
     /// Not decided yet: to be answered, it is larger than the MTU in `value`.
     TooBig,
+    /// Not decided yet, between the steps of a stage: the step has nothing to say.
+    Next,
+    /// Not decided yet, between the steps of a stage: to be translated by its new entry.
+    Translate,
 }
 
 /// The decision. Everything in the packet has been written when it is returned.
@@ -40,6 +44,9 @@ pub struct Verdict(u64);
 impl Verdict {
     pub const PASS: Self = Self::to(Action::Pass, 0);
     pub const ANSWER: Self = Self::to(Action::Answer, 0);
+    pub(crate) const REFUSE: Self = Self::to(Action::Refuse, 0);
+    pub(crate) const NEXT: Self = Self::to(Action::Next, 0);
+    pub(crate) const TRANSLATE: Self = Self::to(Action::Translate, 0);
 
     #[inline(always)]
     pub const fn drop(reason: Reason) -> Self {
@@ -64,8 +71,27 @@ impl Verdict {
             7 => Action::Miss,
             8 => Action::Icmp,
             9 => Action::Refuse,
-            _ => Action::TooBig,
+            10 => Action::TooBig,
+            11 => Action::Next,
+            _ => Action::Translate,
         }
+    }
+
+    #[inline(always)]
+    pub const fn to_raw(self) -> u64 {
+        self.0
+    }
+
+    /// The verdict of [`Self::to_raw`].
+    #[inline(always)]
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// Whether another stage has to decide.
+    #[inline(always)]
+    pub(crate) const fn is_pending(self) -> bool {
+        self.0 as u32 >= Action::Miss as u32
     }
 
     /// The device of `Pod`, `Host`, `Transmit` and `Resolve`; the [`Reason`] of `Drop`; else 0.
@@ -85,6 +111,7 @@ impl core::fmt::Debug for Verdict {
 }
 
 /// The places where packets are seen.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     Xdp,
@@ -93,4 +120,19 @@ pub enum Hook {
     ToLo,
     FromPod,
     ToPod,
+}
+
+impl Hook {
+    /// The hook of a number as it is cast from one.
+    #[inline(always)]
+    pub(crate) const fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::Xdp,
+            1 => Self::FromNetdev,
+            2 => Self::ToNetdev,
+            3 => Self::ToLo,
+            4 => Self::FromPod,
+            _ => Self::ToPod,
+        }
+    }
 }

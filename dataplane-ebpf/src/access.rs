@@ -14,6 +14,7 @@ use dataplane_common::{
     checksum,
     config::config_flags,
     packet::{Checksum, Packet},
+    parse::ParseIp,
 };
 
 use crate::world::config;
@@ -122,16 +123,22 @@ pub struct SkbPacket(pub *mut __sk_buff);
 impl SkbPacket {
     /// Makes the headers readable where the driver left them in fragments.
     #[inline(always)]
-    pub fn pull(&mut self, headers: usize) {
+    pub fn pull_headers<F: ParseIp>(&mut self, l3: usize) {
         let (data, end) = self.bounds();
-        if data + headers > end {
-            // SAFETY: the context is valid while the program runs. A failure leaves the packet as it is, and the
-            // parser says "truncated".
-            unsafe {
-                let len = (*self.0).len as usize;
-                bpf_skb_pull_data(self.0, len.min(headers) as u32);
+        if end - data < self.len() {
+            let wanted = F::wanted(self, l3).unwrap_or(l3 + 2 * F::HEADER_LEN + 60);
+            if end - data < wanted {
+                self.pull(wanted);
             }
         }
+    }
+
+    /// Makes the first `wanted` bytes readable, or all if there are less.
+    #[inline(always)]
+    fn pull(&mut self, wanted: usize) {
+        // SAFETY: the context is valid while the program runs. A failure leaves the packet as it is, and the parser
+        // says "truncated".
+        unsafe { bpf_skb_pull_data(self.0, self.len().min(wanted) as u32) };
     }
 
     #[inline(always)]
@@ -175,7 +182,7 @@ impl Packet for SkbPacket {
     fn adjust_l4_checksum(&mut self, offset: usize, pseudo: u32, payload: u32, kind: Checksum) -> Option<()> {
         // Only the helper knows whether the checksum is partial, complete or none.
         let mangled = if kind.zero_is_none { MARK_MANGLED_0 } else { 0 };
-        let ipv6 = if kind.ipv6 && config().flags & config_flags::CSUM_IPV6 != 0 {
+        let ipv6 = if kind.ipv6 && config(|c| &c.flags) & config_flags::CSUM_IPV6 != 0 {
             IPV6
         } else {
             0

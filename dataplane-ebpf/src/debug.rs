@@ -19,8 +19,8 @@ use aya_log_ebpf_macros::info;
 use dataplane_common::{
     addr::{AnyAddr, Tuple, V4, V6, proto},
     packet::Packet,
-    parse::{Fragment, Ipv4Header, Ipv6Header, parse_l4},
-    pipeline::{self, Context, Work, World},
+    parse::{Fragment, Headers, Ipv4Header, Ipv6Header, parse_l4},
+    pipeline::{self, Context, Stages, World},
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
     verdict::{Action, Verdict},
@@ -76,18 +76,19 @@ pub trait Shown: RewriteIp {
 
 /// [`pipeline::process`], with a line if lines are wanted.
 #[inline(always)]
-pub fn process<F: Shown, P: Packet, W: World<F>>(
+pub fn process<F: Shown, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     packet: &mut P,
     world: &W,
     at: &Context,
-    work: &mut Work<F>,
+    stages: &mut S,
 ) -> Verdict {
     if macro_support::level_enabled(Level::Info) {
         look::<F, P>(packet, at.l3);
     }
-    let verdict = pipeline::process::<F, P, W>(packet, world, at, work);
+    let verdict = pipeline::process::<F, P, W, S>(packet, world, at, stages);
     if macro_support::level_enabled(Level::Info) {
-        tell::<F, P>(packet, at, verdict);
+        // A copy in memory for the call: the datapath keeps its own in registers.
+        tell::<F, P>(packet, &Context { ..*at }, verdict);
     }
     verdict
 }
@@ -97,7 +98,8 @@ pub fn process<F: Shown, P: Packet, W: World<F>>(
 fn look<F: Shown, P: Packet>(packet: &P, l3: usize) -> u32 {
     let Some(seen) = F::seen() else { return 0 };
     (seen.came, seen.l4, seen.proto) = (Tuple::default(), 0, 0);
-    if let Ok(mut headers) = F::parse_ip(packet, l3) {
+    let mut headers = Headers::default();
+    if F::parse_ip(packet, l3, &mut headers).is_ok() {
         let has_ports = headers.proto == proto::TCP || headers.proto == proto::UDP;
         if has_ports
             && headers.fragment != Fragment::Later

@@ -10,6 +10,7 @@ mod access;
 mod debug;
 mod maps;
 mod sock;
+mod stages;
 mod tc;
 mod world;
 mod xdp;

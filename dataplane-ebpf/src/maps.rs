@@ -72,8 +72,15 @@ pub static REFUSALS: PerCpuArray<Refusals, 1> = PerCpuArray::new();
 #[btf_map]
 pub static MIDSTREAM: Array<u32, 1> = Array::new();
 
+/// `struct bpf_fib_lookup`, which has unions that field names would not help.
+#[repr(C, align(8))]
+pub struct RouteQuery(pub [u64; 8]);
+
 /// Scratch space: what is being made of the packet at hand.
 #[btf_map]
 pub static WORK_V4: PerCpuArray<Work<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 pub static WORK_V6: PerCpuArray<Work<V6>, 1> = PerCpuArray::new();
+/// Scratch space: what the routing table is asked, and answers.
+#[btf_map]
+pub static ROUTE: PerCpuArray<RouteQuery, 1> = PerCpuArray::new();

@@ -23,7 +23,7 @@ use dataplane_common::{
 
 use crate::{
     maps::{SOCK_CHOSEN, SOCK_REVERSE_V4, SOCK_REVERSE_V6},
-    world::{World, config},
+    world::{Aligned, World, config},
 };
 
 /// What the kernel does next with the system call.
@@ -118,10 +118,9 @@ fn set_destination(ctx: *mut bpf_sock_addr, v6: bool, destination: Destination, 
 /// Whether this socket's process is one we translate for.
 #[inline(always)]
 fn concerns(ctx: *mut bpf_sock_addr) -> bool {
-    let config = config();
-    config.flags & config_flags::SOCKET_HOST_ONLY == 0
+    config(|c| &c.flags) & config_flags::SOCKET_HOST_ONLY == 0
         // SAFETY: the context is valid while the program runs.
-        || unsafe { bpf_get_netns_cookie(ctx.cast()) } == config.host_netns_cookie
+        || unsafe { bpf_get_netns_cookie(ctx.cast()) } == config(|c| &c.host_netns_cookie)
 }
 
 /// connect and sendmsg: service address → backend.
@@ -160,12 +159,7 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
         }),
         Destination::V6(addr) => pick::<V6>(ctx, addr, port, l4_proto).map(|found| {
             found.map(|(backend, backend_port, cookie)| {
-                let key = SockKey6 {
-                    cookie,
-                    addr_be: backend,
-                    port_be: backend_port,
-                    unused: [0; 6],
-                };
+                let key = SockKey6::new(cookie, backend, backend_port);
                 remember(
                     &SOCK_REVERSE_V6,
                     &key,
@@ -264,9 +258,14 @@ fn chosen_before<W: Env>(world: &W, key: &SockService) -> Option<Backend> {
 }
 
 #[inline(always)]
-fn remember<K, V, const M: usize, const F: usize>(map: &LruHashMap<K, V, M, F>, key: &K, value: &V) {
+fn remember<K: Copy, V: Copy, const M: usize, const F: usize>(
+    map: &LruHashMap<K, V, M, F>,
+    key: &K,
+    value: &V,
+) {
+    let (key, value) = (Aligned(*key), Aligned(*value));
     // A full LRU map evicts; without the entry only the name of the peer is the backend's.
-    let _ = map.insert(key, value, 0);
+    let _ = map.insert(key.in_place(), value.in_place(), 0);
 }
 
 /// recvmsg and getpeername: backend → the service address that the socket asked for.
@@ -296,12 +295,7 @@ fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
             }
         }
         Destination::V6(addr) => {
-            let key = SockKey6 {
-                cookie,
-                addr_be: addr,
-                port_be: port,
-                unused: [0; 6],
-            };
+            let key = SockKey6::new(cookie, addr, port);
             // SAFETY: as above.
             if let Some(asked) = unsafe { SOCK_REVERSE_V6.get(key) } {
                 set_destination(ctx, v6, Destination::V6(asked.addr_be), asked.port_be);

@@ -15,12 +15,7 @@ use dataplane_common::{
     verdict::{Action, Hook, Verdict},
 };
 
-use crate::{
-    access::SkbPacket,
-    debug::process,
-    maps::{WORK_V4, WORK_V6},
-    world::{World, work},
-};
+use crate::{access::SkbPacket, debug::process, stages::Apart, world::World};
 
 /// `TC_ACT_UNSPEC`, which is `TCX_NEXT`: whoever comes next at this hook sees the packet too.
 const NEXT: i32 = -1;
@@ -30,8 +25,6 @@ const SHOT: i32 = 2;
 const INGRESS: u64 = 1;
 /// In `tc_index` of a packet that we have redirected: the next hook of ours lets it pass, once.
 const TRANSLATED: u32 = 0xd7a9;
-/// Bytes that the parser may want to see: Ethernet, IP with options, TCP.
-const HEADERS: usize = ETHERNET_LEN + 40 + 20;
 
 #[classifier]
 pub fn from_netdev(ctx: TcContext) -> i32 {
@@ -81,21 +74,16 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         l3,
     };
     let world = World::new(skb);
+    let mut stages = Apart(skb);
     let mut packet = SkbPacket(skb);
     let verdict = match u16::from_be(protocol as u16) {
         ethertype::IPV4 => {
-            packet.pull(HEADERS);
-            match work(&WORK_V4) {
-                Some(work) => process::<V4, _, _>(&mut packet, &world, &at, work),
-                None => Verdict::PASS,
-            }
+            packet.pull_headers::<V4>(l3);
+            process::<V4, _, _, _>(&mut packet, &world, &at, &mut stages)
         }
         ethertype::IPV6 => {
-            packet.pull(HEADERS);
-            match work(&WORK_V6) {
-                Some(work) => process::<V6, _, _>(&mut packet, &world, &at, work),
-                None => Verdict::PASS,
-            }
+            packet.pull_headers::<V6>(l3);
+            process::<V6, _, _, _>(&mut packet, &world, &at, &mut stages)
         }
         _ => Verdict::PASS,
     };

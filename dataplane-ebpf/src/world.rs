@@ -17,7 +17,6 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    reason::Reason,
     service::{Frontend, FrontendKey4, FrontendKey6, PortSet, ServiceHead},
     tables::{Entry, Env, InsertError, Route, Router, Tables},
 };
@@ -28,11 +27,11 @@ use crate::maps::*;
 #[unsafe(no_mangle)]
 static CONFIG: Config = Config::DEFAULT;
 
-/// The constants of this load.
+/// One of this load's constants.
 #[inline(always)]
-pub fn config() -> Config {
-    // SAFETY: a valid static. Volatile: the value here is not the one the agent sets.
-    unsafe { ptr::read_volatile(&raw const CONFIG) }
+pub fn config<T: Copy>(field: impl FnOnce(&Config) -> &T) -> T {
+    // SAFETY: a reference to a part of a static. Volatile: the value here is not the one that the agent sets.
+    unsafe { ptr::read_volatile(field(&CONFIG)) }
 }
 
 /// This CPU's [`Work`]; programs that use it do not nest.
@@ -55,6 +54,18 @@ impl<C> World<C> {
             ctx: ctx.cast(),
             kind: PhantomData,
         }
+    }
+}
+
+/// A key or value on the stack. The compiler joins stores to words as packets and maps allow it, at any address; the stack is
+/// where the verifier insists on alignment.
+#[repr(C, align(8))]
+pub struct Aligned<T>(pub T);
+
+impl<T> Aligned<T> {
+    #[inline(always)]
+    pub fn in_place(&self) -> &T {
+        &self.0
     }
 }
 
@@ -89,11 +100,13 @@ macro_rules! family_tables {
 
             #[inline(always)]
             fn flow(&self, key: &$key) -> Option<MapEntry<$flow>> {
-                $flows.get_ptr_mut(key).map(MapEntry)
+                $flows.get_ptr_mut(Aligned(*key).in_place()).map(MapEntry)
             }
             #[inline(always)]
             fn half_open(&self, key: &$key) -> Option<MapEntry<$flow>> {
-                $half_open.get_ptr_mut(key).map(MapEntry)
+                $half_open
+                    .get_ptr_mut(Aligned(*key).in_place())
+                    .map(MapEntry)
             }
             #[inline(always)]
             fn put_flow(&self, key: &$key, flow: &$flow) -> Result<(), InsertError> {
@@ -161,22 +174,23 @@ fn insert<K, V, const M: usize, const F: usize>(
 }
 
 #[inline(always)]
-fn value<K, V: Copy, const M: usize, const F: usize>(map: &HashMap<K, V, M, F>, key: &K) -> Option<V> {
+fn value<K: Copy, V: Copy, const M: usize, const F: usize>(map: &HashMap<K, V, M, F>, key: &K) -> Option<V> {
+    let key = Aligned(*key);
     // SAFETY: values of these maps never change in place, see `dataplane_common::service::Frontend`.
-    unsafe { map.get(key) }.copied()
+    unsafe { map.get(key.in_place()) }.copied()
 }
 
 impl<C> Env for World<C> {
     #[inline(always)]
-    fn config(&self) -> Config {
-        config()
+    fn config<T: Copy>(&self, field: impl FnOnce(&Config) -> &T) -> T {
+        config(field)
     }
 
     #[inline(always)]
     fn now_ticks(&self) -> u32 {
         // SAFETY: helpers without arguments.
         unsafe {
-            if config().flags & config_flags::COARSE_CLOCK != 0 {
+            if config(|c| &c.flags) & config_flags::COARSE_CLOCK != 0 {
                 (bpf_ktime_get_coarse_ns() >> 30) as u32
             } else {
                 // Before 5.11. CONFIG_HZ is 250 or 1000 on all distributions; ticks need no more than that.
@@ -228,8 +242,8 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
-    fn count(&self, reason: Reason) {
-        if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+    fn count(&self, reason: u32) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(reason) {
             // SAFETY: a per-CPU element, and programs do not migrate while they run.
             unsafe { *counter += 1 };
         }
@@ -248,7 +262,7 @@ impl<C> Env for World<C> {
                 (*refusals).sent = 0;
             }
             (*refusals).sent += 1;
-            (*refusals).sent <= config().refusals_per_tick
+            (*refusals).sent <= config(|c| &c.refusals_per_tick)
         }
     }
 
@@ -266,29 +280,37 @@ impl<C> Env for World<C> {
     }
 }
 
+const _: () = assert!(size_of::<bpf_fib_lookup>() == size_of::<RouteQuery>());
+
 /// `AF_INET` and `AF_INET6`.
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
 impl<F: Family, C> Router<F> for World<C> {
     #[inline(always)]
-    fn route(&self, ifindex: u32, src: F::Addr, dst: F::Addr, proto: u8, len: u16) -> Route {
-        // SAFETY: all fields are integers.
-        let mut params: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    fn route(&self, ifindex: u32, src: &F::Addr, dst: &F::Addr, proto: u8, len: u16) -> Route {
+        let Some(query) = ROUTE.get_ptr_mut(0) else {
+            return Route::None;
+        };
+        // SAFETY: a per-CPU element of the helper's size and alignment, all of whose fields are integers.
+        let params = unsafe {
+            *query = RouteQuery([0; 8]);
+            &mut *query.cast::<bpf_fib_lookup>()
+        };
         params.family = if F::VERSION == 4 { AF_INET } else { AF_INET6 };
         params.l4_protocol = proto;
         params.ifindex = ifindex;
         // Without a length, the helper would compare the whole frame with the MTU at TC hooks.
         params.__bindgen_anon_1.tot_len = len.max(1);
         if F::VERSION == 4 {
-            params.__bindgen_anon_3.ipv4_src = F::to_any(src)[0];
-            params.__bindgen_anon_4.ipv4_dst = F::to_any(dst)[0];
+            params.__bindgen_anon_3.ipv4_src = F::words(src)[0];
+            params.__bindgen_anon_4.ipv4_dst = F::words(dst)[0];
         } else {
-            params.__bindgen_anon_3.ipv6_src = F::to_any(src);
-            params.__bindgen_anon_4.ipv6_dst = F::to_any(dst);
+            params.__bindgen_anon_3.ipv6_src = F::to_any(*src);
+            params.__bindgen_anon_4.ipv6_dst = F::to_any(*dst);
         }
         // SAFETY: the context is valid while the program runs, and the size is that of the parameters.
-        let result = unsafe { fib_lookup(self.ctx, &raw mut params, size_of::<bpf_fib_lookup>() as i32, 0) };
+        let result = unsafe { fib_lookup(self.ctx, params, size_of::<bpf_fib_lookup>() as i32, 0) };
         match result as u32 {
             BPF_FIB_LKUP_RET_SUCCESS => Route::Found {
                 ifindex: params.ifindex,

@@ -9,12 +9,7 @@ use dataplane_common::{
     verdict::{Action, Hook, Verdict},
 };
 
-use crate::{
-    access::XdpPacket,
-    debug::process,
-    maps::{WORK_V4, WORK_V6},
-    world::{World, work},
-};
+use crate::{access::XdpPacket, debug::process, stages::Apart, world::World};
 
 #[xdp(frags)]
 pub fn xdp(ctx: XdpContext) -> u32 {
@@ -31,15 +26,10 @@ pub fn xdp(ctx: XdpContext) -> u32 {
         l3: ETHERNET_LEN,
     };
     let world = World::new(ctx.ctx);
+    let mut stages = Apart(ctx.ctx);
     let verdict = match u16::from_be(kind) {
-        ethertype::IPV4 => match work(&WORK_V4) {
-            Some(work) => process::<V4, _, _>(&mut packet, &world, &at, work),
-            None => Verdict::PASS,
-        },
-        ethertype::IPV6 => match work(&WORK_V6) {
-            Some(work) => process::<V6, _, _>(&mut packet, &world, &at, work),
-            None => Verdict::PASS,
-        },
+        ethertype::IPV4 => process::<V4, _, _, _>(&mut packet, &world, &at, &mut stages),
+        ethertype::IPV6 => process::<V6, _, _, _>(&mut packet, &world, &at, &mut stages),
         _ => Verdict::PASS,
     };
     match verdict.action() {

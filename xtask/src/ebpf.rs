@@ -9,7 +9,22 @@ use object::{Object as _, ObjectSection as _};
 use crate::{paths, process, progress, setup};
 
 /// Debug information is what BTF is made of; the linker turns it into `.BTF` and `.BTF.ext`.
-pub const FLAGS: &[&str] = &["-C", "debuginfo=2", "-C", "link-arg=--btf"];
+///
+/// The linker generates the code: version 3 of the instruction set (Linux 5.1) has 32-bit arithmetic and compares, and
+/// without the permission for misaligned access, headers behind 14 bytes of Ethernet are read byte by byte. With copies expanded in order, which is the default for C,
+/// memory is cleared by a loop over its bytes, of which the verifier follows every turn.
+pub const FLAGS: &[&str] = &[
+    "-C",
+    "debuginfo=2",
+    "-C",
+    "link-arg=--btf",
+    "-C",
+    "target-cpu=v3",
+    "-C",
+    "link-arg=--cpu-features=+alu32,+allows-misaligned-mem-access",
+    "-C",
+    "link-arg=--disable-expand-memcpy-in-order",
+];
 
 #[derive(Debug, Default, clap::Args)]
 pub struct Args {

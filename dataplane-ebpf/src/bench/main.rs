@@ -12,9 +12,9 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use dataplane_common::{
-    addr::{Family, Tuple, V4, proto},
+    addr::{Family, Rewrite, Tuple, V4, ethertype, proto},
     balance::{choose, flow_hash},
-    flow::{Exit, Flow4, FlowMeta, Side},
+    flow::{Exit, FlowMeta, Side},
     packet::Packet,
     parse::{ETHERNET_LEN, Fragment, Headers, Ipv4Header, TcpHeader},
     rewrite::{RewriteIp, rewrite, write_macs},
@@ -24,17 +24,16 @@ use dataplane_common::{
 
 use crate::{
     access::{SkbPacket, XdpPacket},
-    world::World,
+    world::{World, work},
 };
 
 #[path = "../access.rs"]
-#[allow(dead_code, reason = "shared with the datapath")]
+#[expect(dead_code, reason = "shared with the datapath")]
 mod access;
 #[path = "../maps.rs"]
-#[allow(dead_code, reason = "shared with the datapath")]
+#[expect(dead_code, reason = "shared with the datapath")]
 mod maps;
 #[path = "../world.rs"]
-#[allow(dead_code, reason = "shared with the datapath")]
 mod world;
 
 /// `TCX_NEXT`.
@@ -104,11 +103,16 @@ pub fn trampoline_tc(ctx: TcContext) -> i32 {
     NEXT
 }
 
-/// IPv4 without options and TCP, and nothing else.
+/// Whole IPv4 packets without options, TCP, and nothing else.
 #[inline(always)]
 fn parse<P: Packet>(packet: &P) -> Option<Headers<u32>> {
+    let kind: u16 = packet.load(12)?;
     let ip: Ipv4Header = packet.load(ETHERNET_LEN)?;
-    if ip.version_ihl != 0x45 || ip.proto != proto::TCP {
+    if u16::from_be(kind) != ethertype::IPV4
+        || ip.version_ihl != 0x45
+        || u16::from_be(ip.fragment_be) & 0x3fff != 0
+        || ip.proto != proto::TCP
+    {
         return None;
     }
     let l4 = ETHERNET_LEN + V4::HEADER_LEN;
@@ -194,7 +198,7 @@ fn established<P: Packet, C>(packet: &mut P, world: &World<C>) -> Option<()> {
     if world.backend_head(flow.meta.backend)?.generation != flow.meta.backend_generation {
         return None;
     }
-    rewrite::<V4, P>(packet, ETHERNET_LEN, &headers, &V4::rewrite(flow))
+    rewrite::<V4, P>(packet, ETHERNET_LEN, &headers, V4::rewrite(flow))
 }
 
 /// Flow hit → backend array → route → time to live, link layer, rewrite.
@@ -225,7 +229,7 @@ fn nodeport(packet: &mut XdpPacket, world: &World<xdp_md>, ctx: *mut xdp_md) -> 
     };
     V4::decrement_ttl(packet, ETHERNET_LEN)?;
     write_macs(packet, mac_dst, mac_src)?;
-    rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, &new)
+    rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, new)
 }
 
 /// Flow miss → frontend → service → Maglev → backend → nobody has the answers' key → one insert → rewrite.
@@ -269,9 +273,10 @@ fn begin(packet: &mut SkbPacket, world: &World<__sk_buff>) -> Option<()> {
     if Tables::<V4>::flow(world, &key).is_some() {
         return None;
     }
-    let reply: Flow4 = V4::flow(&tuple.reversed(), meta);
-    Tables::<V4>::put_half_open(world, &key, &reply, false).ok()?;
-    rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, &new)
+    let work = work(&maps::WORK_V4)?;
+    work.reply = V4::flow(&tuple.reversed(), meta);
+    Tables::<V4>::put_half_open(world, &key, &work.reply, false).ok()?;
+    rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, Rewrite::of(&new))
 }
 
 #[cfg(not(test))]

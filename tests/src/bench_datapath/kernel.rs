@@ -175,7 +175,12 @@ impl Bench {
         Ok(self.run(packets, None)?.1)
     }
 
-    /// Sets what the trampoline calls, and begins the walk where the last one of this case ended for nobody.
+    /// Goes on with flows that the last `packets` did not meet.
+    pub fn walk_on(&mut self, packets: u32) {
+        self.walk.step = self.walk.step.wrapping_add(packets);
+    }
+
+    /// Sets what the trampoline calls, and where its walk begins.
     fn aim(&mut self, target: Option<&ProgramFd>) -> Result<()> {
         let name = if is_xdp(self.case) {
             "TARGET_XDP"

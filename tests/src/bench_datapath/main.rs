@@ -27,6 +27,10 @@ struct Args {
     #[arg(long, default_value_t = 2_000_000)]
     packets: u32,
 
+    /// Slices of each round. The kernel answers in whole nanoseconds; the mean over slices is finer
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    slices: u32,
+
     /// Flows that the flow tables have room for
     #[arg(long, default_value_t = 4_194_304)]
     max_flows: u32,
@@ -84,7 +88,7 @@ fn main() -> Result<()> {
             let row = measure(&args, case, flows, &device)
                 .with_context(|| format!("failed to measure {} at {flows} flows", case.name))?;
             println!(
-                "{:<44} {:>8} {:>10.0} {:>8.0} {:>8.0} {:>7.2}",
+                "{:<44} {:>8} {:>10.1} {:>8.1} {:>8.1} {:>7.2}",
                 row.case,
                 row.flows,
                 median(&row.trampoline),
@@ -116,10 +120,16 @@ fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device
     };
     // One round more: the first warms up.
     for round in 0..=args.rounds {
-        let trampoline = bench.alone(args.packets)?;
-        let floor = bench.floor(args.packets)?;
-        let ours = bench.ours(args.packets)?;
+        let packets = (args.packets / args.slices).max(1);
+        let mut sums = [0.0; 3];
+        for _ in 0..args.slices {
+            sums[0] += bench.alone(packets)?;
+            sums[1] += bench.floor(packets)?;
+            sums[2] += bench.ours(packets)?;
+            bench.walk_on(packets);
+        }
         if round > 0 {
+            let [trampoline, floor, ours] = sums.map(|sum| sum / f64::from(args.slices));
             row.trampoline.push(trampoline);
             row.floor.push(floor);
             row.ours.push(ours);

@@ -23,7 +23,7 @@ use dataplane_common::backend::backend_state;
 use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
 use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
-use dataplane_common::parse::{ETHERNET_LEN, ParseIp, parse_l4};
+use dataplane_common::parse::{ETHERNET_LEN, Headers, ParseIp, parse_l4};
 use dataplane_common::pipeline::Context;
 use dataplane_common::service::{Frontend, service_flags};
 use dataplane_common::verdict::Hook;
@@ -365,7 +365,8 @@ fn talk_of(frame: &Frame) -> Option<Talk> {
 }
 
 fn read<F: ParseIp>(frame: &Frame, ip: fn(AnyAddr) -> IpAddr) -> Option<Talk> {
-    let mut headers = F::parse_ip(frame, ETHERNET_LEN).ok()?;
+    let mut headers = Headers::default();
+    F::parse_ip(frame, ETHERNET_LEN, &mut headers).ok()?;
     if headers.proto != proto::TCP && headers.proto != proto::UDP {
         return None;
     }

@@ -1,0 +1,66 @@
+//! The stages that are verified apart: global functions, which the verifier looks at once for a program, whatever leads
+//! to them. Such have C's linkage; their arguments are the program's context and numbers.
+
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use dataplane_common::{
+    addr::{V4, V6},
+    pipeline::{Context, Stages, Work, decide, glance},
+    verdict::Verdict,
+};
+
+use crate::{
+    access::{SkbPacket, XdpPacket},
+    maps::{WORK_V4, WORK_V6},
+    world::{World, work},
+};
+
+/// The stages of programs with this context.
+pub struct Apart<C>(pub *mut C);
+
+macro_rules! stages {
+    ($family:ident, $context:ident, $packet:ident, $work:ident, $decide:ident $(, $glance:ident)?) => {
+        impl Stages<$family, $packet, World<$context>> for Apart<$context> {
+            #[inline(always)]
+            fn work(&mut self) -> Option<&mut Work<$family>> {
+                work(&$work)
+            }
+            $(
+                #[inline(always)]
+                fn glance(&mut self, _: &mut $packet, _: &World<$context>, at: &Context) -> Verdict {
+                    Verdict::from_raw($glance(self.0, at.to_raw()))
+                }
+            )?
+            #[inline(always)]
+            fn decide(&mut self, _: &mut $packet, _: &World<$context>, at: &Context, verdict: Verdict) -> Verdict {
+                Verdict::from_raw($decide(self.0, at.to_raw(), verdict.to_raw()))
+            }
+        }
+
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            extern "C" fn $glance(ctx: *mut $context, at: u64) -> u64 {
+                let Some(work) = work(&$work) else {
+                    return Verdict::PASS.to_raw();
+                };
+                let at = Context::from_raw(at);
+                glance::<$family, _, _>(&mut $packet(ctx), &World::new(ctx), &at, &mut work.headers).to_raw()
+            }
+        )?
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $decide(ctx: *mut $context, at: u64, verdict: u64) -> u64 {
+            let Some(work) = work(&$work) else {
+                return Verdict::PASS.to_raw();
+            };
+            let (at, verdict) = (Context::from_raw(at), Verdict::from_raw(verdict));
+            decide::<$family, _, _>(&mut $packet(ctx), &World::new(ctx), &at, work, verdict).to_raw()
+        }
+    };
+}
+
+stages!(V4, xdp_md, XdpPacket, WORK_V4, decide_xdp4);
+stages!(V6, xdp_md, XdpPacket, WORK_V6, decide_xdp6, glance_xdp6);
+stages!(V4, __sk_buff, SkbPacket, WORK_V4, decide_skb4);
+stages!(V6, __sk_buff, SkbPacket, WORK_V6, decide_skb6, glance_skb6);

@@ -1,6 +1,8 @@
 //! Debug lines, from the programs to the agent's log: there when asked for, and free when not. Needs root and the BPF
 //! object; without them the tests say so and do nothing.
 
+mod needs;
+
 use std::{
     fs::{self, File},
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -15,7 +17,7 @@ use aya::programs::loaded_programs;
 use dataplane_agent::{
     attach::cleanup,
     bpf::{
-        self, Program, kernel,
+        Program,
         loader::{self, LoadOptions},
         pins::Pins,
         sys,
@@ -27,6 +29,8 @@ use dataplane_tests::{
     netns::{NetNs, set_sysctls},
     places::{self, Places},
 };
+
+use needs::ready;
 
 const MANIFESTS: &str = r#"
 apiVersion: v1
@@ -57,18 +61,6 @@ addressType: IPv4
 ports: [{port: 5353, protocol: UDP}]
 endpoints: [{addresses: [192.0.2.1], conditions: {ready: true}}]
 "#;
-
-fn ready() -> bool {
-    let missing = if bpf::OBJECT.is_empty() {
-        "the BPF object (cargo xtask build-ebpf)".to_owned()
-    } else if let Err(error) = kernel::check() {
-        error.to_string()
-    } else {
-        return true;
-    };
-    println!("SKIPPED: needs {missing}");
-    false
-}
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()

@@ -38,6 +38,35 @@ fn name(number: u8) -> Name {
     Name::new("ns", &format!("s{number}"))
 }
 
+/// A Service with one port and one address.
+fn plain(number: u8, last: u8) -> Service {
+    Service {
+        name: name(number),
+        proxied: true,
+        cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
+        external_ips: Vec::new(),
+        ingress_ips: Vec::new(),
+        ipv4: true,
+        ipv6: false,
+        ports: vec![ServicePort {
+            place: 0,
+            name: "".into(),
+            proto: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+            target: TargetPort::Number(80),
+        }],
+        selector: std::collections::BTreeMap::new(),
+        internal_local: false,
+        external_local: false,
+        health_check_node_port: None,
+        source_ranges: Vec::new(),
+        affinity_s: None,
+        publish_not_ready: false,
+        created_ns: 0,
+    }
+}
+
 fn service() -> impl Strategy<Value = Object> {
     // Few addresses and node ports, so that Services are often in each other's way.
     (
@@ -48,30 +77,17 @@ fn service() -> impl Strategy<Value = Object> {
         any::<bool>(),
     )
         .prop_map(|(number, last, node_port, internal_local, external_local)| {
+            let plain = plain(number, last);
+            let port = ServicePort {
+                node_port: node_port.map(|port| 30000 + port),
+                ..plain.ports[0].clone()
+            };
             Object::Service(Box::new(Service {
-                name: name(number),
                 proxied: last != 4,
-                cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
-                external_ips: Vec::new(),
-                ingress_ips: Vec::new(),
-                ipv4: true,
-                ipv6: false,
-                ports: vec![ServicePort {
-                    place: 0,
-                    name: "".into(),
-                    proto: Protocol::Tcp,
-                    port: 80,
-                    node_port: node_port.map(|port| 30000 + port),
-                    target: TargetPort::Number(80),
-                }],
-                selector: std::collections::BTreeMap::new(),
+                ports: vec![port],
                 internal_local,
                 external_local: external_local && node_port.is_some(),
-                health_check_node_port: None,
-                source_ranges: Vec::new(),
-                affinity_s: None,
-                publish_not_ready: false,
-                created_ns: 0,
+                ..plain
             }))
         })
 }
@@ -311,31 +327,6 @@ fn an_audit_finds_foreign_changes() {
 
 /// A Service and its slice.
 fn object(number: u8, last: u8) -> [Object; 2] {
-    let service = Service {
-        name: name(number),
-        proxied: true,
-        cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
-        external_ips: Vec::new(),
-        ingress_ips: Vec::new(),
-        ipv4: true,
-        ipv6: false,
-        ports: vec![ServicePort {
-            place: 0,
-            name: "".into(),
-            proto: Protocol::Tcp,
-            port: 80,
-            node_port: None,
-            target: TargetPort::Number(80),
-        }],
-        selector: std::collections::BTreeMap::new(),
-        internal_local: false,
-        external_local: false,
-        health_check_node_port: None,
-        source_ranges: Vec::new(),
-        affinity_s: None,
-        publish_not_ready: false,
-        created_ns: 0,
-    };
     let slice = EndpointSlice {
         name: name(number),
         service: Some(name(number)),
@@ -355,7 +346,10 @@ fn object(number: u8, last: u8) -> [Object; 2] {
             node_hints: Box::default(),
         }],
     };
-    [Object::Service(Box::new(service)), Object::EndpointSlice(slice)]
+    [
+        Object::Service(Box::new(plain(number, last))),
+        Object::EndpointSlice(slice),
+    ]
 }
 
 /// After a restart a Service keeps its number and generation, so that its flows go on; another one at its address

@@ -25,10 +25,7 @@ use dataplane_agent::{
     },
 };
 
-use super::{
-    node::{Node, ready},
-    small,
-};
+use super::{needs::ready, node::Node, small};
 
 /// What a clean-up must leave alone.
 #[derive(Debug, PartialEq)]

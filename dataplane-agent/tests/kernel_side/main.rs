@@ -2,6 +2,8 @@
 //! it stays. Needs root and the BPF object; without them the tests say so and do nothing.
 
 mod cleaning;
+#[path = "../needs/mod.rs"]
+mod needs;
 mod node;
 mod starting;
 
@@ -31,7 +33,8 @@ use dataplane_common::{
     service::{Frontend, FrontendKey4, Service, ServiceHead},
 };
 
-use node::{Node, SIZES, delete_link, ip, ready};
+use needs::ready;
+use node::{Node, SIZES, delete_link, ip};
 
 #[test]
 fn attaches_and_finds_pods() -> Result<()> {

@@ -14,7 +14,7 @@ use dataplane_agent::{
         start::{prepare, start},
         state::State,
     },
-    bpf::{self, Hook, kernel, pins::Pins, sys},
+    bpf::{Hook, pins::Pins, sys},
     config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb},
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
@@ -221,16 +221,4 @@ pub fn delete_link(ifindex: u32) -> Result<()> {
     let mut body = [0; 16];
     body[4..8].copy_from_slice(&ifindex.to_ne_bytes());
     Ok(RequestSocket::open()?.change(RTM_DELLINK, 0, &body)?)
-}
-
-pub fn ready() -> bool {
-    let missing = if bpf::OBJECT.is_empty() {
-        "the BPF object (cargo xtask build-ebpf)".to_owned()
-    } else if let Err(error) = kernel::check() {
-        error.to_string()
-    } else {
-        return true;
-    };
-    println!("SKIPPED: needs {missing}");
-    false
 }

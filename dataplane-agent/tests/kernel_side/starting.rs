@@ -13,7 +13,10 @@ use dataplane_agent::{
 };
 use tokio::sync::watch;
 
-use super::node::{Agent, Node, SIZES, ready};
+use super::{
+    needs::ready,
+    node::{Agent, Node, SIZES},
+};
 
 /// All that an agent needs.
 const ENOUGH: [Capability; 3] = [

@@ -140,7 +140,7 @@ impl Store for BpfStore {
     }
 
     fn grace_period(&mut self) -> Result<(), StoreError> {
-        sys::membarrier_global().map_err(|source| StoreError::Io {
+        sys::grace_period().map_err(|source| StoreError::Io {
             verb: "wait for readers of",
             table: "MAGLEV",
             source,

@@ -68,8 +68,8 @@ pub trait Store {
     fn put_device(&mut self, ifindex: u32, device: &Device) -> Result<(), StoreError>;
     fn delete_device(&mut self, ifindex: u32) -> Result<(), StoreError>;
 
-    /// Returns when no program still runs that could have read anything before this call
-    /// (`membarrier(MEMBARRIER_CMD_GLOBAL)`, about 10 ms). Batch what waits for it.
+    /// Returns when no program still runs that could have read anything before this call: some 10 ms. Batch what waits
+    /// for it.
     fn grace_period(&mut self) -> Result<(), StoreError>;
 
     // What the kernel holds: read at start, to restore ids, and by the periodic comparison.

@@ -341,6 +341,8 @@ fn tables_hold_what_is_written() -> Result<()> {
         [(ip("192.0.2.10"), 0), (ip("2001:db8::1"), 1)]
     );
     store.grace_period()?;
+    // The way of kernels without membarrier.
+    sys::map_in_map_update()?;
 
     // The next start finds it all.
     agent.stop(&node)?;

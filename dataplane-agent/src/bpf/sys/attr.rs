@@ -10,6 +10,8 @@ pub(super) struct MapCreateAttr {
     pub key_size: u32,
     pub value_size: u32,
     pub max_entries: u32,
+    pub map_flags: u32,
+    pub inner_map_fd: u32,
 }
 
 /// Attribute of a command on one map element.

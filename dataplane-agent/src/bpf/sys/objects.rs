@@ -2,17 +2,17 @@
 
 use std::{
     io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Command, address_mut,
+    Command, address, address_mut,
     attr::{
-        IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapCreateAttr, MapInfo, ObjAttr,
-        ProgInfo, QueryAttr,
+        ElementAttr, IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapCreateAttr, MapInfo,
+        ObjAttr, ProgInfo, QueryAttr,
     },
     bpf, bpf_fd, path_string, raw,
 };
@@ -31,15 +31,47 @@ fn object_info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
 
 /// Makes the smallest of maps, and drops it.
 pub fn try_map() -> io::Result<()> {
-    const ARRAY: u32 = 2;
-    let mut attr = MapCreateAttr {
-        map_type: ARRAY,
-        key_size: 4,
-        value_size: 8,
-        max_entries: 1,
+    small_array().map(drop)
+}
+
+/// Updates an array of maps, which the kernel ends with a `synchronize_rcu` (4.20).
+pub fn map_in_map_update() -> io::Result<()> {
+    const ARRAY_OF_MAPS: u32 = 12;
+    let inner = small_array()?;
+    let outer = create_map(&MapCreateAttr {
+        map_type: ARRAY_OF_MAPS,
+        value_size: 4,
+        inner_map_fd: raw(inner.as_fd()),
+        ..SMALL_ARRAY
+    })?;
+    let (key, value) = (0_u32, raw(inner.as_fd()));
+    let mut attr = ElementAttr {
+        map_fd: raw(outer.as_fd()),
+        pad: 0,
+        key: address(&key),
+        value: address(&value),
+        flags: 0,
     };
+    // SAFETY: `key` and `value` live across the call and have the sizes that the map was made with, 4 bytes each.
+    unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
+}
+
+const SMALL_ARRAY: MapCreateAttr = MapCreateAttr {
+    map_type: 2,
+    key_size: 4,
+    value_size: 8,
+    max_entries: 1,
+    map_flags: 0,
+    inner_map_fd: 0,
+};
+
+fn small_array() -> io::Result<OwnedFd> {
+    create_map(&SMALL_ARRAY)
+}
+
+fn create_map(attr: &MapCreateAttr) -> io::Result<OwnedFd> {
     // SAFETY: no addresses; the command returns a descriptor.
-    unsafe { bpf_fd(Command::MapCreate, &mut attr) }.map(drop)
+    unsafe { bpf_fd(Command::MapCreate, &mut attr.clone()) }
 }
 
 pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {

@@ -8,14 +8,16 @@ use std::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::path_string;
+use super::{map_in_map_update, path_string};
 
-/// `MEMBARRIER_CMD_GLOBAL`: returns when every CPU has passed through a quiescent state (a `synchronize_rcu`).
-pub fn membarrier_global() -> io::Result<()> {
+/// Returns when every CPU has passed through a quiescent state (a `synchronize_rcu`).
+pub fn grace_period() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: no addresses.
-    match unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) } {
+    match unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } {
         0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        // A kernel without it, or with `nohz_full=`.
+        _ => map_in_map_update(),
     }
 }
 

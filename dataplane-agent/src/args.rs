@@ -218,7 +218,18 @@ impl Settings {
         if text.trim().is_empty() {
             return Ok(Settings::default());
         }
-        serde_norway::from_str(&text).with_context(|| format!("failed to parse {}", path.display()))
+        serde_path_to_error::deserialize(serde_norway::Deserializer::from_str(&text))
+            .map_err(|error| {
+                let key = error.path().to_string();
+                let error = error.into_inner();
+                // The parser names the key of a wrong type itself, and says nothing of where a wrong value is.
+                if key == "." || error.to_string().starts_with(&key) {
+                    error.into()
+                } else {
+                    anyhow::Error::from(error).context(key)
+                }
+            })
+            .with_context(|| format!("failed to parse {}", path.display()))
     }
 
     fn resolve(self) -> anyhow::Result<Config> {
@@ -389,6 +400,30 @@ mod tests {
         let config = run(&["--config", file.path().to_str().unwrap(), "--health-addr", "off"]).unwrap();
         assert_eq!(config.health_addr, None);
         assert!(!config.external_ips);
+    }
+
+    #[test]
+    fn a_mistake_in_the_file_is_named_with_its_key() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (text, expected) in [
+            (
+                "snat-ports: 9-5\n",
+                "snat-ports: port range `9-5` ends before it begins",
+            ),
+            (
+                "max-flows: many\n",
+                "max-flows: invalid type: string \"many\", expected u32",
+            ),
+            ("flows: 5\n", "flows: unknown field `flows`, expected one of"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let error = run(&["--config", file.path().to_str().unwrap()]).unwrap_err();
+            let expected = format!("failed to parse {}: {expected}", file.path().display());
+            assert!(
+                format!("{error:#}").starts_with(&expected),
+                "{error:#}\n{expected}"
+            );
+        }
     }
 
     #[test]

@@ -140,6 +140,9 @@ pub fn check_cgroup2(path: &Path) -> Result<(), KernelError> {
     match sys::filesystem_magic(path) {
         Ok(CGROUP2_SUPER_MAGIC) => Ok(()),
         Ok(_) => Err(KernelError::NotCgroup2(path.to_owned())),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            Err(KernelError::NotCgroup2(path.to_owned()))
+        }
         Err(source) => Err(PathError::new("inspect", path)(source).into()),
     }
 }

@@ -1,8 +1,9 @@
 //! Whether another policy engine filters forwarded packets by netfilter: a packet that skips the stack skips it too.
 
-use std::io;
+use std::{fs, io};
 
 use super::socket::{RequestSocket, attributes, read_string};
+use crate::bpf::sys;
 
 /// `NFNL_SUBSYS_NFTABLES`.
 const NFTABLES: u16 = 10 << 8;
@@ -27,8 +28,37 @@ const CHAINS: [&str; 7] = [
 /// Tables that are a policy engine's own.
 const TABLES: [&str; 3] = ["calico", "kindnet-network-policies", "kube-network-policies"];
 
-/// The first chain of a policy engine among those of nftables, iptables' among them (not those of iptables-legacy).
+/// The first chain of a policy engine: among those of nftables, which iptables over it shares, and iptables-legacy's.
 pub fn policy_engine() -> io::Result<Option<String>> {
+    if let Some(chain) = nftables_chain()? {
+        return Ok(Some(chain));
+    }
+    for (names, is_ipv6) in [
+        ("/proc/thread-self/net/ip_tables_names", false),
+        ("/proc/thread-self/net/ip6_tables_names", true),
+    ] {
+        // Asking for a table that is not there would make it.
+        let tables = fs::read_to_string(names).unwrap_or_default();
+        if tables.lines().any(|table| table == "filter")
+            && let Some(chain) = legacy_chain(&sys::legacy_filter_rules(is_ipv6)?)
+        {
+            return Ok(Some(format!("iptables-legacy filter/{chain}")));
+        }
+    }
+    Ok(None)
+}
+
+/// Chains begin with an error target that holds their name, terminated by zero.
+fn legacy_chain(rules: &[u8]) -> Option<String> {
+    let at = (0..rules.len()).find(|&at| {
+        CHAINS
+            .iter()
+            .any(|prefix| rules[at..].starts_with(prefix.as_bytes()))
+    })?;
+    Some(read_string(&rules[at..]))
+}
+
+fn nftables_chain() -> io::Result<Option<String>> {
     let mut socket = RequestSocket::open_netfilter()?;
     let chains = match socket.dump(GET_CHAINS, &[0; NFGENMSG_LEN]) {
         Ok(chains) => chains,

@@ -10,6 +10,7 @@ mod starting;
 use std::{
     collections::BTreeSet,
     fs,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -25,7 +26,7 @@ use dataplane_agent::{
     },
     config::{Config, DatapathMode, Sizes, SocketLb},
     host::HostState,
-    netlink::{filters, socket::RequestSocket, tables},
+    netlink::{filters, firewall, socket::RequestSocket, tables},
     store::FrontendKey,
 };
 use dataplane_common::{
@@ -419,7 +420,7 @@ fn a_folder_of_another_version_or_filesystem_is_refused() -> Result<()> {
 fn nft(node: &Node, command: &str) -> Result<()> {
     let status = node
         .netns
-        .enter(|| Ok(std::process::Command::new("nft").arg(command).status()?))?;
+        .enter(|| Ok(Command::new("nft").arg(command).status()?))?;
     anyhow::ensure!(status.success(), "nft {command}: {status}");
     Ok(())
 }
@@ -453,5 +454,22 @@ fn the_fast_path_follows_policy_engines() -> Result<()> {
     nft(&node, "delete chain inet t cali-FORWARD")?;
     agent.wait("the fast path again", fast(true))?;
     agent.stop(&node)?;
+
+    // iptables-legacy brings no notices: it is looked at now and then.
+    let legacy = |program: &str, arguments: &str| {
+        let run = || Ok(Command::new(program).args(arguments.split(' ')).status());
+        node.netns.enter(run)
+    };
+    for program in ["iptables-legacy", "ip6tables-legacy"] {
+        if !legacy(program, "-N cali-FORWARD")?.is_ok_and(|status| status.success()) {
+            println!("SKIPPED: no {program}");
+            continue;
+        }
+        let engine = node.netns.enter(|| Ok(firewall::policy_engine()?))?;
+        assert_eq!(engine.as_deref(), Some("iptables-legacy filter/cali-FORWARD"));
+        legacy(program, "-X cali-FORWARD")??;
+        let engine = node.netns.enter(|| Ok(firewall::policy_engine()?))?;
+        assert_eq!(engine, None);
+    }
     node.clean_up()
 }

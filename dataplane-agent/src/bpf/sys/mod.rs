@@ -24,7 +24,9 @@ pub use objects::{
     link_create, link_detach, link_info, link_update, map_by_id, map_in_map_update, map_info, open_pin, pin,
     prog_by_id, prog_info, prog_query, try_map,
 };
-pub use process::{filesystem_magic, grace_period, netns_cookie, raise_memlock_limit, watch_readable};
+pub use process::{
+    filesystem_magic, grace_period, legacy_filter_rules, netns_cookie, raise_memlock_limit, watch_readable,
+};
 
 /// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.
 #[repr(i64)]

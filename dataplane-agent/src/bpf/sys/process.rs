@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::UdpSocket,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
@@ -50,6 +51,62 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
         Ok(cookie)
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// The rules of the table `filter` of iptables-legacy or ip6tables-legacy in this network namespace, as the kernel's
+/// blob (`struct ipt_entry` and `struct ip6t_entry`). Loads the table's module, if there is one. Needs
+/// `CAP_NET_ADMIN`.
+pub fn legacy_filter_rules(is_ipv6: bool) -> io::Result<Vec<u8>> {
+    // `IPT_SO_GET_INFO` and `IPT_SO_GET_ENTRIES`; IPv6 has the same numbers.
+    const GET_INFO: libc::c_int = 64;
+    const GET_ENTRIES: libc::c_int = 65;
+    // `struct ipt_getinfo`: a name of 32 bytes, eleven words, entries, size. `struct ipt_get_entries`: name, size,
+    // padding, then the entries.
+    const INFO_LEN: usize = 84;
+    const SIZE_AT: usize = 80;
+    const ENTRIES_AT: usize = 40;
+    const ATTEMPTS: usize = 5;
+    let (any, level) = if is_ipv6 {
+        ("[::]:0", libc::IPPROTO_IPV6)
+    } else {
+        ("0.0.0.0:0", libc::IPPROTO_IP)
+    };
+    let socket = UdpSocket::bind(any)?;
+    let get = |option: libc::c_int, bytes: &mut [u8]| {
+        let mut len = bytes.len() as libc::socklen_t;
+        // SAFETY: `bytes` and `len` live across the call, and `len` is the length of `bytes`.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                option,
+                bytes.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let mut info = [0; INFO_LEN];
+        info[..6].copy_from_slice(b"filter");
+        get(GET_INFO, &mut info)?;
+        let size: [u8; 4] = info[SIZE_AT..].try_into().unwrap_or_default();
+        let mut entries = vec![0; ENTRIES_AT + u32::from_ne_bytes(size) as usize];
+        entries[..6].copy_from_slice(b"filter");
+        entries[32..36].copy_from_slice(&size);
+        match get(GET_ENTRIES, &mut entries) {
+            Ok(()) => return Ok(entries.split_off(ENTRIES_AT)),
+            // Somebody has replaced the table in between.
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && attempt < ATTEMPTS => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

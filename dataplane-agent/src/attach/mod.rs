@@ -90,12 +90,12 @@ impl Attacher {
             .map(|(&ifindex, reason)| (ifindex, reason.as_str()))
     }
 
-    /// Gives the links of a former run the new programs, and drops those that are dead or whose program this run
-    /// does not use.
+    /// Gives the links of a former run the new programs, and drops those that are dead, whose program this run does
+    /// not use, or that are at another cgroup.
     pub fn adopt(&mut self, socket: &mut RequestSocket, devices: &[Link]) -> Result<(), AttachError> {
         for link in self.loaded.pins.list_links()? {
             let replaced = match self.loaded.program(link.program) {
-                Some(program) if self.links.target(link).is_some() => self.links.replace(link, program)?,
+                Some(program) if self.is_in_place(link) => self.links.replace(link, program)?,
                 _ => false,
             };
             if replaced {
@@ -108,6 +108,14 @@ impl Attacher {
             self.adopt_filters(socket, devices)?;
         }
         Ok(())
+    }
+
+    fn is_in_place(&self, link: LinkName) -> bool {
+        let target = self.links.target(link);
+        match &self.cgroup {
+            Some(cgroup) if link.program.is_cgroup() => target == Some(cgroup.id()),
+            _ => target.is_some(),
+        }
     }
 
     fn adopt_filters(&mut self, socket: &mut RequestSocket, devices: &[Link]) -> Result<(), AttachError> {

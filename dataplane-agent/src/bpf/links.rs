@@ -85,6 +85,11 @@ impl Cgroup {
         Ok(Self { folder, id })
     }
 
+    /// As [`Links::target`] tells it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     pub fn target(&self) -> u32 {
         self.folder.as_raw_fd().cast_unsigned()
     }

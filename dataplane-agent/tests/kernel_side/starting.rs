@@ -1,6 +1,6 @@
 //! What a start needs, and that one that fails says why and leaves nothing behind.
 
-use std::{collections::HashSet, fs};
+use std::{collections::HashSet, fs, path::Path};
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability};
@@ -9,6 +9,7 @@ use dataplane_agent::{
         cleanup, inspect, start,
         state::{Record, State},
     },
+    bpf::{Program, links::Cgroup, sys},
     config::{Config, Sizes},
 };
 use tokio::sync::watch;
@@ -116,4 +117,33 @@ fn a_first_start_that_fails_leaves_nothing() -> Result<()> {
     assert_eq!(fs::read_dir(&node.places.bpffs)?.count(), 0);
     assert_eq!(State::read(&config.bpffs).record, Record::default());
     Ok(())
+}
+
+#[test]
+fn a_start_with_another_cgroup_moves_the_hooks() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let node = Node::build("moves")?;
+    let inner = node.places.cgroup.join("inner");
+    fs::create_dir(&inner)?;
+    let hooks = |path: &Path| {
+        let cgroup = Cgroup::open(path)?;
+        anyhow::Ok(sys::prog_query(cgroup.target(), Program::Connect4.hook().attach_type())?.len())
+    };
+    let counts = || anyhow::Ok([hooks(&node.places.cgroup)?, hooks(&inner)?]);
+    let outside = node.config();
+    let inside = Config {
+        cgroup: Some(inner.clone()),
+        ..outside.clone()
+    };
+    for (config, expected) in [(&outside, [1, 0]), (&inside, [0, 1])] {
+        let agent = node.start(config)?;
+        agent.wait("the uplink", |state| !state.devices.is_empty())?;
+        assert_eq!(counts()?, expected);
+        agent.stop(&node)?;
+    }
+    node.clean_up()?;
+    assert_eq!(counts()?, [0, 0]);
+    Ok(fs::remove_dir(&inner)?)
 }

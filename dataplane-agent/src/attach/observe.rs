@@ -25,8 +25,10 @@ use crate::{
     },
 };
 
-/// One change of a device brings several notices: wait for the others.
+/// One change of a device brings several notices: the others are waited for ...
 const SETTLE: Duration = Duration::from_millis(10);
+/// ... but not longer than this, also when the first look, which attaches everything, took long.
+const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
 /// Between two looks this many times as long as a look takes, however many notices come.
 const IDLE_SHARE: u32 = 5;
 /// A look without any notice, and a check of what is attached.
@@ -111,7 +113,11 @@ impl Observer {
             tokio::select! {
                 changed = events.changed() => {
                     changed?;
-                    tokio::time::sleep(SETTLE.max(took * IDLE_SHARE)).await;
+                    // Whoever asks does not wait.
+                    tokio::select! {
+                        () = tokio::time::sleep((took * IDLE_SHARE).clamp(SETTLE, SETTLE_AT_MOST)) => {}
+                        _ = wanted.changed() => {}
+                    }
                 }
                 changed = chains_changed(chains.as_ref()) => {
                     changed?;

@@ -124,8 +124,8 @@ struct Settings {
     /// The cluster's node ports [default: 30000-32767].
     #[arg(long, env = "DATAPLANE_NODE_PORTS")]
     node_ports: Option<PortRange>,
-    /// At which of the node's addresses node ports answer: CIDRs, or `primary` for the Node's `InternalIP`s [default:
-    /// all but loopback, IPv6 link-local and Service addresses].
+    /// At which of the node's addresses node ports answer: CIDRs, which leave a family alone that they do not name, or
+    /// `primary` for the Node's first `InternalIP`s [default: all but loopback, IPv6 link-local and Service addresses].
     #[arg(long, env = "DATAPLANE_NODE_PORT_ADDRESSES", value_delimiter = ',')]
     node_port_addresses: Option<Vec<String>>,
     /// Whether `spec.externalIPs` of Services are served [default: true].

@@ -1,6 +1,9 @@
 //! The agent's configuration, resolved: flags over environment over file over defaults (see [`crate::args`]).
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use ipnet::IpNet;
 
@@ -161,8 +164,62 @@ impl TryFrom<String> for PortRange {
 pub enum NodePortAddresses {
     /// Every own address except loopback, IPv6 link-local and Service addresses.
     All,
-    /// The `InternalIP`s of this node's Node object.
+    /// The first `InternalIP` of each family of this node's Node object.
     Primary,
-    /// Own addresses inside one of these.
+    /// Own addresses inside one of these. A family of which there is none is not restricted, as in kube-proxy.
     Within(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// Whether node ports answer at one of the node's own addresses, which is no Service's.
+    pub fn answers_at(&self, addr: IpAddr, is_primary: bool) -> bool {
+        // Answers to `fe80::/10` would need to know the link.
+        let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
+        if addr.is_loopback() || is_link_local {
+            return false;
+        }
+        match self {
+            NodePortAddresses::All => true,
+            NodePortAddresses::Primary => is_primary,
+            NodePortAddresses::Within(cidrs) => {
+                let mut of_family = cidrs
+                    .iter()
+                    .filter(|cidr| cidr.addr().is_ipv4() == addr.is_ipv4());
+                of_family.clone().next().is_none() || of_family.any(|cidr| cidr.contains(&addr))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_ports_answer_at_the_addresses_that_were_asked_for() {
+        use NodePortAddresses::{All, Primary, Within};
+        let within = |cidrs: &[&str]| Within(cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect());
+        for (setting, expected) in [
+            (All, "10.0.0.1 169.254.1.1 192.0.2.1 2001:db8::1"),
+            (Primary, "10.0.0.1"),
+            (within(&["192.0.2.0/24"]), "192.0.2.1 2001:db8::1"),
+            (within(&["192.0.2.0/24", "2001:db8:1::/48"]), "192.0.2.1"),
+            (within(&["10.9.9.9/8", "::/0"]), "10.0.0.1 2001:db8::1"),
+            (within(&["127.0.0.0/8", "fe80::/10"]), ""),
+        ] {
+            let own = [
+                "10.0.0.1",
+                "127.0.0.1",
+                "169.254.1.1",
+                "192.0.2.1",
+                "2001:db8::1",
+                "::1",
+                "fe80::1",
+            ];
+            let answering = own
+                .into_iter()
+                .filter(|addr| setting.answers_at(addr.parse().unwrap(), *addr == "10.0.0.1"));
+            assert_eq!(answering.collect::<Vec<_>>().join(" "), expected, "{setting:?}");
+        }
+    }
 }

@@ -48,20 +48,15 @@ impl Agent {
         node.is_some_and(|node| node.internal_ips.contains(&addr))
     }
 
+    /// Whether an address is the node's first of its family.
+    fn is_primary(&self, addr: IpAddr) -> bool {
+        let mut ips = self.index.node().into_iter().flat_map(|node| &node.internal_ips);
+        ips.find(|ip| ip.is_ipv4() == addr.is_ipv4()) == Some(&addr)
+    }
+
     /// Whether node ports answer at an own address.
     fn has_node_ports(&self, addr: IpAddr) -> bool {
-        match &self.node_port_addresses {
-            // A node's own address may live on `lo`, where routes are announced by BGP. Answers to `fe80::/10` would need
-            // to know the link.
-            NodePortAddresses::All => {
-                let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
-                !addr.is_loopback() && !is_link_local
-            }
-            NodePortAddresses::Primary => self.is_internal_ip(addr),
-            NodePortAddresses::Within(cidrs) => {
-                !addr.is_loopback() && cidrs.iter().any(|cidr| cidr.contains(&addr))
-            }
-        }
+        self.node_port_addresses.answers_at(addr, self.is_primary(addr))
     }
 
     /// Serves the health checks of load balancers.

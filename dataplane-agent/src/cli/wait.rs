@@ -1,6 +1,7 @@
 //! `wait`: asks a running agent over its socket.
 
 use std::{
+    io,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -13,7 +14,7 @@ use super::ask::{Answer, ask};
 /// Between attempts to reach an agent that is still starting.
 const RETRY: Duration = Duration::from_millis(50);
 /// The agent answers in time; what does not is no agent.
-const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Returns when all that the agent's source holds now is programmed.
 pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
@@ -23,6 +24,10 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
         let path = format!("/wait?timeout_ms={}", left.as_millis());
         match ask(socket, &path, left + GRACE) {
             Ok(answer) => return judge(&answer, timeout),
+            Err(error) if is_silence(&error) => bail!(
+                "not programmed within {} s: the agent is silent",
+                timeout.as_secs_f32()
+            ),
             // Not there yet, or replaced while we asked.
             Err(error) if Instant::now() + RETRY >= deadline => {
                 return Err(error)
@@ -31,6 +36,12 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
             Err(_) => thread::sleep(RETRY),
         }
     }
+}
+
+/// Its socket is there before it has started.
+fn is_silence(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(kind, Some(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
 }
 
 fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {

@@ -187,3 +187,40 @@ fn choose(
         local: keys(local),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::decode::{Decoded, decode};
+
+    #[test]
+    fn external_addresses_can_be_switched_off() {
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "a", "namespace": "ns"},
+            "spec": {"clusterIP": "10.96.0.1", "externalIPs": ["198.51.100.1"], "ports": [{"port": 80}]},
+        });
+        let Decoded::Object { key, object, .. } = decode(&service) else {
+            panic!("refused");
+        };
+        let mut index = Index::new("n1");
+        index.apply(object);
+        let service = index.service(&key.name).unwrap();
+        let compiled = |external_ips| {
+            let (compiled, problems) = compile(&index, service, Options { external_ips }, &Claims::default());
+            let frontends = compiled
+                .balancers
+                .iter()
+                .map(|balancer| describe(&balancer.frontend));
+            let fields = problems.into_iter().map(|problem| problem.field);
+            (frontends.collect::<Vec<_>>(), fields.collect::<Vec<_>>())
+        };
+        let both = vec!["10.96.0.1:80/TCP".to_owned(), "198.51.100.1:80/TCP".to_owned()];
+        assert_eq!(compiled(true), (both.clone(), vec![]));
+        assert_eq!(
+            compiled(false),
+            (both[..1].to_vec(), vec!["spec.externalIPs".to_owned()])
+        );
+    }
+}

@@ -12,8 +12,9 @@ use crate::cluster::Cluster;
 
 /// How long an agent may take to open its socket.
 const START: Duration = Duration::from_secs(10);
-/// How long the agent may take to program what was written.
-const SETTLE: Duration = Duration::from_secs(10);
+/// How long the agent may take to program what was written. Its socket is there before its programs are loaded, which
+/// takes seconds on a busy machine.
+const SETTLE: Duration = Duration::from_secs(30);
 const STEP: Duration = Duration::from_millis(20);
 
 /// How agents are started.

@@ -143,6 +143,9 @@ struct Settings {
     /// 8-byte elements of all Maglev tables together [default: 4194304].
     #[arg(long, env = "DATAPLANE_MAX_MAGLEV")]
     max_maglev: Option<u32>,
+    /// Clients that Services with affinity remember, by family and Service entry [default: 65536].
+    #[arg(long, env = "DATAPLANE_MAX_AFFINITY")]
+    max_affinity: Option<u32>,
     /// Established flows, by family and direction [default: 262144].
     #[arg(long, env = "DATAPLANE_MAX_FLOWS")]
     max_flows: Option<u32>,
@@ -208,7 +211,7 @@ impl Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, external_ips, max_frontends, max_services, max_backends, max_maglev,
-            max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
+            max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
 
@@ -252,6 +255,7 @@ impl Settings {
             max_services,
             max_backends,
             max_maglev,
+            max_affinity,
             max_flows,
             max_half_open,
             max_sockets,
@@ -291,6 +295,7 @@ impl Settings {
                     backends: size("max-backends", max_backends, limits.backends, ROWS_AT_MOST)?,
                     maglev: size("max-maglev", max_maglev, limits.maglev, ELEMENTS_AT_MOST)?,
                 },
+                affinity: size("max-affinity", max_affinity, sizes.affinity, FLOWS_AT_MOST)?,
                 flows: size("max-flows", max_flows, sizes.flows, FLOWS_AT_MOST)?,
                 half_open: size("max-half-open", max_half_open, sizes.half_open, FLOWS_AT_MOST)?,
                 sockets: size("max-sockets", max_sockets, sizes.sockets, FLOWS_AT_MOST)?,

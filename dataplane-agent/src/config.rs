@@ -47,6 +47,8 @@ pub struct Config {
 pub struct Sizes {
     /// What the agent's own tables hold.
     pub limits: Limits,
+    /// Each of `AFFINITY_V4` and `AFFINITY_V6`.
+    pub affinity: u32,
     /// Each of `FLOWS_V4` and `FLOWS_V6`.
     pub flows: u32,
     /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
@@ -69,6 +71,7 @@ impl Default for Sizes {
                 backends: object.backends,
                 maglev: object.maglev,
             },
+            affinity: 65_536,
             flows: 262_144,
             half_open: 65_536,
             sockets: 131_072,

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, Side},
-    service::{FrontendKey4, FrontendKey6, Scope},
+    service::{AffinityKey4, AffinityKey6, FrontendKey4, FrontendKey6, Scope},
 };
 
 /// Layer 4 protocol numbers (IANA).
@@ -95,10 +95,12 @@ pub trait Family: Copy + 'static {
     type Addr: Pod + Copy + Eq + Default + core::fmt::Debug + core::hash::Hash;
     type FrontendKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
     type FlowKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
+    type AffinityKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
     type Flow: Pod + Copy + core::fmt::Debug;
 
     fn frontend_key(addr: Self::Addr, port_be: u16, proto: u8, scope: Scope) -> Self::FrontendKey;
     fn flow_key(tuple: &Tuple<Self::Addr>, proto: u8, side: Side) -> Self::FlowKey;
+    fn affinity_key(service: u32, generation: u16, client: Self::Addr) -> Self::AffinityKey;
     fn flow(rewrite: &Tuple<Self::Addr>, meta: FlowMeta) -> Self::Flow;
     /// The tuple that a packet of the flow gets.
     fn rewrite(flow: &Self::Flow) -> Rewrite<'_, Self::Addr>;
@@ -121,7 +123,7 @@ pub struct V6;
 
 macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
-     $frontend:ident, $key:ident, $flow:ident,
+     $frontend:ident, $key:ident, $flow:ident, $affinity:ident,
      to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
      key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
         impl Family for $family {
@@ -131,6 +133,7 @@ macro_rules! family {
             type Addr = $addr;
             type FrontendKey = $frontend;
             type FlowKey = $key;
+            type AffinityKey = $affinity;
             type Flow = $flow;
 
             #[inline(always)]
@@ -150,6 +153,14 @@ macro_rules! family {
                 let $ports: u32 = bytemuck::cast([tuple.sport_be, tuple.dport_be]);
                 let $rest: u32 = bytemuck::cast([proto, side as u8, 0, 0]);
                 bytemuck::cast($words_of_key)
+            }
+            #[inline(always)]
+            fn affinity_key(service: u32, generation: u16, client: $addr) -> $affinity {
+                $affinity {
+                    service,
+                    service_generation: u32::from(generation),
+                    addr_be: client,
+                }
             }
             #[inline(always)]
             fn flow(rewrite: &Tuple<$addr>, meta: FlowMeta) -> $flow {
@@ -205,10 +216,10 @@ macro_rules! family {
     };
 }
 
-family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4,
+family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4, AffinityKey4,
     to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
     key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
-family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6,
+family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6, AffinityKey6,
     to_any: |a| a, from_any: |b| b, words: |c| c,
     key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);
 

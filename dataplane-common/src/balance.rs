@@ -2,7 +2,8 @@
 
 use crate::{
     addr::{Family, Tuple},
-    service::{Scope, ServiceHead, TABLE_SIZES, port_set_index},
+    pipeline::{Work, World},
+    service::{Affinity, Scope, ServiceHead, TABLE_SIZES, port_set_index},
     tables::{Env, Tables},
 };
 
@@ -62,6 +63,82 @@ pub fn choose<T: Env>(tables: &T, head: ServiceHead, hash: u32) -> Option<u32> {
     let slot = ((u64::from(hash) * u64::from(size)) >> 32) as u32;
     let word = tables.maglev(head.slots_offset.wrapping_add(slot >> 2))?;
     let number = (word >> ((slot & 3) * 16)) as u32 & 0xffff;
-    let word = tables.maglev(head.slots_offset.wrapping_sub(1).wrapping_sub(number >> 1))?;
+    id_at(tables, head, number)
+}
+
+/// Number `number` of the list of backend ids.
+#[inline(always)]
+fn id_at<T: Env>(tables: &T, head: ServiceHead, number: u32) -> Option<u32> {
+    let word = tables.maglev(head.slots_offset.wrapping_sub(2).wrapping_sub(number >> 1))?;
     Some((word >> ((number & 1) * 32)) as u32)
+}
+
+/// Whether a backend is one of those that the service chooses from. By halving: bit by bit, the highest number whose id
+/// is not above.
+///
+/// How many ids there are is read anew for each bit: of a number that it has compared before, the verifier knows enough
+/// to follow each way through the loop.
+#[inline(always)]
+fn has_backend<T: Env>(tables: &T, head: ServiceHead, id: u32) -> bool {
+    let mut number = 0u32;
+    for bit in 0..16u32 {
+        let next = number | 0x8000 >> bit;
+        let Some(count) = tables.maglev(head.slots_offset.wrapping_sub(1)) else {
+            return false;
+        };
+        if next < count as u32 {
+            let Some(found) = id_at(tables, head, next) else {
+                return false;
+            };
+            if found <= id {
+                number = next;
+            }
+        }
+    }
+    id_at(tables, head, number) == Some(id)
+}
+
+/// In place of a backend id: none.
+pub(crate) const NO_BACKEND: u32 = u32::MAX;
+
+/// The backend of a client of a service with affinity: the one that it had, if it came back in time and that is still
+/// chosen from, else a new one, which is remembered. A client that nobody remembers is led by its address alone, to the
+/// same backend on every node; one that comes too late by its flow, so that it may meet another than before.
+/// [`NO_BACKEND`] when the slice is out of range.
+#[inline(always)]
+pub(crate) fn choose_for_client<F: Family, W: World<F>>(world: &W, work: &Work<F>, head: ServiceHead) -> u32 {
+    let mut tuple = work.headers.tuple;
+    let key = F::affinity_key(work.service, head.generation, tuple.src);
+    let now = world.now_eighths();
+    let known = world.affinity(&key);
+    let is_late = known
+        .is_some_and(|known| now.wrapping_sub(known.seen_eighths) > world.affinity_eighths(work.service));
+    if !is_late
+        && let Some(known) = known
+        && let Some(backend) = world.backend_head(known.backend)
+        && backend.generation == known.backend_generation
+        && has_backend(world, head, known.backend)
+    {
+        if known.seen_eighths != now {
+            world.touch_affinity(&key, now);
+        }
+        return known.backend;
+    }
+    if !is_late {
+        tuple.dst = F::Addr::default();
+        tuple.sport_be = 0;
+        tuple.dport_be = 0;
+    }
+    let Some(id) = choose(world, head, flow_hash::<F>(&tuple, 0)) else {
+        return NO_BACKEND;
+    };
+    if let Some(backend) = world.backend_head(id) {
+        let affinity = Affinity {
+            backend: id,
+            backend_generation: backend.generation,
+            seen_eighths: now,
+        };
+        world.put_affinity(&key, &affinity);
+    }
+    id
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     addr::{Family, Rewrite, Tuple, proto},
-    balance::{choose, flow_hash},
+    balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
     flow::{FlowMeta, Side, flow_flags, flow_state},
     packet::Packet,
     parse::{Fragment, tcp},
@@ -68,7 +68,24 @@ pub(crate) fn first_answer<F: Family, W: World<F>>(world: &W, at: &Context, work
     }
 }
 
-/// The first packet of a flow: its entries are made. `NEXT`: they are to be entered by [`claim`].
+/// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
+#[inline(never)]
+pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    let head = match usable::<F, W>(world, at, work) {
+        Ok(head) => head,
+        Err(verdict) => return verdict,
+    };
+    work.service_generation = head.generation;
+    work.backend = if head.flags & service_flags::AFFINITY == 0 {
+        let hash = flow_hash::<F>(&work.headers.tuple, work.headers.proto);
+        choose(world, head, hash).unwrap_or(NO_BACKEND)
+    } else {
+        choose_for_client::<F, W>(world, work, head)
+    };
+    Verdict::NEXT
+}
+
+/// The first packet of a flow whose backend is chosen: its entries are made. `NEXT`: they are to be entered by [`claim`].
 #[inline(never)]
 pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
@@ -76,18 +93,7 @@ pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     work: &mut Work<F>,
 ) -> Verdict {
-    let head = match usable::<F, W>(world, at, work) {
-        Ok(head) => head,
-        Err(verdict) => return verdict,
-    };
-    let id = choose(
-        world,
-        head,
-        flow_hash::<F>(&work.headers.tuple, work.headers.proto),
-    );
-    let Some(id) = id else {
-        return Verdict::drop(Reason::BadIndex);
-    };
+    let id = work.backend;
     let Some(backend) = world.backend(id) else {
         return Verdict::drop(Reason::BadIndex);
     };
@@ -110,7 +116,7 @@ pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
         backend: id,
         backend_generation: backend.head.generation,
         service: work.service,
-        service_generation: head.generation,
+        service_generation: work.service_generation,
         flags,
         exit: plan.reply_exit as u8 | (plan.exit as u8) << 4,
         seen_ticks: world.now_ticks(),

@@ -341,3 +341,117 @@ fn a_flow_may_begin_in_mid_stream() {
     assert_eq!(ends(&out), (service, client));
     assert_eq!(world.v4.flows.borrow().len(), 2);
 }
+
+/// The backend of a new connection of a client.
+fn chosen(world: &Memory, client: [u8; 4], sport: u16) -> u32 {
+    let (_, syn) = run(
+        world,
+        &FROM_POD,
+        &tcp_packet((client, sport), (SERVICE, 80), tcp::SYN),
+    );
+    let backend = ends(&syn).1.0;
+    let found = world
+        .backends
+        .iter()
+        .position(|b| b.addr_be[0] == u32::from_ne_bytes(backend));
+    found.expect("a backend") as u32
+}
+
+/// A service with affinity for 16 eighths of a tick, in front of so many backends.
+fn sticky(backends: u8) -> Memory {
+    let addrs: Vec<[u8; 4]> = (0..backends).map(|last| [10, 244, 1, last]).collect();
+    let mut world = world(&addrs);
+    world.services[0].head.flags = service_flags::AFFINITY;
+    world.services[0].affinity_eighths = 16;
+    world
+}
+
+#[test]
+fn a_client_keeps_its_backend_and_each_has_its_own() {
+    let world = sticky(7);
+    let mut used = Vec::new();
+    for last in 0..40 {
+        let client = [10, 244, 0, last];
+        let first = chosen(&world, client, 4000);
+        assert!((4001..4020).all(|sport| chosen(&world, client, sport) == first));
+        used.push(first);
+    }
+    used.sort_unstable();
+    used.dedup();
+    assert_eq!(used, [0, 1, 2, 3, 4, 5, 6]);
+}
+
+#[test]
+fn affinity_ends_after_its_timeout_and_each_connection_renews_it() {
+    let mut world = sticky(2);
+    let first = chosen(&world, POD, 4000);
+    // What its address alone would lead to is the other one from now on.
+    world.services[0].head.slots_offset = world.add_slice(&[0, 1]);
+    let slots_offset = world.services[0].head.slots_offset as usize;
+    for word in &mut world.maglev[slots_offset..] {
+        *word = u64::from(1 - first) * 0x0001_0001_0001_0001;
+    }
+    for sport in 4001..4010 {
+        world.now_ticks += 2;
+        assert_eq!(chosen(&world, POD, sport), first);
+    }
+    world.now_ticks += 3;
+    assert_eq!(chosen(&world, POD, 4010), 1 - first);
+}
+
+#[test]
+fn a_client_leaves_a_backend_that_is_not_chosen_from_any_more_and_no_other() {
+    for backends in 2..9 {
+        for gone in 0..u32::from(backends) {
+            let mut world = sticky(backends);
+            let clients: Vec<[u8; 4]> = (0..20).map(|last| [10, 244, 0, last]).collect();
+            let before: Vec<u32> = clients.iter().map(|c| chosen(&world, *c, 4000)).collect();
+            // It stays active: another service chooses it.
+            let left: Vec<u32> = (0..u32::from(backends)).filter(|id| *id != gone).collect();
+            world.services[0].head.slots_offset = world.add_slice(&left);
+            for (client, before) in clients.iter().zip(before) {
+                let after = chosen(&world, *client, 4001);
+                assert!(
+                    if before == gone {
+                        after != gone
+                    } else {
+                        after == before
+                    },
+                    "{before} -> {after} without {gone}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn affinity_does_not_outlive_the_backend_or_the_service_that_it_was_for() {
+    for of_service in [false, true] {
+        let mut world = sticky(2);
+        let first = chosen(&world, POD, 4000);
+        let slots_offset = world.services[0].head.slots_offset as usize;
+        for word in &mut world.maglev[slots_offset..] {
+            *word = u64::from(1 - first) * 0x0001_0001_0001_0001;
+        }
+        assert_eq!(chosen(&world, POD, 4001), first);
+        if of_service {
+            world.services[0].head.generation += 1;
+        } else {
+            world.backends[first as usize].head.generation += 1;
+        }
+        assert_eq!(chosen(&world, POD, 4002), 1 - first);
+    }
+}
+
+#[test]
+fn a_client_that_comes_too_late_may_meet_another_backend() {
+    let mut world = sticky(3);
+    let mut met: Vec<u32> = Vec::new();
+    for sport in 4000..4040 {
+        met.push(chosen(&world, POD, sport));
+        world.now_ticks += 3;
+    }
+    met.sort_unstable();
+    met.dedup();
+    assert_eq!(met, [0, 1, 2]);
+}

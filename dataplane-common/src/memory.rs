@@ -19,7 +19,7 @@ use crate::{
     pipeline::{Context, Stages, Work, process},
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
-    service::{PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
+    service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     tables::{Entry, Env, InsertError, Route, Router, Tables},
     verdict::{Hook, Verdict},
 };
@@ -31,6 +31,7 @@ pub struct FamilyTables<F: Family> {
     pub own_addresses: HashMap<F::Addr, u32>,
     pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
+    pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
 }
 
 impl<F: Family> Default for FamilyTables<F> {
@@ -40,6 +41,7 @@ impl<F: Family> Default for FamilyTables<F> {
             own_addresses: HashMap::new(),
             flows: RefCell::default(),
             half_open: RefCell::default(),
+            affinity: RefCell::default(),
         }
     }
 }
@@ -143,13 +145,15 @@ impl Memory {
         }
     }
 
-    /// Appends a slice of the smallest size class that spreads over `backends`, at least one; its `slots_offset`.
+    /// Appends a slice of the smallest size class that spreads over `backends`, ascending and at least one; its
+    /// `slots_offset`.
     pub fn add_slice(&mut self, backends: &[u32]) -> u32 {
         let ids: Vec<u64> = backends
             .chunks(2)
             .map(|pair| u64::from(pair[0]) | u64::from(*pair.get(1).unwrap_or(&0)) << 32)
             .collect();
         self.maglev.extend(ids.iter().rev());
+        self.maglev.push(backends.len() as u64);
         let offset = self.maglev.len() as u32;
         let slots: Vec<u64> = (0..u64::from(crate::service::TABLE_SIZES[1]))
             .map(|slot| slot % backends.len() as u64)
@@ -180,6 +184,8 @@ fn work<F: Family>() -> Work<F> {
         quoted: Headers::default(),
         key: F::FlowKey::zeroed(),
         service: 0,
+        backend: 0,
+        service_generation: 0,
         forward: F::Flow::zeroed(),
         reply: F::Flow::zeroed(),
     }
@@ -268,6 +274,20 @@ impl<F: MemoryFamily> Tables<F> for Memory {
     fn own_address(&self, addr: F::Addr) -> u32 {
         F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
     }
+
+    fn affinity(&self, key: &F::AffinityKey) -> Option<Affinity> {
+        F::tables(self).affinity.borrow().get(key).copied()
+    }
+
+    fn touch_affinity(&self, key: &F::AffinityKey, seen_eighths: u32) {
+        if let Some(affinity) = F::tables(self).affinity.borrow_mut().get_mut(key) {
+            affinity.seen_eighths = seen_eighths;
+        }
+    }
+
+    fn put_affinity(&self, key: &F::AffinityKey, affinity: &Affinity) {
+        F::tables(self).affinity.borrow_mut().insert(*key, *affinity);
+    }
 }
 
 impl Env for Memory {
@@ -279,8 +299,17 @@ impl Env for Memory {
         self.now_ticks
     }
 
+    fn now_eighths(&self) -> u32 {
+        self.now_ticks << 3
+    }
+
     fn service_head(&self, index: u32) -> Option<ServiceHead> {
         self.services.get(index as usize).map(|service| service.head)
+    }
+
+    fn affinity_eighths(&self, index: u32) -> u32 {
+        let service = self.services.get(index as usize);
+        service.map_or(0, |service| service.affinity_eighths)
     }
 
     fn backend_head(&self, id: u32) -> Option<BackendHead> {

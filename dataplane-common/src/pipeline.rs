@@ -94,6 +94,10 @@ pub struct Work<F: Family> {
     pub key: F::FlowKey,
     /// The service that the packet is for, or [`NO_SERVICE`].
     pub service: u32,
+    /// The backend that is chosen for a new flow.
+    pub backend: u32,
+    /// The service's when the backend was chosen.
+    pub service_generation: u16,
     /// A new flow's entry for its packets.
     pub forward: F::Flow,
     /// A new flow's entry for its answers.
@@ -175,6 +179,9 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     if verdict.action() == Action::Miss {
         work.service = verdict.value();
         verdict = begin::first_answer::<F, W>(world, at, work);
+        if verdict.action() == Action::Next {
+            verdict = begin::select::<F, W>(world, at, work);
+        }
         if verdict.action() == Action::Next {
             verdict = begin::plan::<F, P, W>(packet, world, at, work);
         }

@@ -1,4 +1,5 @@
-//! `FRONTENDS_V4`, `FRONTENDS_V6`, `SERVICES`, `MAGLEV` and `PORTS`: from an address and port to a backend id.
+//! `FRONTENDS_V4`, `FRONTENDS_V6`, `SERVICES`, `MAGLEV`, `PORTS`, `AFFINITY_V4` and `AFFINITY_V6`: from an address and
+//! port to a backend id.
 //!
 //! A frontend maps to a service index that never changes while the frontend exists. What changes, the slice of
 //! `MAGLEV`, is [`ServiceHead`]: one aligned 64-bit word, written and read at once.
@@ -69,7 +70,7 @@ pub mod service_flags {
     pub const DELETED: u8 = 1;
     /// A service without endpoints drops instead of refusing (a Local traffic policy with endpoints elsewhere).
     pub const DROP_WHEN_EMPTY: u8 = 2;
-    /// `ClientIP` session affinity.
+    /// `ClientIP` session affinity: what a client was given is in `AFFINITY_V4` or `AFFINITY_V6`.
     pub const AFFINITY: u8 = 4;
 }
 
@@ -77,7 +78,8 @@ pub mod service_flags {
 ///
 /// # The slice in `MAGLEV`
 /// With `o = slots_offset`: slot `i` is the 16-bit lane `i % 4` (lane 0 lowest) of element `o + i / 4`, a number `b`
-/// into the list of backend ids; id `b` is the 32-bit lane `b % 2` (lane 0 lowest) of element `o - 1 - b / 2`.
+/// into the list of backend ids; id `b` is the 32-bit lane `b % 2` (lane 0 lowest) of element `o - 2 - b / 2`, and
+/// element `o - 1` says how many ids there are. They ascend, so that whether a backend is one of them is told by halving.
 /// So the ids come first and the slots follow, and one offset finds both.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -89,7 +91,40 @@ pub struct Service {
     pub proto: u8,
     /// 4 or 6.
     pub family: u8,
-    pub affinity_timeout_s: u32,
+    /// How long a client keeps its backend after its last connection began, in eighths of a tick (2^27 ns).
+    pub affinity_eighths: u32,
+}
+
+/// Key of `AFFINITY_V4`: a client of a service with [`service_flags::AFFINITY`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct AffinityKey4 {
+    /// Index into `SERVICES`.
+    pub service: u32,
+    /// The service's, so that who gets its index later does not inherit its clients.
+    pub service_generation: u32,
+    /// The client's own address.
+    pub addr_be: u32,
+}
+
+/// Key of `AFFINITY_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct AffinityKey6 {
+    pub service: u32,
+    pub service_generation: u32,
+    pub addr_be: [u32; 4],
+}
+
+/// Value of `AFFINITY_V4` and `AFFINITY_V6`: the backend that a client was given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Affinity {
+    /// Index into `BACKENDS`.
+    pub backend: u32,
+    pub backend_generation: u32,
+    /// When the client last began a flow, in eighths of a tick.
+    pub seen_eighths: u32,
 }
 
 const _: () = assert!(size_of::<FrontendKey4>() == 8);
@@ -97,6 +132,9 @@ const _: () = assert!(size_of::<FrontendKey6>() == 20);
 const _: () = assert!(size_of::<Frontend>() == 8);
 const _: () = assert!(size_of::<ServiceHead>() == 8);
 const _: () = assert!(size_of::<Service>() == 32);
+const _: () = assert!(size_of::<AffinityKey4>() == 12);
+const _: () = assert!(size_of::<AffinityKey6>() == 24);
+const _: () = assert!(size_of::<Affinity>() == 12);
 
 /// Sizes of Maglev tables: primes, about doubling. Index 0 means no table.
 pub const TABLE_SIZES: [u32; 16] = [

@@ -5,7 +5,7 @@ use crate::{
     backend::{Backend, BackendHead},
     config::Config,
     device::Device,
-    service::{PortSet, ServiceHead},
+    service::{Affinity, PortSet, ServiceHead},
 };
 
 /// An entry of a flow table, in place.
@@ -38,6 +38,12 @@ pub trait Tables<F: Family> {
     /// The service index of a frontend.
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
     fn own_address(&self, addr: F::Addr) -> u32;
+
+    fn affinity(&self, key: &F::AffinityKey) -> Option<Affinity>;
+    /// Stores when an entry was last used, if it is still there.
+    fn touch_affinity(&self, key: &F::AffinityKey, seen_eighths: u32);
+    /// Inserts or replaces. A full table evicts; where even that fails, the client is chosen for anew.
+    fn put_affinity(&self, key: &F::AffinityKey, affinity: &Affinity);
 }
 
 /// The tables that both families share, and the rest of the world.
@@ -46,8 +52,12 @@ pub trait Env {
     fn config<T: Copy>(&self, field: impl FnOnce(&Config) -> &T) -> T;
     /// The coarse monotonic clock in ticks of 2^30 ns.
     fn now_ticks(&self) -> u32;
+    /// The same clock in eighths of a tick.
+    fn now_eighths(&self) -> u32;
 
     fn service_head(&self, index: u32) -> Option<ServiceHead>;
+    /// How long a client of a service with affinity is remembered, in eighths of a tick.
+    fn affinity_eighths(&self, index: u32) -> u32;
     fn backend_head(&self, id: u32) -> Option<BackendHead>;
     fn backend(&self, id: u32) -> Option<Backend>;
     fn maglev(&self, index: u32) -> Option<u64>;

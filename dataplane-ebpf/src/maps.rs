@@ -12,7 +12,7 @@ use dataplane_common::{
     flow::{Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
     reason::REASONS,
-    service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
+    service::{Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
 };
 
@@ -31,6 +31,11 @@ pub static BACKENDS: Array<Backend, 65536, MMAPABLE> = Array::new();
 pub static MAGLEV: Array<u64, 4194304, MMAPABLE> = Array::new();
 #[btf_map]
 pub static PORTS: Array<PortSet, { PORT_SETS as usize }> = Array::new();
+
+#[btf_map]
+pub static AFFINITY_V4: LruHashMap<AffinityKey4, Affinity, 65536> = LruHashMap::new();
+#[btf_map]
+pub static AFFINITY_V6: LruHashMap<AffinityKey6, Affinity, 65536> = LruHashMap::new();
 
 #[btf_map]
 pub static FLOWS_V4: LruHashMap<FlowKey4, Flow4, 131072> = LruHashMap::new();

@@ -17,7 +17,7 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    service::{Frontend, FrontendKey4, FrontendKey6, PortSet, ServiceHead},
+    service::{Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet, Service, ServiceHead},
     tables::{Entry, Env, InsertError, Route, Router, Tables},
 };
 
@@ -73,7 +73,8 @@ impl<T> Aligned<T> {
 pub struct MapEntry<V>(*mut V);
 
 macro_rules! family_tables {
-    ($family:ty, $key:ty, $flow:ty, $frontend:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident) => {
+    ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
+     $affinity:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -129,6 +130,23 @@ macro_rules! family_tables {
             fn own_address(&self, addr: <$family as Family>::Addr) -> u32 {
                 value(&$own, &addr).unwrap_or(0)
             }
+            #[inline(always)]
+            fn affinity(&self, key: &$client) -> Option<Affinity> {
+                // SAFETY: may be torn when the entry is reused meanwhile; what it names is checked before it is believed.
+                unsafe { $affinity.get(Aligned(*key).in_place()) }.copied()
+            }
+            #[inline(always)]
+            fn touch_affinity(&self, key: &$client, seen_eighths: u32) {
+                if let Some(affinity) = $affinity.get_ptr_mut(Aligned(*key).in_place()) {
+                    // SAFETY: a single store of an aligned field of an element that exists.
+                    unsafe { ptr::write_volatile(&raw mut (*affinity).seen_eighths, seen_eighths) };
+                }
+            }
+            #[inline(always)]
+            fn put_affinity(&self, key: &$client, affinity: &Affinity) {
+                let (key, affinity) = (Aligned(*key), Aligned(*affinity));
+                let _ = insert(&$affinity, key.in_place(), affinity.in_place(), 0);
+            }
         }
     };
 }
@@ -138,20 +156,24 @@ family_tables!(
     FlowKey4,
     Flow4,
     FrontendKey4,
+    AffinityKey4,
     FLOWS_V4,
     HALF_OPEN_V4,
     FRONTENDS_V4,
-    OWN_ADDRS_V4
+    OWN_ADDRS_V4,
+    AFFINITY_V4
 );
 family_tables!(
     V6,
     FlowKey6,
     Flow6,
     FrontendKey6,
+    AffinityKey6,
     FLOWS_V6,
     HALF_OPEN_V6,
     FRONTENDS_V6,
-    OWN_ADDRS_V6
+    OWN_ADDRS_V6,
+    AFFINITY_V6
 );
 
 /// `EEXIST`, as helpers return it.
@@ -197,6 +219,27 @@ impl<C> Env for World<C> {
                 (bpf_jiffies64() >> 8) as u32
             }
         }
+    }
+
+    #[inline(always)]
+    fn now_eighths(&self) -> u32 {
+        // SAFETY: helpers without arguments.
+        unsafe {
+            if config(|c| &c.flags) & config_flags::COARSE_CLOCK != 0 {
+                (bpf_ktime_get_coarse_ns() >> 27) as u32
+            } else {
+                (bpf_jiffies64() >> 5) as u32
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn affinity_eighths(&self, index: u32) -> u32 {
+        let Some(service) = SERVICES.get_ptr(index) else {
+            return 0;
+        };
+        // SAFETY: the element exists; a single load of an aligned field.
+        unsafe { ptr::read_volatile(&raw const (*service.cast::<Service>()).affinity_eighths) }
     }
 
     #[inline(always)]

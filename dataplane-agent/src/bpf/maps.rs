@@ -6,9 +6,10 @@ use super::{map_names, pins::Pins, sys};
 use crate::{config::Sizes, store::Limits};
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 15] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 17] {
     let Sizes {
         limits,
+        affinity,
         flows,
         half_open,
         sockets,
@@ -27,6 +28,8 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 15] {
         (map_names::SERVICES, services),
         (map_names::BACKENDS, backends),
         (map_names::MAGLEV, maglev),
+        (map_names::AFFINITY_V4, affinity),
+        (map_names::AFFINITY_V6, affinity),
         (map_names::FLOWS_V4, flows),
         (map_names::FLOWS_V6, flows),
         (map_names::HALF_OPEN_V4, half_open),

@@ -101,6 +101,7 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
             external: !addr.is_loopback(),
             backends: [backend].into(),
             drop_when_empty: false,
+            affinity_s: None,
         });
     }
     problems.extend(strangers(pod, own));

@@ -68,6 +68,8 @@ pub struct Balancer {
     pub backends: Arc<[BackendKey]>,
     /// Without backends it drops instead of refusing.
     pub drop_when_empty: bool,
+    /// How long a client keeps its backend, in seconds; `None`: each connection is on its own.
+    pub affinity_s: Option<u32>,
 }
 
 /// Everything that an object wants from the tables.

@@ -116,6 +116,7 @@ pub fn compile(
                 Policy::Local => chosen.local.clone(),
             },
             drop_when_empty: policy == Policy::Local && chosen.drop_local,
+            affinity_s: service.affinity_s,
         };
         match reached {
             Reached::ByClusterIp if service.internal_local => {

@@ -111,6 +111,10 @@ impl Memory {
         if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
             text.push_str("drop ");
         }
+        if head.flags & service_flags::AFFINITY != 0 {
+            // Writing to a string cannot fail.
+            let _ok = write!(text, "affinity={} ", self.services[&index].affinity_eighths);
+        }
         let shares = self.shares(head.slots_offset, head.size_class);
         if shares.is_empty() {
             text.push_str("none");
@@ -127,7 +131,7 @@ impl Memory {
         let mut shares = BTreeMap::new();
         for slot in 0..TABLE_SIZES[usize::from(class)] {
             let number = (self.maglev[(offset + slot / 4) as usize] >> (slot % 4 * 16)) as u32 & 0xffff;
-            let id = (self.maglev[(offset - 1 - number / 2) as usize] >> (number % 2 * 32)) as u32;
+            let id = (self.maglev[(offset - 2 - number / 2) as usize] >> (number % 2 * 32)) as u32;
             *shares.entry(self.backend(id)).or_default() += 1;
         }
         shares

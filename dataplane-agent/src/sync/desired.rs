@@ -28,6 +28,8 @@ pub struct Uses {
 pub struct Wanted {
     pub backends: Arc<[BackendKey]>,
     pub drop_when_empty: bool,
+    /// See [`Balancer::affinity_s`].
+    pub affinity_s: Option<u32>,
 }
 
 /// Entries that may differ from what is programmed.
@@ -127,6 +129,7 @@ impl Desired {
             let wanted = Wanted {
                 backends: balancer.backends.clone(),
                 drop_when_empty: balancer.drop_when_empty,
+                affinity_s: balancer.affinity_s,
             };
             self.balancers.insert(key, wanted);
         }

@@ -71,7 +71,7 @@ pub fn owner(owner: &ObjectRef) -> u32 {
 }
 
 /// A service's entry around its head.
-pub fn service(frontend: &FrontendAddr, head: ServiceHead) -> Service {
+pub fn service(frontend: &FrontendAddr, head: ServiceHead, affinity_s: Option<u32>) -> Service {
     let FrontendAddr { addr, port, proto } = frontend;
     Service {
         head,
@@ -79,8 +79,13 @@ pub fn service(frontend: &FrontendAddr, head: ServiceHead) -> Service {
         port_be: port.to_be(),
         proto: proto.number(),
         family: if addr.is_ipv4() { 4 } else { 6 },
-        affinity_timeout_s: 0,
+        affinity_eighths: affinity_s.map_or(0, eighths),
     }
+}
+
+/// Eighths of a tick (2^27 ns) that are no less than so many seconds. Up to 19 years.
+fn eighths(seconds: u32) -> u32 {
+    (u64::from(seconds) * 1_000_000_000).div_ceil(1 << 27) as u32
 }
 
 /// The address and port that a service's entry is about; `None` for an entry that was never used.
@@ -160,9 +165,9 @@ pub fn backend(key: &BackendKey, generation: u32, state: u8, place: Whereabouts<
     }
 }
 
-/// Elements that a list of ids takes.
+/// Elements that a list of ids takes, with the one that says how many they are.
 fn id_words(ids: usize) -> u32 {
-    ids.div_ceil(2) as u32
+    ids.div_ceil(2) as u32 + 1
 }
 
 /// Elements that the slots of a table take.
@@ -188,37 +193,34 @@ pub fn slice_at(slots_offset: u32, ids: usize, class: u8) -> Option<Slice> {
     })
 }
 
-/// The elements of a slice, in the layout that [`Service`] documents: ids backwards from the slots.
+/// The elements of a slice, in the layout that [`Service`] documents: ids backwards from the slots. `slots` number the
+/// ids as they stand in `ids`, the slice in ascending order.
 pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
-    let mut words: Vec<u64> = ids
+    let mut order: Vec<u16> = (0..ids.len()).map(|number| number as u16).collect();
+    order.sort_unstable_by_key(|&number| ids[usize::from(number)]);
+    let mut number_of = vec![0u64; ids.len()];
+    for (place, &number) in order.iter().enumerate() {
+        number_of[usize::from(number)] = place as u64;
+    }
+    let id = |number: &u16| u64::from(ids[usize::from(*number)]);
+    let mut words: Vec<u64> = order
         .chunks(2)
-        .map(|pair| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32)
+        .map(|pair| id(&pair[0]) | pair.get(1).map_or(0, id) << 32)
         .collect();
     words.reverse();
+    words.push(ids.len() as u64);
     words.extend(slots.chunks(4).map(|four| {
-        four.iter()
-            .enumerate()
-            .fold(0, |word, (lane, slot)| word | u64::from(*slot) << (lane * 16))
+        four.iter().enumerate().fold(0, |word, (lane, slot)| {
+            word | number_of[usize::from(*slot)] << (lane * 16)
+        })
     }));
     words
 }
 
-/// How many ids a table's slots refer to.
-pub fn ids_in_slots(words: &[u64], class: u8) -> usize {
-    let size = TABLE_SIZES[usize::from(class & 15)] as usize;
-    let slots = words
-        .iter()
-        .flat_map(|word| (0..4).map(move |lane| (word >> (lane * 16)) as u16));
-    slots
-        .take(size)
-        .max()
-        .map_or(0, |highest| usize::from(highest) + 1)
-}
-
-/// The ids of a slice, in their order.
+/// The ids of a slice, ascending. `words` is the whole slice.
 pub fn slice_ids(words: &[u64], ids: usize) -> Vec<u32> {
     (0..ids)
-        .map(|number| (words[id_words(ids) as usize - 1 - number / 2] >> (number % 2 * 32)) as u32)
+        .map(|number| (words[id_words(ids) as usize - 2 - number / 2] >> (number % 2 * 32)) as u32)
         .collect()
 }
 
@@ -228,13 +230,28 @@ mod tests {
 
     #[test]
     fn a_slice_reads_as_it_was_written() {
-        for ids in [vec![7], vec![7, 9], vec![1, 2, 3]] {
+        for ids in [vec![7], vec![9, 7], vec![2, 3, 1]] {
             let slots: Vec<u16> = (0..101).map(|slot| slot % ids.len() as u16).collect();
             let words = slice_words(&ids, &slots);
             assert_eq!(words.len() as u32, slice_len(ids.len(), 1));
             let slots_at = words.len() - slot_words(1) as usize;
-            assert_eq!(ids_in_slots(&words[slots_at..], 1), ids.len());
-            assert_eq!(slice_ids(&words, ids.len()), ids);
+            assert_eq!(words[slots_at - 1], ids.len() as u64);
+            let listed = slice_ids(&words, ids.len());
+            let mut sorted = ids.clone();
+            sorted.sort_unstable();
+            assert_eq!(listed, sorted);
+            for (slot, number) in slots.iter().enumerate() {
+                let place = words[slots_at + slot / 4] >> (slot % 4 * 16) & 0xffff;
+                assert_eq!(listed[place as usize], ids[usize::from(*number)]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_never_cut_short() {
+        assert_eq!(eighths(1), 8);
+        for seconds in [1, 10_800, 86_400] {
+            assert!(u64::from(eighths(seconds)) << 27 >= u64::from(seconds) * 1_000_000_000);
         }
     }
 

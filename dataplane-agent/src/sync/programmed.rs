@@ -35,7 +35,7 @@ pub enum ServiceId {
 pub struct Slot {
     pub value: Service,
     pub slice: Option<Slice>,
-    /// The backend ids that the slice begins with.
+    /// The backend ids that the slice begins with, ascending.
     pub ids: Vec<u32>,
 }
 

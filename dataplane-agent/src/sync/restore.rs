@@ -10,7 +10,10 @@ use super::{
     encode,
     programmed::{Programmed, ServiceId, Slot},
 };
-use crate::store::{Store, StoreError};
+use crate::{
+    compile::maglev,
+    store::{Store, StoreError},
+};
 
 /// Reads every table. Everything that is found is touched, so that the first run keeps or deletes it.
 pub fn restore(store: &dyn Store, touched: &mut Touched) -> Result<Programmed, StoreError> {
@@ -99,12 +102,17 @@ fn read_slice(
     }
     let limit = store.limits().maglev;
     let slots = encode::slot_words(head.size_class);
-    if head.slots_offset.checked_add(slots).is_none_or(|end| end > limit) {
+    if head.slots_offset == 0 || head.slots_offset.checked_add(slots).is_none_or(|end| end > limit) {
         return Ok(());
     }
-    let mut words = vec![0; slots as usize];
-    store.read_maglev(head.slots_offset, &mut words)?;
-    let ids = encode::ids_in_slots(&words, head.size_class);
+    let mut count = [0];
+    store.read_maglev(head.slots_offset - 1, &mut count)?;
+    let Some(ids) = usize::try_from(count[0])
+        .ok()
+        .filter(|ids| *ids <= maglev::MAX_BACKENDS)
+    else {
+        return Ok(());
+    };
     let Some(slice) = encode::slice_at(head.slots_offset, ids, head.size_class) else {
         return Ok(());
     };

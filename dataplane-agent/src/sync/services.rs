@@ -75,6 +75,7 @@ impl Syncer {
         let Wanted {
             backends,
             drop_when_empty,
+            affinity_s,
         } = wanted;
         if backends.len() > maglev::MAX_BACKENDS {
             let backends = backends.len();
@@ -83,6 +84,8 @@ impl Syncer {
         let numbered = |backend: &BackendKey| Some((*backend, self.programmed.active_backend(backend)?));
         let (active, ids): (Vec<BackendKey>, Vec<u32>) = backends.iter().filter_map(numbered).unzip();
         let missing = backends.len() - ids.len();
+        let mut listed = ids.clone();
+        listed.sort_unstable();
         let incomplete = NoRoom::Inactive {
             missing,
             wanted: backends.len(),
@@ -98,7 +101,8 @@ impl Syncer {
         let before = self.programmed.slot(index);
         let class = size_class(ids.len());
         let undo = |syncer: &mut Self, slice: Option<Slice>| syncer.forget_new(key, is_new, slice);
-        let keep = !is_new && self.slice_fits(index, &before, &ids, class, backends, last);
+        let keep =
+            !is_new && self.slice_fits(index, &before, &ids, class, backends, last) && before.ids == listed;
         let slice = if class == 0 {
             None
         } else if keep {
@@ -127,13 +131,10 @@ impl Syncer {
                 generation
             },
             size_class: class,
-            flags: if *drop_when_empty || missing > 0 {
-                service_flags::DROP_WHEN_EMPTY
-            } else {
-                0
-            },
+            flags: flag(*drop_when_empty || missing > 0, service_flags::DROP_WHEN_EMPTY)
+                | flag(affinity_s.is_some(), service_flags::AFFINITY),
         };
-        let value = encode::service(&key.frontend, head);
+        let value = encode::service(&key.frontend, head, *affinity_s);
         if value != before.value {
             if let Err(error) = store.write_service(index, &value) {
                 undo(self, slice.filter(|_| !keep));
@@ -144,7 +145,12 @@ impl Syncer {
         if !keep {
             self.programmed.slice_garbage.extend(before.slice);
         }
-        self.programmed.set_slot(index, Slot { value, slice, ids });
+        let slot = Slot {
+            value,
+            slice,
+            ids: listed,
+        };
+        self.programmed.set_slot(index, slot);
         if missing > 0 {
             return Err(incomplete.into());
         }
@@ -201,7 +207,7 @@ impl Syncer {
         self.reclaim(store).is_ok()
     }
 
-    /// Whether the slice in force is already what is wanted.
+    /// Whether the slice in force is already what is wanted, if it has these ids.
     fn slice_fits(
         &mut self,
         index: u32,
@@ -213,7 +219,7 @@ impl Syncer {
     ) -> bool {
         let found = self.programmed.found_words.remove(&index);
         if before.value.head.size_class != class
-            || before.ids != ids
+            || before.ids.len() != ids.len()
             || before.slice.is_none() != (class == 0)
         {
             return false;
@@ -328,6 +334,11 @@ impl From<StoreError> for NotPut {
     fn from(error: StoreError) -> Self {
         NotPut::Store(error)
     }
+}
+
+/// A flag, if it is set.
+fn flag(is_set: bool, flag: u8) -> u8 {
+    if is_set { flag } else { 0 }
 }
 
 /// A balancer for people.

@@ -75,8 +75,9 @@ fn service() -> impl Strategy<Value = Object> {
         proptest::option::of(0..3u16),
         any::<bool>(),
         any::<bool>(),
+        proptest::option::of(1..3u32),
     )
-        .prop_map(|(number, last, node_port, internal_local, external_local)| {
+        .prop_map(|(number, last, node_port, internal_local, external_local, affinity_s)| {
             let plain = plain(number, last);
             let port = ServicePort {
                 node_port: node_port.map(|port| 30000 + port),
@@ -87,6 +88,7 @@ fn service() -> impl Strategy<Value = Object> {
                 ports: vec![port],
                 internal_local,
                 external_local: external_local && node_port.is_some(),
+                affinity_s,
                 ..plain
             }))
         })

@@ -325,7 +325,7 @@ fn tables_hold_what_is_written() -> Result<()> {
         port_be: 80,
         proto: 6,
         family: 4,
-        affinity_timeout_s: 9,
+        affinity_eighths: 9,
     };
     store.write_service(1023, &service)?;
     assert_eq!(store.read_service(1023)?, service);

@@ -35,6 +35,7 @@ pub const SIZES: Sizes = Sizes {
         backends: 1024,
         maglev: 65536,
     },
+    affinity: 1024,
     flows: 4096,
     half_open: 1024,
     sockets: 1024,

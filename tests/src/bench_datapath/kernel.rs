@@ -333,8 +333,9 @@ fn fill(object: &mut Ebpf, case: &Case, flows: u32, device: &Device) -> Result<(
         ..Service::default()
     };
     set(object, "SERVICES", ID, service)?;
-    // All slots are zero: number 0 of the list of ids before them.
-    set(object, "MAGLEV", SLOTS - 1, u64::from(ID))?;
+    // All slots are zero: number 0 of the list of ids before them, which has one.
+    set(object, "MAGLEV", SLOTS - 1, 1u64)?;
+    set(object, "MAGLEV", SLOTS - 2, u64::from(ID))?;
     debug_assert!(TABLE_SIZES[1] > 0);
     let entry = DeviceEntry {
         flags: device_flags::ETHERNET | device_flags::XDP,

@@ -95,6 +95,7 @@ impl Kernel {
             (["SERVICES", "SERVICES"], memory.services.len() as u32),
             (["BACKENDS", "BACKENDS"], memory.backends.len() as u32),
             (["MAGLEV", "MAGLEV"], memory.maglev.len() as u32),
+            (["AFFINITY_V4", "AFFINITY_V6"], FLOWS),
             (["FLOWS_V4", "FLOWS_V6"], FLOWS),
             (["HALF_OPEN_V4", "HALF_OPEN_V6"], FLOWS),
         ] {

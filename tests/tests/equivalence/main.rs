@@ -25,7 +25,7 @@ use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
 use dataplane_common::parse::{ETHERNET_LEN, Headers, ParseIp, parse_l4};
 use dataplane_common::pipeline::Context;
-use dataplane_common::service::{Frontend, service_flags};
+use dataplane_common::service::{Affinity, AffinityKey4, AffinityKey6, Frontend, service_flags};
 use dataplane_common::verdict::Hook;
 
 use kernel::{Kernel, Outcome};
@@ -84,6 +84,7 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
         talks: Vec::new(),
         codes: [[0; 8]; 6],
         refused: 0,
+        remembered: 0,
     };
     for number in 0..packets {
         if number % CHANGE == 0 {
@@ -154,6 +155,8 @@ struct Run {
     codes: [[u64; 8]; 6],
     /// Frames that the kernel would not test with.
     refused: u64,
+    /// Clients that services with affinity have remembered.
+    remembered: usize,
 }
 
 impl Run {
@@ -286,6 +289,9 @@ impl Run {
             head.generation = head.generation.wrapping_add(1);
         }
         head.flags &= !service_flags::DELETED;
+        if random.percent(20) && head.size_class != 0 {
+            head.flags ^= service_flags::AFFINITY;
+        }
         if random.percent(20) {
             head.flags |= service_flags::DELETED;
         }
@@ -297,6 +303,8 @@ impl Run {
     fn compare_tables(&mut self) -> Result<()> {
         self.compare::<V4, FlowKey4, Flow4, 16, 52>("FLOWS_V4", "HALF_OPEN_V4", |memory| &mut memory.v4)?;
         self.compare::<V6, FlowKey6, Flow6, 40, 76>("FLOWS_V6", "HALF_OPEN_V6", |memory| &mut memory.v6)?;
+        self.compare_affinity::<V4, AffinityKey4, 12>("AFFINITY_V4", |memory| &mut memory.v4)?;
+        self.compare_affinity::<V6, AffinityKey6, 24>("AFFINITY_V6", |memory| &mut memory.v6)?;
         self.talks.clear();
         Ok(())
     }
@@ -334,6 +342,32 @@ impl Run {
         Ok(())
     }
 
+    fn compare_affinity<F, A, const K: usize>(
+        &mut self,
+        name: &str,
+        tables: fn(&mut Memory) -> &mut dataplane_common::memory::FamilyTables<F>,
+    ) -> Result<()>
+    where
+        F: Family<AffinityKey = A>,
+        A: Pod + Eq + std::hash::Hash + std::fmt::Debug,
+    {
+        let mut of_kernel = self.kernel.drain::<A, Affinity, K, 12>(name)?;
+        let own = tables(&mut self.setting.memory).affinity.get_mut();
+        self.remembered += own.len();
+        for (key, affinity) in own.drain() {
+            let other = of_kernel.remove(&key);
+            let is_same = other.is_some_and(|other| {
+                (other.backend, other.backend_generation) == (affinity.backend, affinity.backend_generation)
+            });
+            ensure!(is_same, "{name} {key:?}: host {affinity:?}, kernel {other:?}");
+        }
+        ensure!(
+            of_kernel.is_empty(),
+            "only the kernel build has in {name} {of_kernel:?}"
+        );
+        Ok(())
+    }
+
     /// What the packets have met, so that nobody takes a run of passes for a test.
     fn report(&self) {
         for (hook, codes) in HOOKS.iter().zip(&self.codes) {
@@ -350,6 +384,7 @@ impl Run {
         {
             println!("{}: {count}", reason.label());
         }
+        println!("clients remembered: {}", self.remembered);
         println!("refused as too short: {}", self.refused);
     }
 }

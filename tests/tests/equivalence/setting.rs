@@ -324,11 +324,17 @@ impl Setting {
             (cluster_ip(version, 1), 82, None, 0),
             (cluster_ip(version, 1), 83, None, service_flags::DROP_WHEN_EMPTY),
             (cluster_ip(version, 1), 84, Some(u32::MAX - 9), 0),
-            (cluster_ip(version, 2), 80, Some(all), 0),
+            (cluster_ip(version, 2), 80, Some(all), service_flags::AFFINITY),
+            (
+                cluster_ip(version, 2),
+                82,
+                Some(u32::MAX - 9),
+                service_flags::AFFINITY,
+            ),
             // An own address as an external one.
             (own(version, 0), 80, Some(pods), 0),
             (any_address, 30080, Some(all), 0),
-            (any_address, 30081, Some(remote), 0),
+            (any_address, 30081, Some(remote), service_flags::AFFINITY),
             (any_address, 84, None, 0),
         ] {
             let service = self.memory.services.len() as u32;
@@ -341,6 +347,8 @@ impl Setting {
                 },
                 family: version,
                 proto: l4,
+                // Longer than a run, because the host build's clock stands still.
+                affinity_eighths: 1 << 24,
                 ..Service::default()
             });
             for scope in [Scope::Internal, Scope::External] {

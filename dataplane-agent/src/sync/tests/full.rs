@@ -128,7 +128,7 @@ fn a_full_table_is_reported_and_made_good() {
     assert!(!reason.refused);
     assert_eq!(
         reason.reason,
-        "no room for a table of 27 elements (40 elements in all)"
+        "no room for a table of 28 elements (40 elements in all)"
     );
     assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
     assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));

@@ -151,6 +151,7 @@ impl Agent {
             index: Index::new(&config.node_name),
             compiler: Compiler::new(Options {
                 external_ips: config.external_ips,
+                source_ranges_for: config.source_ranges_for,
             }),
             syncer,
             store,

@@ -14,7 +14,9 @@ use serde::Deserialize;
 
 use crate::{
     cli::status::Output,
-    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb},
+    config::{
+        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb, SourceRangesFor,
+    },
     store::Limits,
 };
 
@@ -131,6 +133,9 @@ struct Settings {
     /// Whether `spec.externalIPs` of Services are served [default: true].
     #[arg(long, env = "DATAPLANE_EXTERNAL_IPS")]
     external_ips: Option<bool>,
+    /// Which addresses of a Service its `loadBalancerSourceRanges` guard [default: lb, which is what kube-proxy does].
+    #[arg(long, env = "DATAPLANE_SOURCE_RANGES_FOR", value_enum)]
+    source_ranges_for: Option<SourceRangesFor>,
     /// Addresses and ports of Services, by family and scope [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
     max_frontends: Option<u32>,
@@ -143,6 +148,9 @@ struct Settings {
     /// 8-byte elements of all Maglev tables together [default: 4194304].
     #[arg(long, env = "DATAPLANE_MAX_MAGLEV")]
     max_maglev: Option<u32>,
+    /// Source ranges of all Services, by family and address and port that they guard [default: 65536].
+    #[arg(long, env = "DATAPLANE_MAX_SOURCE_RANGES")]
+    max_source_ranges: Option<u32>,
     /// Clients that Services with affinity remember, by family and Service entry [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_AFFINITY")]
     max_affinity: Option<u32>,
@@ -210,8 +218,8 @@ impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, external_ips, max_frontends, max_services, max_backends, max_maglev,
-            max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
+            snat_ports, node_ports, node_port_addresses, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
+            max_source_ranges, max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
 
@@ -251,10 +259,12 @@ impl Settings {
             node_ports,
             node_port_addresses,
             external_ips,
+            source_ranges_for,
             max_frontends,
             max_services,
             max_backends,
             max_maglev,
+            max_source_ranges,
             max_affinity,
             max_flows,
             max_half_open,
@@ -288,12 +298,19 @@ impl Settings {
             }),
             node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
             external_ips: external_ips.unwrap_or(true),
+            source_ranges_for: source_ranges_for.unwrap_or_default(),
             sizes: Sizes {
                 limits: Limits {
                     frontends: size("max-frontends", max_frontends, limits.frontends, ROWS_AT_MOST)?,
                     services: size("max-services", max_services, limits.services, ROWS_AT_MOST)?,
                     backends: size("max-backends", max_backends, limits.backends, ROWS_AT_MOST)?,
                     maglev: size("max-maglev", max_maglev, limits.maglev, ELEMENTS_AT_MOST)?,
+                    source_ranges: size(
+                        "max-source-ranges",
+                        max_source_ranges,
+                        limits.source_ranges,
+                        ROWS_AT_MOST,
+                    )?,
                 },
                 affinity: size("max-affinity", max_affinity, sizes.affinity, FLOWS_AT_MOST)?,
                 flows: size("max-flows", max_flows, sizes.flows, FLOWS_AT_MOST)?,

@@ -37,6 +37,7 @@ pub struct Config {
     pub node_port_addresses: NodePortAddresses,
     /// Serve `spec.externalIPs`.
     pub external_ips: bool,
+    pub source_ranges_for: SourceRangesFor,
     pub sizes: Sizes,
     /// Log what the datapath does with packets.
     pub debug_log: bool,
@@ -70,6 +71,7 @@ impl Default for Sizes {
                 services: object.services,
                 backends: object.backends,
                 maglev: object.maglev,
+                source_ranges: 65_536,
             },
             affinity: 65_536,
             flows: 262_144,
@@ -112,6 +114,17 @@ pub enum FastPath {
     Auto,
     On,
     Off,
+}
+
+/// `--source-ranges-for`: which addresses of a Service its `loadBalancerSourceRanges` guard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceRangesFor {
+    /// Those of its load balancer.
+    #[default]
+    Lb,
+    /// Its node ports and external addresses too.
+    All,
 }
 
 /// An inclusive range of ports, written `A-B`.

@@ -15,6 +15,7 @@ const LIMITS: Limits = Limits {
     services: 100,
     backends: 100,
     maglev: 10_000,
+    source_ranges: 100,
 };
 
 struct Pipeline {

@@ -151,6 +151,11 @@ fn usable<F: Family, W: World<F>>(world: &W, at: &Context, work: &Work<F>) -> Re
     if head.flags & service_flags::DELETED != 0 {
         return Err(Verdict::PASS);
     }
+    if head.flags & service_flags::RANGES != 0
+        && !world.in_source_range(work.service, &work.headers.tuple.src)
+    {
+        return Err(Verdict::drop(Reason::SourceRange));
+    }
     if head.size_class == 0 {
         return Err(if at.hook == Hook::Xdp {
             Verdict::PASS

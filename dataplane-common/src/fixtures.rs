@@ -10,7 +10,7 @@ use crate::{
     checksum,
     device::own_flags,
     flow::{FlowMeta, flow_state},
-    memory::{Frame, Memory, MemoryRoute},
+    memory::{Frame, Memory, MemoryRange, MemoryRoute},
     parse::{ETHERNET_LEN, tcp},
     pipeline::Context,
     reason::Reason,
@@ -454,4 +454,37 @@ fn a_client_that_comes_too_late_may_meet_another_backend() {
     met.sort_unstable();
     met.dedup();
     assert_eq!(met, [0, 1, 2]);
+}
+
+#[test]
+fn source_ranges_are_for_new_flows_and_come_before_everything_else() {
+    for backends in [&BACKENDS[..], &[]] {
+        let mut world = world(backends);
+        world.services[0].head.flags = service_flags::RANGES;
+        let syn = |client, sport| tcp_packet((client, sport), (NODE, 30080), tcp::SYN);
+        let drop = Verdict::drop(Reason::SourceRange);
+        assert_eq!(run(&world, &FROM_NETDEV, &syn(CLIENT, 4000)).0, drop);
+        for (service, network, length) in [
+            (1, CLIENT, 32),
+            (0, [203, 0, 112, 0], 24),
+            (0, [203, 0, 113, 4], 30),
+        ] {
+            world.v4.ranges.push(MemoryRange {
+                service,
+                network: [u32::from_ne_bytes(network), 0, 0, 0],
+                length,
+            });
+        }
+        assert_ne!(run(&world, &FROM_NETDEV, &syn(CLIENT, 4000)).0, drop);
+        assert_eq!(run(&world, &FROM_NETDEV, &syn([203, 0, 113, 8], 4000)).0, drop);
+        assert_eq!(run(&world, &at(Hook::Xdp), &syn([203, 0, 113, 8], 4000)).0, drop);
+        assert_eq!(world.counted(Reason::SourceRange), 3);
+    }
+    let mut world = world(&BACKENDS[..1]);
+    let backend = connect(&world, 4000);
+    world.services[0].head.flags = service_flags::RANGES;
+    let ack = tcp_packet((POD, 4000), (SERVICE, 80), tcp::ACK);
+    assert_eq!(ends(&run(&world, &FROM_POD, &ack).1).1, backend);
+    let syn = tcp_packet((POD, 4001), (SERVICE, 80), tcp::SYN);
+    assert_eq!(run(&world, &FROM_POD, &syn).0, Verdict::drop(Reason::SourceRange));
 }

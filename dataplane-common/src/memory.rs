@@ -32,6 +32,7 @@ pub struct FamilyTables<F: Family> {
     pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
+    pub ranges: Vec<MemoryRange>,
 }
 
 impl<F: Family> Default for FamilyTables<F> {
@@ -42,8 +43,19 @@ impl<F: Family> Default for FamilyTables<F> {
             flows: RefCell::default(),
             half_open: RefCell::default(),
             affinity: RefCell::default(),
+            ranges: Vec::new(),
         }
     }
+}
+
+/// A source range of a service.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryRange {
+    /// Index into `services`.
+    pub service: u32,
+    pub network: AnyAddr,
+    /// Leading bits of the address that have to match.
+    pub length: u8,
 }
 
 /// A route to a network. The first that matches is taken.
@@ -63,15 +75,19 @@ pub struct MemoryRoute {
 
 impl MemoryRoute {
     fn matches(&self, version: u8, addr: AnyAddr) -> bool {
-        let mut left = u32::from(self.length);
-        self.version == version
-            && self.network.iter().zip(addr).all(|(network, word)| {
-                let bits = left.min(32);
-                left -= bits;
-                let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
-                (u32::from_be(*network) ^ u32::from_be(word)) & mask == 0
-            })
+        self.version == version && is_within(self.network, self.length, addr)
     }
+}
+
+/// Whether the leading bits of two addresses are the same.
+fn is_within(network: AnyAddr, length: u8, addr: AnyAddr) -> bool {
+    let mut left = u32::from(length);
+    network.iter().zip(addr).all(|(network, word)| {
+        let bits = left.min(32);
+        left -= bits;
+        let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+        (u32::from_be(*network) ^ u32::from_be(word)) & mask == 0
+    })
 }
 
 /// All tables, and what else the datapath asks for.
@@ -273,6 +289,12 @@ impl<F: MemoryFamily> Tables<F> for Memory {
 
     fn own_address(&self, addr: F::Addr) -> u32 {
         F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
+    }
+
+    fn in_source_range(&self, service: u32, client: &F::Addr) -> bool {
+        let client = F::to_any(*client);
+        let mut ranges = F::tables(self).ranges.iter();
+        ranges.any(|range| range.service == service && is_within(range.network, range.length, client))
     }
 
     fn affinity(&self, key: &F::AffinityKey) -> Option<Affinity> {

@@ -39,6 +39,8 @@ reasons! {
     NoEndpoints = "no-endpoints",
     /// Dropped: the service has no endpoint here and its traffic policy is Local.
     NoLocalEndpoints = "no-local-endpoints",
+    /// Dropped: the client is in none of the service's source ranges.
+    SourceRange = "source-range",
     /// Dropped: a refusal was due and the rate limit was reached.
     RefusalRateLimited = "refusal-rate-limited",
     /// Dropped: a service or backend index was out of range.

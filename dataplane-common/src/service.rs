@@ -1,5 +1,5 @@
-//! `FRONTENDS_V4`, `FRONTENDS_V6`, `SERVICES`, `MAGLEV`, `PORTS`, `AFFINITY_V4` and `AFFINITY_V6`: from an address and
-//! port to a backend id.
+//! `FRONTENDS_V4`, `FRONTENDS_V6`, `SERVICES`, `MAGLEV`, `PORTS`, `AFFINITY_V4`, `AFFINITY_V6`, `RANGES_V4` and
+//! `RANGES_V6`: from an address and port to a backend id.
 //!
 //! A frontend maps to a service index that never changes while the frontend exists. What changes, the slice of
 //! `MAGLEV`, is [`ServiceHead`]: one aligned 64-bit word, written and read at once.
@@ -72,6 +72,8 @@ pub mod service_flags {
     pub const DROP_WHEN_EMPTY: u8 = 2;
     /// `ClientIP` session affinity: what a client was given is in `AFFINITY_V4` or `AFFINITY_V6`.
     pub const AFFINITY: u8 = 4;
+    /// Flows begin only from the source ranges that `RANGES_V4` or `RANGES_V6` has for the service.
+    pub const RANGES: u8 = 8;
 }
 
 /// Value of `SERVICES`, an array by service index.
@@ -127,6 +129,27 @@ pub struct Affinity {
     pub seen_eighths: u32,
 }
 
+/// What a key of `RANGES_V4`, a longest prefix match, holds behind its prefix length: that is 32 for the service, which
+/// has to be equal, and the length of the range.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct SourceRange4 {
+    /// Index into `SERVICES`.
+    pub service: u32,
+    pub addr_be: u32,
+}
+
+/// What a key of `RANGES_V6` holds behind its prefix length.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct SourceRange6 {
+    pub service: u32,
+    pub addr_be: [u32; 4],
+}
+
+/// Bits of a source range before those of the address.
+pub const RANGE_SERVICE_BITS: u32 = 32;
+
 const _: () = assert!(size_of::<FrontendKey4>() == 8);
 const _: () = assert!(size_of::<FrontendKey6>() == 20);
 const _: () = assert!(size_of::<Frontend>() == 8);
@@ -135,6 +158,8 @@ const _: () = assert!(size_of::<Service>() == 32);
 const _: () = assert!(size_of::<AffinityKey4>() == 12);
 const _: () = assert!(size_of::<AffinityKey6>() == 24);
 const _: () = assert!(size_of::<Affinity>() == 12);
+const _: () = assert!(size_of::<SourceRange4>() == 8);
+const _: () = assert!(size_of::<SourceRange6>() == 20);
 
 /// Sizes of Maglev tables: primes, about doubling. Index 0 means no table.
 pub const TABLE_SIZES: [u32; 16] = [

@@ -39,6 +39,8 @@ pub trait Tables<F: Family> {
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
     fn own_address(&self, addr: F::Addr) -> u32;
 
+    /// Whether a client is in one of the source ranges of a service.
+    fn in_source_range(&self, service: u32, client: &F::Addr) -> bool;
     fn affinity(&self, key: &F::AffinityKey) -> Option<Affinity>;
     /// Stores when an entry was last used, if it is still there.
     fn touch_affinity(&self, key: &F::AffinityKey, seen_eighths: u32);

@@ -2,7 +2,7 @@
 //! the agent sets them from its configuration before it loads the object.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use dataplane_common::{
@@ -12,7 +12,10 @@ use dataplane_common::{
     flow::{Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
     reason::REASONS,
-    service::{Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
+    service::{
+        Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet,
+        Service, SourceRange4, SourceRange6,
+    },
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
 };
 
@@ -31,6 +34,12 @@ pub static BACKENDS: Array<Backend, 65536, MMAPABLE> = Array::new();
 pub static MAGLEV: Array<u64, 4194304, MMAPABLE> = Array::new();
 #[btf_map]
 pub static PORTS: Array<PortSet, { PORT_SETS as usize }> = Array::new();
+
+/// The values say nothing.
+#[btf_map]
+pub static RANGES_V4: LpmTrie<SourceRange4, u32, 65536> = LpmTrie::new();
+#[btf_map]
+pub static RANGES_V6: LpmTrie<SourceRange6, u32, 65536> = LpmTrie::new();
 
 #[btf_map]
 pub static AFFINITY_V4: LruHashMap<AffinityKey4, Affinity, 65536> = LruHashMap::new();

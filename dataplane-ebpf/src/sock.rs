@@ -205,8 +205,10 @@ where
     let Some(head) = world.service_head(index) else {
         return Ok(None);
     };
-    // Affinity is by client address, which a socket does not have yet: the packet path sees to it.
-    if head.flags & (service_flags::DELETED | service_flags::AFFINITY) != 0 {
+    // Affinity and source ranges are about the client's address, which a socket does not have yet: the packet path sees
+    // to them.
+    let not_here = service_flags::DELETED | service_flags::AFFINITY | service_flags::RANGES;
+    if head.flags & not_here != 0 {
         return Ok(None);
     }
     if head.size_class == 0 {

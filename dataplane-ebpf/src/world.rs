@@ -7,7 +7,7 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST,
         bpf_fib_lookup,
     },
-    btf_maps::{HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64, bpf_ktime_get_coarse_ns},
 };
 use dataplane_common::{
@@ -17,7 +17,10 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    service::{Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet, Service, ServiceHead},
+    service::{
+        Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
+        RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
+    },
     tables::{Entry, Env, InsertError, Route, Router, Tables},
 };
 
@@ -74,7 +77,7 @@ pub struct MapEntry<V>(*mut V);
 
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
-     $affinity:ident) => {
+     $affinity:ident, $range:ident, $ranges:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -131,6 +134,13 @@ macro_rules! family_tables {
                 value(&$own, &addr).unwrap_or(0)
             }
             #[inline(always)]
+            fn in_source_range(&self, service: u32, client: &<$family as Family>::Addr) -> bool {
+                const BITS: u32 = RANGE_SERVICE_BITS + 8 * size_of::<<$family as Family>::Addr>() as u32;
+                let addr_be = *client;
+                let key = Aligned(Key::new(BITS, $range { service, addr_be }));
+                $ranges.get(key.in_place()).is_some()
+            }
+            #[inline(always)]
             fn affinity(&self, key: &$client) -> Option<Affinity> {
                 // SAFETY: may be torn when the entry is reused meanwhile; what it names is checked before it is believed.
                 unsafe { $affinity.get(Aligned(*key).in_place()) }.copied()
@@ -161,7 +171,9 @@ family_tables!(
     HALF_OPEN_V4,
     FRONTENDS_V4,
     OWN_ADDRS_V4,
-    AFFINITY_V4
+    AFFINITY_V4,
+    SourceRange4,
+    RANGES_V4
 );
 family_tables!(
     V6,
@@ -173,7 +185,9 @@ family_tables!(
     HALF_OPEN_V6,
     FRONTENDS_V6,
     OWN_ADDRS_V6,
-    AFFINITY_V6
+    AFFINITY_V6,
+    SourceRange6,
+    RANGES_V6
 );
 
 /// `EEXIST`, as helpers return it.

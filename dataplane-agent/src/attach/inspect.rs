@@ -303,6 +303,8 @@ fn table_use(pins: &Pins) -> Vec<TableUse> {
     for name in [
         names::FRONTENDS_V4,
         names::FRONTENDS_V6,
+        names::RANGES_V4,
+        names::RANGES_V6,
         names::AFFINITY_V4,
         names::AFFINITY_V6,
         names::FLOWS_V4,

@@ -6,7 +6,7 @@ use super::{map_names, pins::Pins, sys};
 use crate::{config::Sizes, store::Limits};
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 17] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 19] {
     let Sizes {
         limits,
         affinity,
@@ -21,6 +21,7 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 17] {
         services,
         backends,
         maglev,
+        source_ranges,
     } = limits;
     [
         (map_names::FRONTENDS_V4, frontends),
@@ -28,6 +29,8 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 17] {
         (map_names::SERVICES, services),
         (map_names::BACKENDS, backends),
         (map_names::MAGLEV, maglev),
+        (map_names::RANGES_V4, source_ranges),
+        (map_names::RANGES_V6, source_ranges),
         (map_names::AFFINITY_V4, affinity),
         (map_names::AFFINITY_V6, affinity),
         (map_names::FLOWS_V4, flows),

@@ -94,6 +94,8 @@ pub mod map_names {
     pub const MAGLEV: &str = "MAGLEV";
     pub const AFFINITY_V4: &str = "AFFINITY_V4";
     pub const AFFINITY_V6: &str = "AFFINITY_V6";
+    pub const RANGES_V4: &str = "RANGES_V4";
+    pub const RANGES_V6: &str = "RANGES_V6";
     pub const FLOWS_V4: &str = "FLOWS_V4";
     pub const FLOWS_V6: &str = "FLOWS_V6";
     pub const HALF_OPEN_V4: &str = "HALF_OPEN_V4";

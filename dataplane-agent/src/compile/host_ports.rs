@@ -102,6 +102,7 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
             backends: [backend].into(),
             drop_when_empty: false,
             affinity_s: None,
+            source_ranges: [].into(),
         });
     }
     problems.extend(strangers(pod, own));

@@ -21,6 +21,9 @@ use claims::Claims;
 use health_checks::{Checks, HealthChecks};
 use host_ports::OwnAddresses;
 
+use ipnet::IpNet;
+
+use crate::config::SourceRangesFor;
 use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Pod, Problem, Protocol, Rejected, Service};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
@@ -70,6 +73,8 @@ pub struct Balancer {
     pub drop_when_empty: bool,
     /// How long a client keeps its backend, in seconds; `None`: each connection is on its own.
     pub affinity_s: Option<u32>,
+    /// Who may begin connections, sorted; empty: everybody.
+    pub source_ranges: Arc<[IpNet]>,
 }
 
 /// Everything that an object wants from the tables.
@@ -95,11 +100,16 @@ pub type Update = (ObjectRef, Option<Arc<Compiled>>);
 pub struct Options {
     /// `spec.externalIPs`.
     pub external_ips: bool,
+    /// What `spec.loadBalancerSourceRanges` guards.
+    pub source_ranges_for: SourceRangesFor,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { external_ips: true }
+        Self {
+            external_ips: true,
+            source_ranges_for: SourceRangesFor::Lb,
+        }
     }
 }
 

@@ -6,11 +6,14 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use super::{
     BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, Options, Policy,
     claims::Claims,
     endpoints::{self, PortEndpoint, Selection, View},
 };
+use crate::config::SourceRangesFor;
 use crate::model::{Index, ObjectRef, Problem, Service, ServicePort};
 
 /// What kind of address a frontend has, which says whose policy counts.
@@ -106,6 +109,7 @@ pub fn compile(
         let chosen = chosen
             .entry((port.place, ipv4))
             .or_insert_with(|| choose(index, service, port, ipv4, &mut compiled.endpoints));
+        let source_ranges = source_ranges(index, service, options, &frontend, reached);
         let balancer = |policy, internal, external| Balancer {
             frontend,
             policy,
@@ -117,6 +121,7 @@ pub fn compile(
             },
             drop_when_empty: policy == Policy::Local && chosen.drop_local,
             affinity_s: service.affinity_s,
+            source_ranges: source_ranges.clone(),
         };
         match reached {
             Reached::ByClusterIp if service.internal_local => {
@@ -132,6 +137,36 @@ pub fn compile(
         }
     }
     (compiled, problems)
+}
+
+/// Who may use a frontend; empty: everybody. As with kube-proxy, ranges say nothing of a family that none of them is of.
+fn source_ranges(
+    index: &Index,
+    service: &Service,
+    options: Options,
+    frontend: &FrontendAddr,
+    reached: Reached,
+) -> Arc<[IpNet]> {
+    let addr = frontend.addr;
+    let is_guarded = service.ingress_ips.contains(&addr)
+        || options.source_ranges_for == SourceRangesFor::All && reached == Reached::FromOutside;
+    if !is_guarded {
+        return [].into();
+    }
+    let of_family = |range: &&IpNet| matches!(range, IpNet::V4(_)) == addr.is_ipv4();
+    let ranges = service.source_ranges.iter().filter(of_family);
+    let mut ranges: Vec<IpNet> = ranges.map(IpNet::trunc).collect();
+    let node_ips = index.node().map_or(&[][..], |node| &node.internal_ips);
+    let lets_node_in = node_ips
+        .iter()
+        .any(|ip| ranges.iter().any(|range| range.contains(ip)));
+    if lets_node_in && !addr.is_unspecified() {
+        // Where the address is one of the node's own, its processes ask with that as their source.
+        ranges.push(addr.into());
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges.into()
 }
 
 /// An address and port for people.
@@ -191,7 +226,7 @@ fn choose(
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::decode::{Decoded, decode};
@@ -208,8 +243,12 @@ mod tests {
         let mut index = Index::new("n1");
         index.apply(object);
         let service = index.service(&key.name).unwrap();
+        let options = |external_ips| Options {
+            external_ips,
+            ..Options::default()
+        };
         let compiled = |external_ips| {
-            let (compiled, problems) = compile(&index, service, Options { external_ips }, &Claims::default());
+            let (compiled, problems) = compile(&index, service, options(external_ips), &Claims::default());
             let frontends = compiled
                 .balancers
                 .iter()
@@ -222,6 +261,74 @@ mod tests {
         assert_eq!(
             compiled(false),
             (both[..1].to_vec(), vec!["spec.externalIPs".to_owned()])
+        );
+    }
+
+    /// A Service's frontends and who may use them, with this node at 192.0.2.1.
+    fn guards(ranges: &[&str], source_ranges_for: SourceRangesFor) -> Vec<String> {
+        let documents: [Value; 2] = [
+            json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"},
+                "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
+            }),
+            json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "ns"},
+                "spec": {
+                    "type": "LoadBalancer", "clusterIPs": ["10.96.0.1", "fd00::1"],
+                    "ipFamilies": ["IPv4", "IPv6"], "externalIPs": ["198.18.1.1"],
+                    "loadBalancerSourceRanges": ranges, "ports": [{"port": 80, "nodePort": 30080}],
+                },
+                "status": {"loadBalancer": {"ingress": [{"ip": "198.18.0.1"}, {"ip": "2001:db8::1"}]}},
+            }),
+        ];
+        let mut index = Index::new("n1");
+        for document in &documents {
+            let Decoded::Object { object, .. } = decode(document) else {
+                panic!("refused: {document}");
+            };
+            index.apply(object);
+        }
+        let options = Options {
+            source_ranges_for,
+            ..Options::default()
+        };
+        let name = crate::model::Name::new("ns", "s");
+        let service = index.service(&name).unwrap();
+        let (compiled, problems) = compile(&index, service, options, &Claims::default());
+        assert!(problems.is_empty(), "{problems:?}");
+        let guarded = compiled
+            .balancers
+            .iter()
+            .filter(|one| !one.source_ranges.is_empty());
+        guarded
+            .map(|one| {
+                let ranges: Vec<String> = one.source_ranges.iter().map(ToString::to_string).collect();
+                format!("{} {}", one.frontend.addr, ranges.join(" "))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn source_ranges_guard_the_addresses_of_the_load_balancer_each_family_its_own() {
+        use SourceRangesFor::{All, Lb};
+        assert!(guards(&[], All).is_empty());
+        assert_eq!(guards(&["203.0.113.0/24"], Lb), ["198.18.0.1 203.0.113.0/24"]);
+        assert_eq!(
+            guards(&["203.0.113.0/24", "2001:db8:1::/64"], Lb),
+            ["198.18.0.1 203.0.113.0/24", "2001:db8::1 2001:db8:1::/64"]
+        );
+        // A node inside a range may ask by the address itself.
+        assert_eq!(
+            guards(&["192.0.2.0/28"], Lb),
+            ["198.18.0.1 192.0.2.0/28 198.18.0.1/32"]
+        );
+        assert_eq!(
+            guards(&["192.0.2.0/28"], All),
+            [
+                "198.18.1.1 192.0.2.0/28 198.18.1.1/32",
+                "198.18.0.1 192.0.2.0/28 198.18.0.1/32",
+                "0.0.0.0 192.0.2.0/28"
+            ]
         );
     }
 }

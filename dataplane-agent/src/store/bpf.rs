@@ -7,12 +7,16 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    service::{Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, Service},
+    service::{
+        Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, RANGE_SERVICE_BITS, Service, SourceRange4,
+        SourceRange6,
+    },
 };
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{FrontendKey, Limits, Store, StoreError};
 use crate::bpf::{
@@ -27,6 +31,20 @@ struct Table<K, V> {
     name: &'static str,
     map: MapFd<K, V>,
 }
+
+/// A key of a longest prefix match.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Zeroable)]
+struct Prefix<T> {
+    /// Bits of `data` that count.
+    length: u32,
+    data: T,
+}
+
+// SAFETY: both are words, one behind the other without padding.
+unsafe impl Pod for Prefix<SourceRange4> {}
+// SAFETY: as above.
+unsafe impl Pod for Prefix<SourceRange6> {}
 
 /// An array whose elements are `T`, written word by word. The first word of an element is its head.
 #[derive(Debug)]
@@ -45,6 +63,8 @@ pub struct BpfStore {
     services: Array<Service>,
     backends: Array<Backend>,
     maglev: Array<u64>,
+    ranges4: Table<Prefix<SourceRange4>, u32>,
+    ranges6: Table<Prefix<SourceRange6>, u32>,
     ports: Table<u32, PortSet>,
     own4: Table<u32, u32>,
     own6: Table<[u32; 4], u32>,
@@ -58,11 +78,13 @@ impl BpfStore {
         let services = Array::open(pins, names::SERVICES)?;
         let backends = Array::open(pins, names::BACKENDS)?;
         let maglev = Array::open(pins, names::MAGLEV)?;
+        let ranges4 = Table::open(pins, names::RANGES_V4)?;
         let limits = Limits {
             frontends: frontends4.map.info().max_entries,
             services: services.len(),
             backends: backends.len(),
             maglev: maglev.len(),
+            source_ranges: ranges4.map.info().max_entries,
         };
         Ok(Self {
             limits,
@@ -71,6 +93,8 @@ impl BpfStore {
             services,
             backends,
             maglev,
+            ranges4,
+            ranges6: Table::open(pins, names::RANGES_V6)?,
             ports: Table::open(pins, names::PORTS)?,
             own4: Table::open(pins, names::OWN_ADDRS_V4)?,
             own6: Table::open(pins, names::OWN_ADDRS_V6)?,
@@ -111,6 +135,20 @@ impl Store for BpfStore {
             target.store(*word, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        match range {
+            IpNet::V4(range) => self.ranges4.put(&prefix4(service, range), &1),
+            IpNet::V6(range) => self.ranges6.put(&prefix6(service, range), &1),
+        }
+    }
+
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        match range {
+            IpNet::V4(range) => self.ranges4.delete(&prefix4(service, range)),
+            IpNet::V6(range) => self.ranges6.delete(&prefix6(service, range)),
+        }
     }
 
     fn write_ports(&mut self, index: u32, ports: PortSet) -> Result<(), StoreError> {
@@ -181,6 +219,24 @@ impl Store for BpfStore {
         Ok(ports.unwrap_or_default())
     }
 
+    fn ranges(&self) -> Result<Vec<(u32, IpNet)>, StoreError> {
+        let mut all = Vec::new();
+        let mut add = |service, length: u32, addr: IpAddr| {
+            let length = u8::try_from(length.saturating_sub(RANGE_SERVICE_BITS)).ok();
+            // A longer prefix than the address cannot be in the table.
+            all.extend(length.and_then(|length| Some((service, IpNet::new(addr, length).ok()?))));
+        };
+        self.ranges4.for_each(|Prefix { length, data }, _| {
+            let octets = bytemuck::cast::<u32, [u8; 4]>(data.addr_be);
+            add(data.service, *length, octets.into());
+        })?;
+        self.ranges6.for_each(|Prefix { length, data }, _| {
+            let octets = bytemuck::cast::<[u32; 4], [u8; 16]>(data.addr_be);
+            add(data.service, *length, octets.into());
+        })?;
+        Ok(all)
+    }
+
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {
         let mut all = Vec::new();
         self.own4
@@ -196,6 +252,26 @@ impl Store for BpfStore {
         self.devices
             .for_each(|ifindex, device| all.push((*ifindex, *device)))?;
         Ok(all)
+    }
+}
+
+fn prefix4(service: u32, range: Ipv4Net) -> Prefix<SourceRange4> {
+    Prefix {
+        length: RANGE_SERVICE_BITS + u32::from(range.prefix_len()),
+        data: SourceRange4 {
+            service,
+            addr_be: key4(range.network()),
+        },
+    }
+}
+
+fn prefix6(service: u32, range: Ipv6Net) -> Prefix<SourceRange6> {
+    Prefix {
+        length: RANGE_SERVICE_BITS + u32::from(range.prefix_len()),
+        data: SourceRange6 {
+            service,
+            addr_be: key6(range.network()),
+        },
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use dataplane_common::{
     backend::Backend,
     device::Device,
@@ -59,6 +61,12 @@ impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     fn write_maglev(&mut self, offset: u32, words: &[u64]) -> Result<(), StoreError> {
         self.attempt("write", "MAGLEV")?.write_maglev(offset, words)
     }
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        self.attempt("write", "RANGES")?.put_range(service, range)
+    }
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        self.attempt("delete", "RANGES")?.delete_range(service, range)
+    }
     fn write_ports(&mut self, index: u32, ports: PortSet) -> Result<(), StoreError> {
         self.attempt("write", "PORTS")?.write_ports(index, ports)
     }
@@ -91,6 +99,9 @@ impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     }
     fn read_ports(&self, index: u32) -> Result<PortSet, StoreError> {
         self.memory.read_ports(index)
+    }
+    fn ranges(&self) -> Result<Vec<(u32, IpNet)>, StoreError> {
+        Store::ranges(&self.memory)
     }
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {
         Store::own_addresses(&self.memory)

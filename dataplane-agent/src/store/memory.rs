@@ -1,10 +1,12 @@
 //! The tables in memory: for tests, and for looking at what would be programmed.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Write,
     net::IpAddr,
 };
+
+use ipnet::IpNet;
 
 use dataplane_common::{
     backend::{Backend, backend_flags, backend_state},
@@ -22,6 +24,7 @@ pub struct Memory {
     pub services: HashMap<u32, Service>,
     pub backends: HashMap<u32, Backend>,
     pub maglev: Vec<u64>,
+    pub ranges: BTreeSet<(u32, IpNet)>,
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
@@ -38,6 +41,7 @@ impl Memory {
             services: HashMap::new(),
             backends: HashMap::new(),
             maglev: vec![0; limits.maglev as usize],
+            ranges: BTreeSet::new(),
             ports: vec![PortSet::default(); PORT_SETS as usize],
             own_addresses: BTreeMap::new(),
             devices: BTreeMap::new(),
@@ -114,6 +118,13 @@ impl Memory {
         if head.flags & service_flags::AFFINITY != 0 {
             // Writing to a string cannot fail.
             let _ok = write!(text, "affinity={} ", self.services[&index].affinity_eighths);
+        }
+        if head.flags & service_flags::RANGES != 0 {
+            text.push_str("from");
+            for (_, range) in self.ranges.iter().filter(|(of, _)| *of == index) {
+                let _ok = write!(text, " {range}");
+            }
+            text.push_str(": ");
         }
         let shares = self.shares(head.slots_offset, head.size_class);
         if shares.is_empty() {
@@ -241,6 +252,27 @@ impl Store for Memory {
         Ok(())
     }
 
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        self.writes += 1;
+        let is_v4 = matches!(range, IpNet::V4(_));
+        let of_family = |(_, range): &&(u32, IpNet)| matches!(range, IpNet::V4(_)) == is_v4;
+        let used = self.ranges.iter().filter(of_family).count();
+        if !self.ranges.contains(&(service, range)) && used >= self.limits.source_ranges as usize {
+            return Err(StoreError::Full {
+                table: if is_v4 { "RANGES_V4" } else { "RANGES_V6" },
+                limit: self.limits.source_ranges,
+            });
+        }
+        self.ranges.insert((service, range));
+        Ok(())
+    }
+
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.ranges.remove(&(service, range));
+        Ok(())
+    }
+
     fn write_ports(&mut self, index: u32, ports: PortSet) -> Result<(), StoreError> {
         self.writes += 1;
         self.ports[index as usize] = ports;
@@ -295,6 +327,10 @@ impl Store for Memory {
 
     fn read_ports(&self, index: u32) -> Result<PortSet, StoreError> {
         Ok(self.ports[index as usize])
+    }
+
+    fn ranges(&self) -> Result<Vec<(u32, IpNet)>, StoreError> {
+        Ok(self.ranges.iter().copied().collect())
     }
 
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {

@@ -11,6 +11,8 @@ pub mod memory;
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use dataplane_common::{
     backend::Backend,
     device::Device,
@@ -33,6 +35,8 @@ pub struct Limits {
     pub backends: u32,
     /// 64-bit elements of `MAGLEV`.
     pub maglev: u32,
+    /// Entries of each of `RANGES_V4` and `RANGES_V6`.
+    pub source_ranges: u32,
 }
 
 /// A write or read that the kernel refused.
@@ -61,6 +65,9 @@ pub trait Store {
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), StoreError>;
     /// Writes elements `offset..offset + words.len()` of `MAGLEV`.
     fn write_maglev(&mut self, offset: u32, words: &[u64]) -> Result<(), StoreError>;
+    /// `service`: its index.
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError>;
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), StoreError>;
     fn write_ports(&mut self, index: u32, ports: PortSet) -> Result<(), StoreError>;
     /// `flags`: `dataplane_common::device::own_flags`.
     fn put_own_address(&mut self, addr: IpAddr, flags: u32) -> Result<(), StoreError>;
@@ -78,6 +85,7 @@ pub trait Store {
     fn read_backend(&self, id: u32) -> Result<Backend, StoreError>;
     fn read_maglev(&self, offset: u32, words: &mut [u64]) -> Result<(), StoreError>;
     fn read_ports(&self, index: u32) -> Result<PortSet, StoreError>;
+    fn ranges(&self) -> Result<Vec<(u32, IpNet)>, StoreError>;
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError>;
     fn devices(&self) -> Result<Vec<(u32, Device)>, StoreError>;
 }

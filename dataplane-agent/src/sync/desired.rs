@@ -5,6 +5,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 
 use super::encode;
@@ -30,6 +32,8 @@ pub struct Wanted {
     pub drop_when_empty: bool,
     /// See [`Balancer::affinity_s`].
     pub affinity_s: Option<u32>,
+    /// See [`Balancer::source_ranges`].
+    pub source_ranges: Arc<[IpNet]>,
 }
 
 /// Entries that may differ from what is programmed.
@@ -130,6 +134,7 @@ impl Desired {
                 backends: balancer.backends.clone(),
                 drop_when_empty: balancer.drop_when_empty,
                 affinity_s: balancer.affinity_s,
+                source_ranges: balancer.source_ranges.clone(),
             };
             self.balancers.insert(key, wanted);
         }

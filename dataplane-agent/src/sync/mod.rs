@@ -10,6 +10,7 @@ mod desired;
 mod encode;
 mod ids;
 mod programmed;
+mod ranges;
 mod restore;
 mod services;
 #[cfg(test)]
@@ -252,6 +253,7 @@ impl Syncer {
             .collect();
         let mut count = differing.len();
         self.touched.frontends.extend(differing);
+        count += self.audit_ranges(store)?;
         let own_addresses = store.own_addresses()?.into_iter().collect();
         let devices = store.devices()?.into_iter().collect();
         count += usize::from(self.programmed.own_addresses != own_addresses);

@@ -5,6 +5,8 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+
 use dataplane_common::{
     backend::{Backend, backend_state},
     device::Device,
@@ -43,6 +45,8 @@ pub struct Slot {
 #[derive(Debug)]
 pub struct Programmed {
     pub frontends: HashMap<FrontendKey, Frontend>,
+    /// By service index.
+    pub ranges: HashMap<u32, BTreeSet<IpNet>>,
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
@@ -64,6 +68,7 @@ impl Programmed {
     pub fn new(services: u32, backends: u32, maglev: u32) -> Self {
         Self {
             frontends: HashMap::new(),
+            ranges: HashMap::new(),
             ports: Vec::new(),
             own_addresses: BTreeMap::new(),
             devices: BTreeMap::new(),

@@ -21,6 +21,9 @@ pub fn restore(store: &dyn Store, touched: &mut Touched) -> Result<Programmed, S
     let mut programmed = Programmed::new(limits.services, limits.backends, limits.maglev);
     programmed.frontends = store.frontends()?.into_iter().collect();
     touched.frontends.extend(programmed.frontends.keys().copied());
+    for (service, range) in store.ranges()? {
+        programmed.ranges.entry(service).or_default().insert(range);
+    }
     for index in 0..PORT_SETS {
         let set = store.read_ports(index)?;
         if set.any != 0 || set.wildcard != 0 {
@@ -79,7 +82,12 @@ fn services(store: &dyn Store, limit: u32, programmed: &mut Programmed) -> Resul
         };
         if value.head.flags & service_flags::DELETED != 0 {
             programmed.set_slot(index, slot);
-            programmed.service_ids.retire(&id);
+            if programmed.ranges.contains_key(&index) {
+                // Its deletion was interrupted.
+                programmed.found.insert(index);
+            } else {
+                programmed.service_ids.retire(&id);
+            }
             continue;
         }
         read_slice(store, index, &mut slot, programmed)?;

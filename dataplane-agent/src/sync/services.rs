@@ -76,6 +76,7 @@ impl Syncer {
             backends,
             drop_when_empty,
             affinity_s,
+            source_ranges,
         } = wanted;
         if backends.len() > maglev::MAX_BACKENDS {
             let backends = backends.len();
@@ -122,6 +123,12 @@ impl Syncer {
             report.writes += 1;
             Some(slice)
         };
+        if is_new && let Err(error) = self.trim_ranges(store, report, index, &[]) {
+            self.forget_new(key, is_new, slice);
+            return Err(error.into());
+        }
+        // Without some of them, fewer clients are served; without the head, more than should be.
+        let ranges = self.put_ranges(store, report, index, source_ranges);
         let generation = before.value.head.generation;
         let head = ServiceHead {
             slots_offset: slice.map_or(0, |slice| encode::slots_offset(slice, ids.len())),
@@ -132,7 +139,8 @@ impl Syncer {
             },
             size_class: class,
             flags: flag(*drop_when_empty || missing > 0, service_flags::DROP_WHEN_EMPTY)
-                | flag(affinity_s.is_some(), service_flags::AFFINITY),
+                | flag(affinity_s.is_some(), service_flags::AFFINITY)
+                | flag(!source_ranges.is_empty(), service_flags::RANGES),
         };
         let value = encode::service(&key.frontend, head, *affinity_s);
         if value != before.value {
@@ -151,6 +159,10 @@ impl Syncer {
             ids: listed,
         };
         self.programmed.set_slot(index, slot);
+        self.trim_ranges(store, report, index, source_ranges)?;
+        if ranges.is_err() {
+            self.put_ranges(store, report, index, source_ranges)?;
+        }
         if missing > 0 {
             return Err(incomplete.into());
         }
@@ -313,6 +325,10 @@ impl Syncer {
             ids: Vec::new(),
         };
         self.programmed.set_slot(index, slot);
+        if let Err(error) = self.trim_ranges(store, report, index, &[]) {
+            report.failed(format!("service index {index}"), &error);
+            return false;
+        }
         self.programmed.discard(id.clone());
         true
     }

@@ -5,6 +5,7 @@ mod full;
 use std::net::IpAddr;
 
 use dataplane_common::service::{Frontend, service_flags};
+use ipnet::IpNet;
 use proptest::{prelude::*, strategy::ValueTree};
 
 use super::{HostTables, Syncer};
@@ -22,6 +23,7 @@ const LIMITS: Limits = Limits {
     services: 200,
     backends: 200,
     maglev: 20_000,
+    source_ranges: 100,
 };
 
 #[derive(Clone, Debug)]
@@ -67,6 +69,11 @@ fn plain(number: u8, last: u8) -> Service {
     }
 }
 
+/// A source range, by its length.
+fn range(length: u8) -> IpNet {
+    IpNet::new(IpAddr::from([203, 0, 113, 0]), length).unwrap()
+}
+
 fn service() -> impl Strategy<Value = Object> {
     // Few addresses and node ports, so that Services are often in each other's way.
     (
@@ -76,22 +83,27 @@ fn service() -> impl Strategy<Value = Object> {
         any::<bool>(),
         any::<bool>(),
         proptest::option::of(1..3u32),
+        proptest::collection::btree_set(24..28u8, 0..3),
     )
-        .prop_map(|(number, last, node_port, internal_local, external_local, affinity_s)| {
-            let plain = plain(number, last);
-            let port = ServicePort {
-                node_port: node_port.map(|port| 30000 + port),
-                ..plain.ports[0].clone()
-            };
-            Object::Service(Box::new(Service {
-                proxied: last != 4,
-                ports: vec![port],
-                internal_local,
-                external_local: external_local && node_port.is_some(),
-                affinity_s,
-                ..plain
-            }))
-        })
+        .prop_map(
+            |(number, last, node_port, internal_local, external_local, affinity_s, ranges)| {
+                let plain = plain(number, last);
+                let port = ServicePort {
+                    node_port: node_port.map(|port| 30000 + port),
+                    ..plain.ports[0].clone()
+                };
+                Object::Service(Box::new(Service {
+                    proxied: last != 4,
+                    ports: vec![port],
+                    internal_local,
+                    external_local: external_local && node_port.is_some(),
+                    ingress_ips: vec![IpAddr::from([198, 18, 0, last])],
+                    source_ranges: ranges.into_iter().map(range).collect(),
+                    affinity_s,
+                    ..plain
+                }))
+            },
+        )
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {

@@ -314,6 +314,28 @@ fn tables_hold_what_is_written() -> Result<()> {
     store.delete_frontend(key(7))?;
     assert_eq!(store.frontends()?.len(), 1023);
 
+    for range in ["203.0.113.0/24", "0.0.0.0/0", "2001:db8::/48", "::1/128"] {
+        store.put_range(7, range.parse()?)?;
+        store.put_range(8, range.parse()?)?;
+        store.delete_range(8, range.parse()?)?;
+        store.delete_range(8, range.parse()?)?;
+    }
+    let mut ranges = store.ranges()?;
+    ranges.sort_unstable();
+    let ranges: Vec<String> = ranges
+        .iter()
+        .map(|(service, range)| format!("{service} {range}"))
+        .collect();
+    assert_eq!(
+        ranges,
+        ["7 0.0.0.0/0", "7 203.0.113.0/24", "7 ::1/128", "7 2001:db8::/48"]
+    );
+    for service in 0..1022 {
+        store.put_range(100 + service, "10.0.0.0/8".parse()?)?;
+    }
+    let full = store.put_range(5000, "10.0.0.0/8".parse()?).unwrap_err();
+    assert_eq!(full.to_string(), "table RANGES_V4 is full (1024 entries)");
+
     let service = Service {
         head: ServiceHead {
             slots_offset: 5,

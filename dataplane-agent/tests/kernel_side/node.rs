@@ -15,7 +15,9 @@ use dataplane_agent::{
         state::State,
     },
     bpf::{Hook, pins::Pins, sys},
-    config::{Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb},
+    config::{
+        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb, SourceRangesFor,
+    },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
     store::Limits,
@@ -34,6 +36,7 @@ pub const SIZES: Sizes = Sizes {
         services: 1024,
         backends: 1024,
         maglev: 65536,
+        source_ranges: 1024,
     },
     affinity: 1024,
     flows: 4096,
@@ -142,6 +145,7 @@ impl Node {
             },
             node_port_addresses: NodePortAddresses::All,
             external_ips: true,
+            source_ranges_for: SourceRangesFor::Lb,
             sizes: SIZES,
             debug_log: false,
         }

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya::maps::{Array, HashMap, MapData};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, MapData};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
@@ -215,6 +216,16 @@ impl Kernel {
             map.insert(to_array::<A, K>(key), to_array::<B, V>(value), 0)?;
         }
         Ok(())
+    }
+
+    /// Adds a service's source range to a trie.
+    pub fn insert_range<A: Pod, const N: usize>(&mut self, name: &str, length: u32, range: &A) -> Result<()> {
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        let mut trie: LpmTrie<&mut MapData, [u8; N], u32> = LpmTrie::try_from(map)?;
+        Ok(trie.insert(&Key::new(length, to_array::<A, N>(range)), 1, 0)?)
     }
 
     /// Takes every entry out of a hash.

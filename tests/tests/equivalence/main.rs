@@ -25,7 +25,10 @@ use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
 use dataplane_common::parse::{ETHERNET_LEN, Headers, ParseIp, parse_l4};
 use dataplane_common::pipeline::Context;
-use dataplane_common::service::{Affinity, AffinityKey4, AffinityKey6, Frontend, service_flags};
+use dataplane_common::service::{
+    Affinity, AffinityKey4, AffinityKey6, Frontend, RANGE_SERVICE_BITS, SourceRange4, SourceRange6,
+    service_flags,
+};
 use dataplane_common::verdict::Hook;
 
 use kernel::{Kernel, Outcome};
@@ -121,6 +124,22 @@ fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
     kernel.insert::<_, _, 4, 32>("DEVICES", memory.devices.iter())?;
     kernel.insert::<_, _, 4, 4>("OWN_ADDRS_V4", memory.v4.own_addresses.iter())?;
     kernel.insert::<_, _, 16, 4>("OWN_ADDRS_V6", memory.v6.own_addresses.iter())?;
+    for range in &memory.v4.ranges {
+        let data = SourceRange4 {
+            service: range.service,
+            addr_be: range.network[0],
+        };
+        let length = RANGE_SERVICE_BITS + u32::from(range.length);
+        kernel.insert_range::<_, 8>("RANGES_V4", length, &data)?;
+    }
+    for range in &memory.v6.ranges {
+        let data = SourceRange6 {
+            service: range.service,
+            addr_be: range.network,
+        };
+        let length = RANGE_SERVICE_BITS + u32::from(range.length);
+        kernel.insert_range::<_, 20>("RANGES_V6", length, &data)?;
+    }
     let (v4, v6) = (values(&memory.v4.frontends), values(&memory.v6.frontends));
     kernel.insert::<_, _, 8, 8>("FRONTENDS_V4", v4.iter())?;
     kernel.insert::<_, _, 20, 8>("FRONTENDS_V6", v6.iter())?;
@@ -291,6 +310,9 @@ impl Run {
         head.flags &= !service_flags::DELETED;
         if random.percent(20) && head.size_class != 0 {
             head.flags ^= service_flags::AFFINITY;
+        }
+        if random.percent(20) {
+            head.flags ^= service_flags::RANGES;
         }
         if random.percent(20) {
             head.flags |= service_flags::DELETED;

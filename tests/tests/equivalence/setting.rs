@@ -8,7 +8,7 @@ use dataplane_common::addr::{AnyAddr, Family, Mac, V4, V6, proto};
 use dataplane_common::backend::{Backend, BackendHead, backend_flags, backend_state};
 use dataplane_common::config::{Config, config_flags};
 use dataplane_common::device::{Device, device_flags, own_flags};
-use dataplane_common::memory::{Memory, MemoryRoute};
+use dataplane_common::memory::{Memory, MemoryRange, MemoryRoute};
 use dataplane_common::service::{Scope, Service, ServiceHead, service_flags};
 use dataplane_tests::links::{Links, Route, everywhere};
 use dataplane_tests::netns::{NetNs, set_sysctls};
@@ -335,7 +335,8 @@ impl Setting {
             (own(version, 0), 80, Some(pods), 0),
             (any_address, 30080, Some(all), 0),
             (any_address, 30081, Some(remote), service_flags::AFFINITY),
-            (any_address, 84, None, 0),
+            (any_address, 84, None, service_flags::RANGES),
+            (cluster_ip(version, 2), 83, Some(remote), service_flags::RANGES),
         ] {
             let service = self.memory.services.len() as u32;
             self.memory.services.push(Service {
@@ -351,6 +352,7 @@ impl Setting {
                 affinity_eighths: 1 << 24,
                 ..Service::default()
             });
+            self.add_ranges(version, service);
             for scope in [Scope::Internal, Scope::External] {
                 self.add_frontend(any(addr), version, port, l4, scope, service);
             }
@@ -365,6 +367,35 @@ impl Setting {
             Scope::Internal,
             1 << 20,
         );
+    }
+
+    /// A few of these that are drawn from, whole networks and single addresses; some services have none.
+    fn add_ranges(&mut self, version: u8, service: u32) {
+        let (net, full, one) = if version == 4 {
+            (24, 32, v4 as fn(u8, u8) -> IpAddr)
+        } else {
+            (64, 128, v6 as _)
+        };
+        let ranges = [
+            (one(0, 0), net),
+            (client(version, 7), full),
+            (one(1, 5), full),
+            (one(0, 10), full - 1),
+            (one(0, 0), 0),
+        ];
+        let count = [4, 2, 1, 0, 5][service as usize % 5];
+        for (addr, length) in ranges.into_iter().rev().take(count) {
+            let range = MemoryRange {
+                service,
+                network: any(addr),
+                length,
+            };
+            if version == 4 {
+                self.memory.v4.ranges.push(range);
+            } else {
+                self.memory.v6.ranges.push(range);
+            }
+        }
     }
 
     fn add_frontend(&mut self, addr: AnyAddr, version: u8, port: u16, l4: u8, scope: Scope, service: u32) {

@@ -30,6 +30,9 @@ const CURSOR_LEN: usize = 64;
 /// `CONFIG_NR_CPUS` is at most this.
 const MAX_CPUS: usize = 8192;
 
+/// `BPF_MAP_TYPE_LPM_TRIE`, which has no batches before 5.14.
+const LPM_TRIE: u32 = 11;
+
 /// Types of maps whose value is one element for each possible CPU.
 const PER_CPU_TYPES: [u32; 3] = [5, 6, 10];
 
@@ -92,8 +95,27 @@ impl<K: Pod, V: Pod> MapFd<K, V> {
         }
     }
 
+    /// Every entry, one by one.
+    fn walk(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
+        let mut key: Option<K> = None;
+        loop {
+            let mut next = K::zeroed();
+            let from = key.as_ref().map(address);
+            if !next_key(self.fd.as_fd(), from, address_mut(&mut next))? {
+                return Ok(());
+            }
+            if let Some(value) = self.lookup(&next)? {
+                each(&next, &value);
+            }
+            key = Some(next);
+        }
+    }
+
     /// Calls `each` with every entry of a hash or array, in batches; entries that change meanwhile may be missed.
     pub fn for_each(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
+        if self.info.map_type == LPM_TRIE {
+            return self.walk(each);
+        }
         batches(self.fd.as_fd(), &self.info, |keys, values| {
             let keys = keys.chunks_exact(size_of::<K>());
             for (key, value) in keys.zip(values.chunks_exact(size_of::<V>())) {
@@ -106,15 +128,42 @@ impl<K: Pod, V: Pod> MapFd<K, V> {
     }
 }
 
-/// How many entries a hash holds.
+/// How many entries a hash or trie holds.
 pub fn count_entries(fd: BorrowedFd<'_>) -> io::Result<usize> {
     let info = map_info(fd)?;
     if PER_CPU_TYPES.contains(&info.map_type) || info.key_size as usize > CURSOR_LEN {
         return Err(io::Error::from(io::ErrorKind::InvalidData));
     }
     let mut count = 0;
+    if info.map_type == LPM_TRIE {
+        let mut keys = [[0u64; CURSOR_LEN / 8]; 2];
+        let [key, next] = &mut keys;
+        while next_key(fd, (count > 0).then(|| address(key)), address_mut(next))? {
+            count += 1;
+            key.copy_from_slice(next);
+        }
+        return Ok(count);
+    }
     batches(fd, &info, |keys, _| count += keys.len() / info.key_size as usize)?;
     Ok(count)
+}
+
+/// Writes the key behind `from`, or the first one; false: there is none. `from` and `to` are the addresses of keys of
+/// the map's size, or more.
+fn next_key(fd: BorrowedFd<'_>, from: Option<u64>, to: u64) -> io::Result<bool> {
+    let mut attr = ElementAttr {
+        map_fd: raw(fd),
+        pad: 0,
+        key: from.unwrap_or(0),
+        value: to,
+        flags: 0,
+    };
+    // SAFETY: the callers' keys live across the call and are no smaller than the map's.
+    match unsafe { bpf(Command::MapNextKey, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Calls `each` with the keys and the values of each batch. `info` must be the map's own, its values not per CPU, its

@@ -36,6 +36,7 @@ enum Command {
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,
+    MapNextKey = 4,
     ObjPin = 6,
     ObjGet = 7,
     ProgGetFdById = 13,

@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use proptest::prelude::*;
 
-use super::{Agent, LIMITS, Step, inconsistency, key, name, object, step};
+use super::{Agent, LIMITS, Step, inconsistency, key, name, object, range, step};
 use crate::{
     compile::BalancerKey,
-    model::{Endpoint, EndpointSlice, Kind, Object, ObjectRef},
+    model::{Endpoint, EndpointSlice, Kind, Object, ObjectRef, Service},
     store::{FrontendKey, Limits, faulty::Faulty, memory::Memory},
     sync::{Report, Syncer, services},
 };
@@ -211,4 +211,65 @@ fn a_service_goes_on_with_the_endpoints_that_fit() {
     assert!(agent.syncer.run(&mut memory).failed.is_empty());
     let dump = memory.dump();
     assert!(dump.contains("10.244.0.3") && dump.contains("10.244.0.4") && !dump.contains("10.244.0.1"));
+}
+
+/// Where source ranges find no room, who is in these is kept out, nobody else let in.
+#[test]
+fn ranges_that_do_not_fit_let_nobody_in() {
+    let limits = Limits {
+        source_ranges: 3,
+        ..LIMITS
+    };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    let guarded = |number: u8, lengths: &[u8]| {
+        let [service, slice] = object(number, number);
+        let Object::Service(service) = service else {
+            panic!("no service");
+        };
+        let service = Service {
+            cluster_ips: Vec::new(),
+            ingress_ips: vec![IpAddr::from([198, 18, 0, number])],
+            source_ranges: lengths.iter().map(|length| range(*length)).collect(),
+            ..*service
+        };
+        [Object::Service(Box::new(service)), slice]
+    };
+    let shows = |memory: &Memory, number: u8, from: &str| {
+        let line = format!("198.18.0.{number} 80/TCP external -> {from}[backend");
+        let dump = memory.dump();
+        assert!(dump.contains(&line), "{line} in\n{dump}");
+    };
+    agent.take(guarded(1, &[24, 25]));
+    agent.take(guarded(2, &[24, 25]));
+    let report = agent.syncer.run(&mut memory);
+    let texts: Vec<String> = report
+        .failed
+        .iter()
+        .map(|(what, failure)| format!("{what}: {}", failure.reason))
+        .collect();
+    assert_eq!(
+        texts,
+        ["Service ns/s2: 198.18.0.2:80/TCP: table RANGES_V4 is full (3 entries)"]
+    );
+    assert!(!agent.syncer.is_settled());
+    shows(&memory, 1, "from 203.0.113.0/24 203.0.113.0/25: ");
+    shows(&memory, 2, "from 203.0.113.0/24: ");
+    // What leaves makes room.
+    agent.take(guarded(1, &[26]));
+    agent.syncer.run(&mut memory);
+    let report = agent.syncer.run(&mut memory);
+    assert!(report.failed.is_empty(), "{:?}", report.failed);
+    shows(&memory, 1, "from 203.0.113.0/26: ");
+    shows(&memory, 2, "from 203.0.113.0/24 203.0.113.0/25: ");
+    agent.take(guarded(1, &[]));
+    let dirty = agent.index.delete(&ObjectRef {
+        kind: Kind::Service,
+        name: name(2),
+    });
+    agent.update(&dirty);
+    agent.syncer.run(&mut memory);
+    assert!(agent.syncer.is_settled());
+    assert!(memory.ranges.is_empty());
+    shows(&memory, 1, "");
 }

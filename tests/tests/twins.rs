@@ -253,6 +253,7 @@ fn what_the_schema_does_not_know_fails() -> Result<()> {
     broken("", "surprise", json!(1))?;
     broken("", "schema", json!("scenario-services/2"))?;
     broken("", "config", json!({"surprise": 1}))?;
+    broken("", "config", json!({"agent_args": ["--socket-lb=all"]}))?;
     broken("/pods/0", "surprise", json!(1))?;
     broken("/steps/0", "surprise", json!(1))?;
     broken("/steps/0", "actions", json!([{"verb": "surprise"}]))?;

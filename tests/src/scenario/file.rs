@@ -12,6 +12,18 @@ use crate::worker::protocol::Proto;
 
 pub const SCHEMA: &str = "scenario-services/1";
 
+/// Flags that the runner sets itself.
+const NOT_FOR_FILES: [&str; 8] = [
+    "--manifests",
+    "--node-name",
+    "--bpffs",
+    "--cgroup",
+    "--socket",
+    "--socket-lb",
+    "--datapath",
+    "--node-port-addresses",
+];
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
@@ -46,6 +58,9 @@ pub struct Config {
     /// Zone labels in place of the manifests' own; null removes the label.
     #[serde(default)]
     pub node_zone: BTreeMap<String, Option<String>>,
+    /// More flags of `dataplane-agent run`, for our own files: the shared schema does not have it.
+    #[serde(default)]
+    pub agent_args: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -275,6 +290,13 @@ impl Scenario {
         }
         for object in &self.objects {
             check_kind(object)?;
+        }
+        for arg in &self.config.agent_args {
+            let flag = arg.split('=').next().unwrap_or_default();
+            ensure!(
+                !NOT_FOR_FILES.contains(&flag),
+                "agent_args: {flag} is chosen by the run or by a key of its own"
+            );
         }
         for action in self.steps.iter().flat_map(|step| &step.actions) {
             action.check()?;

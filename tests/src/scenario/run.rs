@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::file::{Action, NodePortAddresses, Scenario, Step, Verb};
+use super::file::{Action, Config, NodePortAddresses, Scenario, Step, Verb};
 use super::judge::Status;
 use super::probing::{self, History};
 use super::report::{ProbeReport, ScenarioReport};
@@ -168,11 +168,21 @@ fn hold(id: &str) -> Result<()> {
 }
 
 fn flags(scenario: &Scenario) -> Vec<String> {
-    match &scenario.config.node_port_addresses {
-        None => Vec::new(),
-        Some(NodePortAddresses::Word(_)) => vec!["--node-port-addresses".to_owned(), "primary".to_owned()],
-        Some(NodePortAddresses::Ranges(ranges)) => vec!["--node-port-addresses".to_owned(), ranges.join(",")],
-    }
+    let Config {
+        node_port_addresses,
+        node_zone: _,
+        agent_args,
+    } = &scenario.config;
+    let addresses = node_port_addresses.as_ref().map(|addresses| match addresses {
+        NodePortAddresses::Word(_) => "primary".to_owned(),
+        NodePortAddresses::Ranges(ranges) => ranges.join(","),
+    });
+    let addresses = addresses.map(|value| ["--node-port-addresses".to_owned(), value]);
+    addresses
+        .into_iter()
+        .flatten()
+        .chain(agent_args.iter().cloned())
+        .collect()
 }
 
 /// The cluster that a scenario asks for.

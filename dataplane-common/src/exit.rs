@@ -1,11 +1,13 @@
 //! How a translated packet leaves its hook: to the stack, into a pod, back into this host, or out by a route.
 
+use core::mem::offset_of;
+
 use crate::{
-    addr::Mac,
+    addr::{Mac, proto},
     device::device_flags,
     flow::{Exit, Side, flow_flags},
     packet::Packet,
-    parse::Headers,
+    parse::{Headers, TcpHeader, UdpHeader},
     pipeline::{Context, World},
     reason::Reason,
     rewrite::{RewriteIp, write_macs},
@@ -52,6 +54,9 @@ pub(crate) fn leave<F: RewriteIp, P: Packet, W: World<F>>(
     } else if exit == Exit::Pod as u8 {
         match world.backend(meta.backend) {
             Some(backend) if backend.ifindex != 0 => {
+                if let Some(mtu) = too_big_for_pod::<F, P, W>(packet, world, at, headers, flow) {
+                    return Leave::TooBig(mtu);
+                }
                 write_link(packet, at, backend.pod_mac, backend.host_mac)
                     .map(|()| Verdict::to(Action::Pod, backend.ifindex))
             }
@@ -73,7 +78,7 @@ fn route<F: RewriteIp, P: Packet, W: World<F>>(
     flow: &F::Flow,
 ) -> Leave {
     let new = F::rewrite(flow);
-    let len = if packet.is_gso() { 0 } else { headers.l3_len };
+    let len = len_on_wire(packet, at, headers);
     let found = world.route(at.ifindex, new.src, new.dst, headers.proto, len);
     let verdict = match found {
         Route::None => return Leave::Drop(Reason::NoRoute),
@@ -106,6 +111,50 @@ fn route<F: RewriteIp, P: Packet, W: World<F>>(
         return Leave::Drop(Reason::RewriteFailed);
     }
     Leave::Exit(verdict)
+}
+
+/// The layer 3 length of what leaves: of a packet that is still to be cut, that of its largest segment.
+#[inline(always)]
+fn len_on_wire<A, P: Packet>(packet: &P, at: &Context, headers: &Headers<A>) -> u16 {
+    let gso_size = packet.gso_size();
+    if gso_size == 0 {
+        return headers.l3_len;
+    }
+    let mut header_bytes = headers.l4() - at.l3 + size_of::<UdpHeader>();
+    if headers.proto == proto::TCP {
+        let [offset, _flags]: [u8; 2] = packet
+            .load(headers.l4() + offset_of!(TcpHeader, offset))
+            .unwrap_or_default();
+        header_bytes = headers.l4() - at.l3 + usize::from(offset >> 4) * 4;
+    }
+    (gso_size as usize + header_bytes).min(usize::from(u16::MAX)) as u16
+}
+
+/// IPv6 requires that every link carries this many bytes (RFC 8200, section 5): smaller packets need no look at the MTU.
+const MIN_MTU: u16 = 1280;
+
+/// The MTU of the way into a pod of this node, where that is smaller than the packet. What is sent out by the pod's
+/// interface has to fit, or is dropped without a word; what is led into the pod from a device's ingress has not.
+#[inline(always)]
+fn too_big_for_pod<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &P,
+    world: &W,
+    at: &Context,
+    headers: &Headers<F::Addr>,
+    flow: &F::Flow,
+) -> Option<u16> {
+    if at.side() as u8 == Side::Ingress as u8 {
+        return None;
+    }
+    let len = len_on_wire(packet, at, headers);
+    if len <= MIN_MTU {
+        return None;
+    }
+    let new = F::rewrite(flow);
+    match world.route(at.ifindex, new.src, new.dst, headers.proto, len) {
+        Route::TooBig { mtu } => Some(mtu),
+        _ => None,
+    }
 }
 
 /// Writes link-layer addresses where there is a link-layer header.

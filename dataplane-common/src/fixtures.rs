@@ -235,6 +235,33 @@ fn a_taken_port_leads_to_another_and_none_left_to_a_drop() {
 }
 
 #[test]
+fn what_does_not_fit_is_told_and_a_super_packet_is_as_large_as_its_segments() {
+    let mut world = world(&BACKENDS[..1]);
+    world.routes[0].mtu = 1400;
+    let sent = segment(proto::TCP, (CLIENT, 4000), (NODE, 30080), tcp::ACK, &[7; 1380]);
+    let of = |gso_size| {
+        let mut frame = Frame::new([&[2; 12][..], &[8, 0], &sent].concat());
+        frame.gso_size = gso_size;
+        frame
+    };
+    for mut frame in [of(0), of(1361)] {
+        assert_eq!(world.run(&mut frame, &FROM_NETDEV), Verdict::ANSWER);
+        let answer = &frame.bytes[ETHERNET_LEN..];
+        assert_eq!((&answer[12..16], &answer[16..20]), (&NODE[..], &CLIENT[..]));
+        // Fragmentation needed, the MTU, and the packet as the client knows it.
+        assert_eq!(
+            (&answer[20..22], &answer[26..28]),
+            (&[3, 4][..], &1400u16.to_be_bytes()[..])
+        );
+        assert_eq!(answer[28..], sent[..28]);
+        assert_eq!(l4_sum(answer), 0xffff);
+    }
+    // 20 bytes of each header, and segments that just fit.
+    let verdict = world.run(&mut of(1360), &FROM_NETDEV);
+    assert_eq!(verdict, Verdict::to(Action::Transmit, DEVICE));
+}
+
+#[test]
 fn a_flow_leaves_a_backend_that_is_gone_or_another() {
     for reused in [false, true] {
         let mut world = world(&BACKENDS);

@@ -401,7 +401,7 @@ impl<F: Family> Router<F> for Memory {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Frame {
     pub bytes: Vec<u8>,
-    pub gso: bool,
+    pub gso_size: u32,
     at_xdp: bool,
 }
 
@@ -409,7 +409,7 @@ impl Frame {
     pub fn new(bytes: Vec<u8>) -> Self {
         Self {
             bytes,
-            gso: false,
+            gso_size: 0,
             at_xdp: false,
         }
     }
@@ -420,8 +420,8 @@ impl Packet for Frame {
         self.bytes.len()
     }
 
-    fn is_gso(&self) -> bool {
-        self.gso
+    fn gso_size(&self) -> u32 {
+        self.gso_size
     }
 
     fn load<T: Pod>(&self, offset: usize) -> Option<T> {

@@ -18,8 +18,15 @@ pub trait Packet {
         end <= self.len()
     }
 
-    /// Whether the packet is one of several segments still to be cut (GSO), so its length says nothing about MTU.
-    fn is_gso(&self) -> bool;
+    /// Bytes of layer 4 payload in each of the segments that are still to be cut of the packet (GSO); 0 for a packet that
+    /// goes out as it is.
+    fn gso_size(&self) -> u32;
+
+    /// Whether the packet is several segments still to be cut, so its own length says nothing about MTU.
+    #[inline(always)]
+    fn is_gso(&self) -> bool {
+        self.gso_size() != 0
+    }
 
     fn load<T: Pod>(&self, offset: usize) -> Option<T>;
 

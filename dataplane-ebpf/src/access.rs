@@ -77,8 +77,8 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
-    fn is_gso(&self) -> bool {
-        false
+    fn gso_size(&self) -> u32 {
+        0
     }
 
     #[inline(always)]
@@ -161,9 +161,9 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn is_gso(&self) -> bool {
+    fn gso_size(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
-        unsafe { (*self.0).gso_size != 0 }
+        unsafe { (*self.0).gso_size }
     }
 
     #[inline(always)]

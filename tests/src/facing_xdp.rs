@@ -55,6 +55,8 @@ struct ProgramLoad {
 
 const PROG_LOAD: nix::libc::c_int = 5;
 const PROG_TYPE_XDP: u32 = 6;
+/// `BPF_F_XDP_HAS_FRAGS`: frames may be larger than a page.
+const FRAGS: u32 = 1 << 5;
 
 /// Turns transmit checksum offload off at a device of the calling thread's namespace.
 pub fn complete_checksums(device: &str) -> Result<()> {
@@ -96,7 +98,7 @@ pub fn load(answer: Answer) -> Result<OwnedFd> {
         log_size: 0,
         log_buffer: 0,
         kernel_version: 0,
-        flags: 0,
+        flags: FRAGS,
     };
     // SAFETY: `load` is the first 48 bytes of a `bpf_attr` as its size says; instructions and license outlive the
     // call, which only reads them.

@@ -14,13 +14,16 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::netlink::Netlink;
 use crate::netns::NetNs;
+
+/// `RTAX_MTU`.
+const METRIC_MTU: u32 = 2;
 
 /// An address with the length of its network.
 pub type Prefix = (IpAddr, u8);
@@ -49,6 +52,8 @@ pub struct Route<'a> {
     pub table: Option<u32>,
     /// Discard silently.
     pub blackhole: bool,
+    /// The largest packet that goes this way, whatever is learned; the device's if absent.
+    pub mtu: Option<u32>,
 }
 
 /// The devices of a namespace.
@@ -152,6 +157,14 @@ impl Links {
         Ok(())
     }
 
+    pub fn set_mtu(&mut self, name: &str, mtu: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(name)?;
+        message.attributes.push(LinkAttribute::Mtu(mtu));
+        self.set_link(message)
+            .with_context(|| format!("failed to set the MTU of {name} to {mtu}"))
+    }
+
     pub fn set_up(&mut self, name: &str) -> Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = self.index(name)?;
@@ -246,6 +259,7 @@ impl Links {
             onlink,
             table,
             blackhole,
+            mtu,
         } = route;
         let mut message = RouteMessage::default();
         message.header = RouteHeader {
@@ -278,6 +292,11 @@ impl Links {
             .extend(via.map(|ip| RouteAttribute::Gateway(ip.into())));
         if let Some(device) = device {
             message.attributes.push(RouteAttribute::Oif(self.index(device)?));
+        }
+        if let Some(mtu) = mtu {
+            // `bpf_fib_lookup` looks at locked ones only.
+            let metrics = vec![RouteMetric::Lock(1 << METRIC_MTU), RouteMetric::Mtu(mtu)];
+            message.attributes.push(RouteAttribute::Metrics(metrics));
         }
         Ok(message)
     }

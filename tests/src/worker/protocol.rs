@@ -52,6 +52,10 @@ pub enum Request {
     FlowExchange { name: String, timeout_ms: u64 },
     /// What became of the datagrams from number `from` on (UDP).
     FlowHistory { name: String, from: u64 },
+    /// Take part in bulk transfers at this port of every address.
+    TransferListen { port: u16 },
+    /// Make a bulk transfer.
+    Transfer(Transfer),
 }
 
 /// New connections to one destination.
@@ -73,6 +77,31 @@ pub struct Probe {
     pub first_backend: Option<String>,
 }
 
+/// Which side of a connection sends the bulk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Direction {
+    Upload,
+    Download,
+}
+
+/// One bulk transfer over TCP.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Transfer {
+    pub to: SocketAddr,
+    pub direction: Direction,
+    pub bytes: u64,
+    pub timeout_ms: u64,
+}
+
+/// A transfer that arrived whole.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Transferred {
+    pub by: Identity,
+    pub ms: u64,
+    /// The path MTU that the sender's kernel knew at the end.
+    pub path_mtu: u32,
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
@@ -80,6 +109,7 @@ pub enum Response {
     Attempts(Vec<Attempt>),
     Http { status: u16, body: String },
     History { next: u64, datagrams: Vec<Datagram> },
+    Transferred(Transferred),
     Failed(String),
 }
 

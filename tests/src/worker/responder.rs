@@ -59,7 +59,7 @@ pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
     Ok(())
 }
 
-fn bind(addr: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket> {
+pub(super) fn bind(addr: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket> {
     let socket =
         Socket::new(Domain::for_address(addr), kind, Some(protocol)).context("failed to open a socket")?;
     socket.set_reuse_address(true)?;

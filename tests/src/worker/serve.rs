@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use super::flow::Flows;
 use super::protocol::{Answer, Call, Request, Response};
-use super::{probe, responder};
+use super::{probe, responder, transfer};
 
 /// Serves until the driver closes the input or dies.
 pub fn serve(name: &str) -> Result<()> {
@@ -44,5 +44,7 @@ fn handle(name: &Arc<str>, flows: &Flows, request: Request) -> Result<Response> 
         } => flows.start(name, proto, source_port, to, timeout_ms),
         Request::FlowExchange { name, timeout_ms } => flows.exchange(&name, timeout_ms),
         Request::FlowHistory { name, from } => flows.history(&name, from),
+        Request::TransferListen { port } => transfer::listen(name, port).map(|()| Response::Done),
+        Request::Transfer(transfer) => transfer::run(&transfer),
     }
 }

@@ -134,8 +134,8 @@ impl Kernel {
         let mut skb = [0u32; SKB_WORDS];
         skb[SKB_INGRESS_IFINDEX] = ingress;
         skb[SKB_IFINDEX] = at.ifindex;
-        if frame.gso {
-            skb[SKB_GSO_SIZE] = 1000;
+        if frame.gso_size != 0 {
+            skb[SKB_GSO_SIZE] = frame.gso_size;
             skb[SKB_GSO_SEGS] = 2;
         }
         let xdp = XdpContext {

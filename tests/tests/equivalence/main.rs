@@ -185,7 +185,10 @@ impl Run {
         let mut macs = [2; 12];
         macs[5] = self.random.below(4) as u8;
         let mut frame = Frame::new(packets::frame(&mut self.random, talk, macs));
-        frame.gso = at.hook != Hook::Xdp && self.random.percent(3);
+        if at.hook != Hook::Xdp && self.random.percent(3) {
+            // Some fit into the devices' MTU, some don't.
+            frame.gso_size = 900 + self.random.below(900) as u32;
+        }
         let Some(by_kernel) = self.kernel.run(&frame, &at, ingress)? else {
             self.refused += 1;
             return Ok(());
@@ -201,8 +204,8 @@ impl Run {
         let by_host = Outcome::of_host(verdict, &at, out);
         ensure!(
             by_host == by_kernel,
-            "{at:?}, gso {}, {talk:?}\n   in  {}\n host  {} {verdict:?}\n       {}\nkernel {}\n       {}",
-            frame.gso,
+            "{at:?}, gso size {}, {talk:?}\n   in  {}\n host  {} {verdict:?}\n       {}\nkernel {}\n       {}",
+            frame.gso_size,
             hex(&frame.bytes),
             by_host.code.cast_signed(),
             hex(&by_host.bytes),

@@ -1,0 +1,7 @@
+//! What links do to packets: their size, their checksums and their devices, under real transfers through every kind of
+//! translation.
+
+mod bed;
+mod offload;
+mod path_mtu;
+mod vxlan;

@@ -111,7 +111,8 @@ pub(crate) fn plan<F: Family, P: Packet, W: World<F>>(
             plan.reply_exit = Exit::Host;
             plan.exit = Exit::Route;
             if is_local {
-                if backend.ifindex != 0 {
+                // Without link layer there is no header to write the pod's address into.
+                if backend.ifindex != 0 && at.l3 != 0 {
                     plan.exit = Exit::Pod;
                 }
             } else if let Some(src) = snat_address::<F, W>(world, at, headers, addr, false)? {
@@ -153,7 +154,7 @@ fn snat_address<F: Family, W: World<F>>(
     if at.hook == Hook::Xdp && ifindex != at.ifindex && device.flags & device_flags::XDP == 0 {
         return Ok(None);
     }
-    if !always && device.flags & device_flags::TUNNEL == 0 {
+    if !always && (device.flags & device_flags::TUNNEL == 0 && !is_tunnel::<F, W>(world, at.ifindex)) {
         return Ok(None);
     }
     let addr = if F::VERSION == 4 {
@@ -165,4 +166,12 @@ fn snat_address<F: Family, W: World<F>>(
         return Err(Reason::NoSnatAddress);
     }
     Ok(Some(F::from_any(addr)))
+}
+
+/// Whether what enters or leaves by a device may be expected to have addresses of that device alone.
+#[inline(always)]
+fn is_tunnel<F: Family, W: World<F>>(world: &W, ifindex: u32) -> bool {
+    world
+        .device(ifindex)
+        .is_some_and(|device| device.flags & device_flags::TUNNEL != 0)
 }

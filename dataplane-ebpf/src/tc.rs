@@ -4,14 +4,18 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head},
     macros::classifier,
     programs::TcContext,
 };
 use dataplane_common::{
-    addr::{V4, V6, ethertype},
+    addr::{Mac, V4, V6, ethertype},
+    device::device_flags,
+    packet::Packet,
     parse::ETHERNET_LEN,
     pipeline::Context,
+    rewrite::write_macs,
+    tables::Env,
     verdict::{Action, Hook, Verdict},
 };
 
@@ -34,6 +38,18 @@ pub fn from_netdev(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn to_netdev(ctx: TcContext) -> i32 {
     run(ctx.skb.skb, Hook::ToNetdev, ETHERNET_LEN)
+}
+
+/// `from_netdev` of devices without link layer (tun, WireGuard, IPIP).
+#[classifier]
+pub fn from_l3dev(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::FromNetdev, 0)
+}
+
+/// `to_netdev` of devices without link layer.
+#[classifier]
+pub fn to_l3dev(ctx: TcContext) -> i32 {
+    run(ctx.skb.skb, Hook::ToNetdev, 0)
 }
 
 #[classifier]
@@ -87,7 +103,11 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         }
         _ => Verdict::PASS,
     };
-    act(skb, hook, ifindex, verdict)
+    if l3 == 0 {
+        act_without_link_layer(skb, &world, hook, ifindex, verdict)
+    } else {
+        act(skb, hook, ifindex, verdict)
+    }
 }
 
 /// Turns a verdict into a return code.
@@ -114,4 +134,62 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
         }
     };
     result as i32
+}
+
+/// [`act`] at a device without link layer. The kernel takes the header off what is redirected to such a device; what is
+/// redirected from it to any other, it drops, unless a header was made.
+#[inline(always)]
+fn act_without_link_layer(
+    skb: *mut __sk_buff,
+    world: &World<__sk_buff>,
+    hook: Hook,
+    own_ifindex: u32,
+    verdict: Verdict,
+) -> i32 {
+    let to = verdict.value();
+    let (device, flags) = match verdict.action() {
+        Action::Pass => return NEXT,
+        // Nothing enters or leaves a pod by a device without link layer.
+        Action::Drop | Action::Pod => return SHOT,
+        Action::Answer if hook as u8 == Hook::FromNetdev as u8 => (own_ifindex, 0),
+        Action::Answer => (own_ifindex, INGRESS),
+        Action::Host => (to, INGRESS),
+        _ => (to, 0),
+    };
+    let found = world.device(device);
+    let has_link_layer = !found.is_some_and(|found| found.flags & device_flags::ETHERNET == 0);
+    if has_link_layer {
+        let mac = found.map_or(Mac::default(), |found| found.mac);
+        if add_header(skb, mac).is_none() {
+            return SHOT;
+        }
+    }
+    // SAFETY: as in `act`.
+    let result = unsafe {
+        ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
+        if has_link_layer && flags == 0 {
+            bpf_redirect_neigh(device, ptr::null_mut(), 0, 0)
+        } else {
+            bpf_redirect(device, flags)
+        }
+    };
+    result as i32
+}
+
+/// Makes room for an Ethernet header, and writes one to `mac`. Whoever finds the neighbour writes another.
+#[inline(always)]
+fn add_header(skb: *mut __sk_buff, mac: Mac) -> Option<()> {
+    // SAFETY: the context is valid while the program runs; the helper checks the length.
+    let (protocol, result) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*skb).protocol),
+            bpf_skb_change_head(skb, ETHERNET_LEN as u32, 0),
+        )
+    };
+    if result != 0 {
+        return None;
+    }
+    let mut packet = SkbPacket(skb);
+    write_macs(&mut packet, mac, Mac::default())?;
+    packet.store(12, protocol as u16)
 }

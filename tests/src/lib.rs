@@ -22,5 +22,6 @@ pub mod pod_network;
 pub mod process;
 pub mod scenario;
 pub mod shape;
+pub mod tun;
 pub mod underlay;
 pub mod worker;

@@ -20,7 +20,7 @@ use crate::{
     bpf::{
         Hook, Program,
         links::{Cgroup, LinkError, Links},
-        loader::Loaded,
+        loader::{LoadError, Loaded},
         pins::{LinkName, PinError},
     },
     netlink::{filters, socket::RequestSocket, tables::Link},
@@ -46,6 +46,8 @@ pub enum AttachError {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Load(#[from] LoadError),
     #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
@@ -94,6 +96,9 @@ impl Attacher {
     /// not use, or that are at another cgroup.
     pub fn adopt(&mut self, socket: &mut RequestSocket, devices: &[Link]) -> Result<(), AttachError> {
         for link in self.loaded.pins.list_links()? {
+            if link.program.is_late() {
+                self.loaded.load_late()?;
+            }
             let replaced = match self.loaded.program(link.program) {
                 Some(program) if self.is_in_place(link) => self.links.replace(link, program)?,
                 _ => false,
@@ -205,6 +210,9 @@ impl Attacher {
         link: LinkName,
         devices: &[Link],
     ) -> Result<(), AttachError> {
+        if link.program.is_late() {
+            self.loaded.load_late()?;
+        }
         let Some(program) = self.loaded.program(link.program) else {
             return Ok(());
         };

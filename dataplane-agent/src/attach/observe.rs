@@ -21,7 +21,7 @@ use crate::{
         pods::PodBinder,
         select::{self, DevicePatterns, Role},
         socket::RequestSocket,
-        tables::Tables,
+        tables::{Link, Tables},
     },
 };
 
@@ -195,7 +195,10 @@ impl Observer {
     ) -> BTreeSet<LinkName> {
         let mut links = BTreeSet::new();
         for (&ifindex, &role) in roles {
-            let programs: &[Program] = if role == Role::Uplink && self.settings.datapath != DatapathMode::Tc {
+            let is_layer3 = tables.link(ifindex).is_some_and(Link::is_layer3);
+            let programs: &[Program] = if is_layer3 {
+                &[Program::FromL3dev, Program::ToL3dev]
+            } else if role == Role::Uplink && self.settings.datapath != DatapathMode::Tc {
                 &[Program::FromNetdev, Program::ToNetdev, Program::Xdp]
             } else {
                 &[Program::FromNetdev, Program::ToNetdev]

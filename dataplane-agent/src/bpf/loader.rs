@@ -98,12 +98,28 @@ pub struct Loaded {
     pub pins: Pins,
     /// The debug lines, if they were asked for.
     pub debug_log: Option<DebugLog>,
+    options: LoadOptions,
     programs: BTreeMap<Program, OwnedFd>,
 }
 
 impl Loaded {
     pub fn program(&self, program: Program) -> Option<BorrowedFd<'_>> {
         self.programs.get(&program).map(AsFd::as_fd)
+    }
+
+    /// Loads those programs that are left out at first, unless they are there. With debug lines none is left out: what
+    /// is loaded now has a ring buffer that nobody reads.
+    pub fn load_late(&mut self) -> Result<(), LoadError> {
+        if Program::ALL
+            .iter()
+            .all(|program| !program.is_late() || self.programs.contains_key(program))
+        {
+            return Ok(());
+        }
+        let mut object = make_maps(OBJECT, &self.pins, &self.options)?;
+        self.programs
+            .extend(load_programs(&mut object, |program| program.is_late())?);
+        Ok(())
     }
 }
 
@@ -125,10 +141,32 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     check_object()?;
     kernel::check()?;
     pins.create()?;
+    let mut object = make_maps(object, &pins, options)?;
 
+    let is_wanted = |program: &Program| match program {
+        Program::Xdp => options.xdp,
+        program if program.is_late() => options.debug_log,
+        program => options.socket_hooks || !program.is_cgroup(),
+    };
+    let programs = load_programs(&mut object, is_wanted)?;
+    let debug_log = options
+        .debug_log
+        .then(|| DebugLog::of(&mut object))
+        .transpose()
+        .map_err(LoadError::DebugLog)?;
+    Ok(Loaded {
+        pins,
+        debug_log,
+        options: options.clone(),
+        programs,
+    })
+}
+
+/// The object with its maps, those that are pinned already among them.
+fn make_maps(object: &[u8], pins: &Pins, options: &LoadOptions) -> Result<aya::Ebpf, LoadError> {
     let shapes = wanted_shapes(object, &options.sizes)?;
     for (name, shape) in &shapes {
-        maps::check_pinned(&pins, name, shape)?;
+        maps::check_pinned(pins, name, shape)?;
     }
 
     let mut loader = EbpfLoader::new();
@@ -142,25 +180,9 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     if options.debug_log {
         loader.map_max_entries(debug_log::MAP, debug_log::BYTES);
     }
-    let mut object = loader
+    loader
         .load(object)
-        .map_err(|error| LoadError::Maps(Box::new(error)))?;
-
-    let is_wanted = |program: &Program| match program {
-        Program::Xdp => options.xdp,
-        program => options.socket_hooks || !program.is_cgroup(),
-    };
-    let programs = load_programs(&mut object, is_wanted)?;
-    let debug_log = options
-        .debug_log
-        .then(|| DebugLog::of(&mut object))
-        .transpose()
-        .map_err(LoadError::DebugLog)?;
-    Ok(Loaded {
-        pins,
-        debug_log,
-        programs,
-    })
+        .map_err(|error| LoadError::Maps(Box::new(error)))
 }
 
 /// What each map that is kept between starts should look like.

@@ -59,6 +59,8 @@ programs! {
     Xdp = "xdp" at Hook::Xdp,
     FromNetdev = "from_netdev" at Hook::TcIngress,
     ToNetdev = "to_netdev" at Hook::TcEgress,
+    FromL3dev = "from_l3dev" at Hook::TcIngress,
+    ToL3dev = "to_l3dev" at Hook::TcEgress,
     ToLo = "to_lo" at Hook::TcEgress,
     FromPod = "from_pod" at Hook::TcIngress,
     ToPod = "to_pod" at Hook::TcEgress,
@@ -82,6 +84,11 @@ impl Program {
 
     pub fn is_cgroup(self) -> bool {
         matches!(self.hook(), Hook::Cgroup(_))
+    }
+
+    /// For devices without link layer, which most nodes don't have: loaded when the first is seen.
+    pub fn is_late(self) -> bool {
+        matches!(self, Program::FromL3dev | Program::ToL3dev)
     }
 }
 

@@ -108,7 +108,8 @@ pub fn devices(
             Role::Uplink
         }
     };
-    let usable = |link: &&Link| !link.is_loopback() && !pods.contains(&link.ifindex);
+    // Of link layers, Ethernet and none are known: InfiniBand's is neither.
+    let usable = |link: &&Link| (link.is_ethernet() || link.is_layer3()) && !pods.contains(&link.ifindex);
     let mut chosen: BTreeMap<u32, Role> = tables
         .links
         .iter()
@@ -239,7 +240,7 @@ pub fn own_addresses(tables: &Tables) -> BTreeMap<IpAddr, OwnAddress> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::tables::Route;
+    use crate::netlink::tables::{HARDWARE_NONE, Route};
 
     fn link(ifindex: u32, name: &str, kind: &str) -> Link {
         Link {
@@ -380,6 +381,54 @@ mod tests {
             entry(5, Role::Tunnel).flags,
             device_flags::ETHERNET | device_flags::TUNNEL
         );
+    }
+
+    #[test]
+    fn devices_without_link_layer_are_tunnels_and_other_link_layers_are_left_alone() {
+        const INFINIBAND: u16 = 32;
+        let mut tables = node();
+        for (ifindex, name, kind, hardware) in [
+            (10, "tun0", "tun", HARDWARE_NONE),
+            (11, "tun1", "tun", HARDWARE_NONE),
+            (12, "wg0", "wireguard", HARDWARE_NONE),
+            (13, "tap0", "tun", 1),
+            (14, "ib0", "", INFINIBAND),
+        ] {
+            let hardware = Link {
+                hardware,
+                ..link(ifindex, name, kind)
+            };
+            tables.links.push(hardware);
+        }
+        tables.addresses.push(address(14, "198.51.100.9"));
+        for (ifindex, prefix) in [(10, 32), (12, 0), (13, 24), (14, 0)] {
+            tables.routes.push(Route {
+                ifindex,
+                prefix,
+                has_gateway: false,
+            });
+        }
+        assert_eq!(names(&tables, &[], &[]), ["eth0", "flannel.1", "tun0", "wg0"]);
+        assert_eq!(
+            names(&tables, &["tap*"], &[]),
+            ["flannel.1", "tun0", "wg0", "tap0"]
+        );
+        let found = devices(&tables, &DevicePatterns::default(), &[], &BTreeSet::new());
+        assert_eq!(
+            found[&12],
+            Role::Tunnel,
+            "XDP has no place there, default route or not"
+        );
+        let node_addresses = ["192.0.2.10".parse().unwrap()];
+        let entry = device_entry(
+            &tables,
+            tables.link(10).unwrap(),
+            found[&10],
+            false,
+            &node_addresses,
+        );
+        assert_eq!(entry.flags, device_flags::TUNNEL);
+        assert_eq!(entry.snat4_be.to_ne_bytes(), [192, 0, 2, 10]);
     }
 
     #[test]

@@ -27,6 +27,16 @@ const AF_INET6: u8 = 10;
 const HARDWARE_ETHERNET: u16 = 1;
 /// `ARPHRD_LOOPBACK`.
 const HARDWARE_LOOPBACK: u16 = 772;
+/// `ARPHRD_PPP`, `ARPHRD_RAWIP` and so on.
+const HARDWARE_PPP: u16 = 512;
+const HARDWARE_RAWIP: u16 = 519;
+const HARDWARE_TUNNEL: u16 = 768;
+const HARDWARE_TUNNEL6: u16 = 769;
+const HARDWARE_SIT: u16 = 776;
+const HARDWARE_IPGRE: u16 = 778;
+const HARDWARE_IP6GRE: u16 = 823;
+/// tun and WireGuard.
+pub const HARDWARE_NONE: u16 = 0xfffe;
 
 /// A network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,23 +65,40 @@ impl Link {
         self.hardware == HARDWARE_LOOPBACK
     }
 
-    /// Devices that wrap packets into others.
-    pub fn is_tunnel(&self) -> bool {
+    /// Packets begin with the IP header: what the kernel says of tun, WireGuard, IPIP, GRE, PPP and some modems
+    /// (`dev_is_mac_header_xmit`).
+    pub fn is_layer3(&self) -> bool {
         matches!(
-            self.kind.as_str(),
-            "vxlan"
-                | "geneve"
-                | "ipip"
-                | "ip6tnl"
-                | "sit"
-                | "gre"
-                | "gretap"
-                | "ip6gre"
-                | "ip6gretap"
-                | "erspan"
-                | "ip6erspan"
-                | "wireguard"
+            self.hardware,
+            HARDWARE_PPP
+                | HARDWARE_RAWIP
+                | HARDWARE_TUNNEL
+                | HARDWARE_TUNNEL6
+                | HARDWARE_SIT
+                | HARDWARE_IPGRE
+                | HARDWARE_IP6GRE
+                | HARDWARE_NONE
         )
+    }
+
+    /// Devices that wrap packets into others, or hand them to a process that does.
+    pub fn is_tunnel(&self) -> bool {
+        self.is_layer3()
+            || matches!(
+                self.kind.as_str(),
+                "vxlan"
+                    | "geneve"
+                    | "ipip"
+                    | "ip6tnl"
+                    | "sit"
+                    | "gre"
+                    | "gretap"
+                    | "ip6gre"
+                    | "ip6gretap"
+                    | "erspan"
+                    | "ip6erspan"
+                    | "wireguard"
+            )
     }
 }
 

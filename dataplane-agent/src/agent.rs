@@ -209,6 +209,9 @@ impl Agent {
     fn take_change(&mut self, change: Change) -> Dirty {
         match change {
             Change::Apply { key, object, origin } => {
+                if key.kind.is_policy() && self.ignored.insert(key.kind.as_str().to_owned()) {
+                    tracing::warn!(kind = key.kind.as_str(), "policies are not enforced yet");
+                }
                 if has_problems_later(key.kind) {
                     self.origins.extend(origin.map(|origin| (key, origin)));
                 }

@@ -4,6 +4,7 @@
 //! in force. What it accepts but we cannot honour (SCTP, an address in an odd spelling) costs that part alone.
 
 mod pod;
+mod policy;
 mod service;
 mod slice;
 
@@ -88,6 +89,12 @@ pub fn decode(value: &Value) -> Decoded {
         Kind::EndpointSlice => parse(value)
             .and_then(|slice| slice::decode(name, &slice, &mut problems))
             .map(Object::EndpointSlice),
+        Kind::NetworkPolicy
+        | Kind::ClusterNetworkPolicy
+        | Kind::AdminNetworkPolicy
+        | Kind::BaselineAdminNetworkPolicy => {
+            policy::decode(&key, value, &mut problems).map(|policy| Object::Policy(Box::new(policy)))
+        }
     };
     match object {
         Ok(object) => Decoded::Object {
@@ -143,16 +150,21 @@ fn parse<T: DeserializeOwned>(value: &Value) -> Result<T, Refused> {
 
 fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
     let mut internal_ips: Vec<IpAddr> = Vec::new();
+    let mut ips = Vec::new();
     let addresses = node
         .status
         .and_then(|status| status.addresses)
         .unwrap_or_default();
     for (i, address) in addresses.into_iter().enumerate() {
-        if address.type_ != "InternalIP" {
+        let is_internal = address.type_ == "InternalIP";
+        if !is_internal && address.type_ != "ExternalIP" {
             continue;
         }
         match parse_ip(&address.address) {
-            Ok(ip) => internal_ips.push(ip),
+            Ok(ip) => {
+                internal_ips.extend(is_internal.then_some(ip));
+                ips.push(ip);
+            }
             Err(reason) => problems.push(Problem::new(format!("status.addresses[{i}].address"), reason)),
         }
     }
@@ -161,16 +173,16 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
         name,
         labels: node.metadata.labels.unwrap_or_default(),
         internal_ips,
+        ips,
         leaving: node.metadata.deletion_timestamp.is_some()
             || taints.iter().any(|taint| taint.key == TO_BE_DELETED),
     }
 }
 
 fn namespace(name: Name, namespace: core::Namespace) -> Namespace {
-    Namespace {
-        name,
-        labels: namespace.metadata.labels.unwrap_or_default(),
-    }
+    let mut labels = namespace.metadata.labels.unwrap_or_default();
+    labels.insert(Namespace::NAME_LABEL.to_owned(), name.name.to_string());
+    Namespace { name, labels }
 }
 
 /// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal, and an IPv4 address

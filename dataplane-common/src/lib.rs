@@ -11,6 +11,7 @@ pub mod backend;
 pub mod config;
 pub mod device;
 pub mod flow;
+pub mod policy;
 pub mod reason;
 pub mod service;
 pub mod sock;

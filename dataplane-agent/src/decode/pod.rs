@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1 as core;
 
 use super::{ProtocolField, parse_ip, parse_port, parse_protocol};
-use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem};
+use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem, Protocol};
 
 pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
     let spec = pod.spec.unwrap_or_default();
@@ -95,12 +95,13 @@ impl Ports {
             return Ok(());
         }
         let number = parse_port(port.container_port, || format!("{field}.containerPort"))?;
-        let proto = match parse_protocol(port.protocol.as_deref(), || format!("{field}.protocol")) {
-            ProtocolField::Served(proto) => proto,
-            // A Pod may have SCTP ports without anybody asking us to serve them.
-            ProtocolField::NotYet(_) if host_port.is_none() => return Ok(()),
-            ProtocolField::NotYet(problem) | ProtocolField::Unknown(problem) => return Err(problem),
-        };
+        let (proto, not_served) =
+            match parse_protocol(port.protocol.as_deref(), || format!("{field}.protocol")) {
+                ProtocolField::Served(proto) => (proto, None),
+                // A Pod may have SCTP ports without anybody asking us to serve them; policies may name them.
+                ProtocolField::NotYet(problem) => (Protocol::Sctp, Some(problem)),
+                ProtocolField::Unknown(problem) => return Err(problem),
+            };
         self.named.extend(name.map(|name| PodPort {
             name,
             proto,
@@ -109,6 +110,9 @@ impl Ports {
         let Some(host_port) = host_port else {
             return Ok(());
         };
+        if let Some(problem) = not_served {
+            return Err(problem);
+        }
         let host_ip = match port.host_ip.as_deref().unwrap_or_default() {
             "" => HostIp::Any,
             text => {
@@ -169,7 +173,8 @@ mod tests {
             ("spec.initContainers[0].ports[0]", 53, 53),
         ];
         assert_eq!(found, expected);
-        assert_eq!(pod.ports.len(), 1);
+        let named: Vec<_> = pod.ports.iter().map(|port| (&*port.name, port.proto)).collect();
+        assert_eq!(named, [("unasked", Protocol::Sctp), ("dns", Protocol::Udp)]);
         let fields: Vec<&str> = problems.iter().map(|problem| &*problem.field).collect();
         let expected = ["ports[1].hostPort", "ports[2].protocol", "ports[3].hostIP"];
         assert_eq!(

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::{EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service};
+use super::{
+    EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service,
+    policies::{Policies, PolicyDirty},
+};
 
 /// What a change touches. Merge several with [`Dirty::merge`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +19,8 @@ pub struct Dirty {
     pub local_pods: bool,
     /// Pods that have, or had, host ports on this node.
     pub host_ports: BTreeSet<Name>,
+    /// What policies look at.
+    pub policy: PolicyDirty,
 }
 
 impl Dirty {
@@ -25,11 +30,13 @@ impl Dirty {
             node,
             local_pods,
             host_ports,
+            policy,
         } = other;
         self.services.extend(services);
         self.node |= node;
         self.local_pods |= local_pods;
         self.host_ports.extend(host_ports);
+        self.policy.merge(policy);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -51,6 +58,7 @@ pub struct Index {
     slices_of: HashMap<Name, BTreeSet<Name>>,
     /// Services with a selector, by namespace.
     selecting: BTreeSet<Name>,
+    policies: Policies,
 }
 
 impl Index {
@@ -64,6 +72,7 @@ impl Index {
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             selecting: BTreeSet::new(),
+            policies: Policies::default(),
         }
     }
 
@@ -73,14 +82,15 @@ impl Index {
             Object::Node(node) => {
                 let own = *node.name.name == *self.node_name;
                 let previous = self.nodes.insert(node.name.clone(), node.clone());
-                Dirty {
-                    node: own && previous.as_ref() != Some(&node),
-                    ..Dirty::default()
+                if previous.as_ref() == Some(&node) {
+                    return Dirty::default();
                 }
+                node_dirty(own, node.name)
             }
             Object::Namespace(namespace) => {
-                self.namespaces.insert(namespace.name.clone(), namespace);
-                Dirty::default()
+                let name = namespace.name.clone();
+                let previous = self.namespaces.insert(name.clone(), namespace.clone());
+                namespace_dirty((previous != Some(namespace)).then_some(name))
             }
             Object::Pod(pod) => {
                 let previous = self.pods.insert(pod.name.clone(), pod.clone());
@@ -91,6 +101,10 @@ impl Index {
             }
             Object::Service(service) => self.apply_service(*service),
             Object::EndpointSlice(slice) => self.apply_slice(slice),
+            Object::Policy(policy) => {
+                let key = policy.key.clone();
+                policy_dirty(self.policies.apply(*policy).then_some(key))
+            }
         }
     }
 
@@ -99,15 +113,14 @@ impl Index {
         let name = &object.name;
         match object.kind {
             Kind::Node => {
-                let node = self.nodes.remove(name).is_some() && *name.name == *self.node_name;
-                Dirty {
-                    node,
-                    ..Dirty::default()
+                if self.nodes.remove(name).is_none() {
+                    return Dirty::default();
                 }
+                node_dirty(*name.name == *self.node_name, name.clone())
             }
             Kind::Namespace => {
-                self.namespaces.remove(name);
-                Dirty::default()
+                let gone = self.namespaces.remove(name).is_some();
+                namespace_dirty(gone.then(|| name.clone()))
             }
             Kind::Pod => match self.pods.remove(name) {
                 Some(pod) => self.pod_changed(Some(&pod), None),
@@ -125,6 +138,13 @@ impl Index {
                 }
                 None => Dirty::default(),
             },
+            Kind::NetworkPolicy
+            | Kind::ClusterNetworkPolicy
+            | Kind::AdminNetworkPolicy
+            | Kind::BaselineAdminNetworkPolicy => {
+                let gone = self.policies.delete(object);
+                policy_dirty(gone.then(|| object.clone()))
+            }
         }
     }
 
@@ -150,6 +170,13 @@ impl Index {
             Kind::Pod => self.pods.keys().cloned().collect(),
             Kind::Service => self.services.keys().cloned().collect(),
             Kind::EndpointSlice => self.slices.keys().cloned().collect(),
+            Kind::NetworkPolicy
+            | Kind::ClusterNetworkPolicy
+            | Kind::AdminNetworkPolicy
+            | Kind::BaselineAdminNetworkPolicy => {
+                let of_kind = self.policies.keys().filter(|key| key.kind == kind);
+                of_kind.map(|key| key.name.clone()).collect()
+            }
         }
     }
 
@@ -186,7 +213,7 @@ impl Index {
 
     /// The Pods that a Service selects, in the order of their names.
     pub fn selected_pods<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
-        in_namespace(&self.pods, &service.name).filter(move |pod| selects(service, pod))
+        in_namespace(&self.pods, &service.name.namespace).filter(move |pod| selects(service, pod))
     }
 
     /// The Pods of this node that own an address.
@@ -194,6 +221,35 @@ impl Index {
         self.pods
             .values()
             .filter(|pod| !pod.finished && self.is_local(pod))
+    }
+
+    pub fn pod(&self, name: &Name) -> Option<&Pod> {
+        self.pods.get(name)
+    }
+
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
+    /// The Pods of a namespace, in the order of their names.
+    pub fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
+        in_namespace(&self.pods, namespace)
+    }
+
+    pub fn namespace(&self, name: &str) -> Option<&Namespace> {
+        self.namespaces.get(&Name::new("", name))
+    }
+
+    pub fn node_by_name(&self, name: &Name) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    pub fn policies(&self) -> &Policies {
+        &self.policies
     }
 
     fn is_local(&self, pod: &Pod) -> bool {
@@ -271,7 +327,42 @@ impl Index {
                 .map(|pod| pod.name.clone())
                 .into_iter()
                 .collect(),
+            policy: PolicyDirty {
+                pods: BTreeSet::from([name.clone()]),
+                ..PolicyDirty::default()
+            },
         }
+    }
+}
+
+fn policy_dirty(key: Option<ObjectRef>) -> Dirty {
+    Dirty {
+        policy: PolicyDirty {
+            policies: key.into_iter().collect(),
+            ..PolicyDirty::default()
+        },
+        ..Dirty::default()
+    }
+}
+
+fn namespace_dirty(name: Option<Name>) -> Dirty {
+    Dirty {
+        policy: PolicyDirty {
+            namespaces: name.into_iter().collect(),
+            ..PolicyDirty::default()
+        },
+        ..Dirty::default()
+    }
+}
+
+fn node_dirty(own: bool, name: Name) -> Dirty {
+    Dirty {
+        node: own,
+        policy: PolicyDirty {
+            nodes: BTreeSet::from([name]),
+            ..PolicyDirty::default()
+        },
+        ..Dirty::default()
     }
 }
 
@@ -291,9 +382,10 @@ fn selects(service: &Service, pod: &Pod) -> bool {
             .all(|(key, value)| pod.labels.get(key) == Some(value))
 }
 
-fn in_namespace<'a>(pods: &'a BTreeMap<Name, Pod>, of: &Name) -> impl Iterator<Item = &'a Pod> {
-    let namespace = of.namespace.clone();
-    pods.range(Name::new(&namespace, "")..)
+fn in_namespace<'a>(pods: &'a BTreeMap<Name, Pod>, namespace: &str) -> impl Iterator<Item = &'a Pod> {
+    let first = Name::new(namespace, "");
+    let namespace = first.namespace.clone();
+    pods.range(first..)
         .take_while(move |(name, _)| name.namespace == namespace)
         .map(|(_, pod)| pod)
 }

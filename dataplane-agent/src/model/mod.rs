@@ -2,11 +2,15 @@
 //! sees an API type.
 
 pub mod index;
+pub mod policies;
+pub mod policy;
 mod types;
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
 pub use index::{Dirty, Index};
+pub use policies::PolicyDirty;
+pub use policy::Policy;
 pub use types::{
     Endpoint, EndpointSlice, HostIp, HostPort, Namespace, Node, Pod, PodPort, Protocol, Service, ServicePort,
     SliceFamily, SlicePort, TargetPort,
@@ -46,15 +50,23 @@ pub enum Kind {
     Pod,
     Service,
     EndpointSlice,
+    NetworkPolicy,
+    ClusterNetworkPolicy,
+    AdminNetworkPolicy,
+    BaselineAdminNetworkPolicy,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 5] = [
+    pub const ALL: [Kind; 9] = [
         Kind::Node,
         Kind::Namespace,
         Kind::Pod,
         Kind::Service,
         Kind::EndpointSlice,
+        Kind::NetworkPolicy,
+        Kind::ClusterNetworkPolicy,
+        Kind::AdminNetworkPolicy,
+        Kind::BaselineAdminNetworkPolicy,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -64,6 +76,10 @@ impl Kind {
             Kind::Pod => "Pod",
             Kind::Service => "Service",
             Kind::EndpointSlice => "EndpointSlice",
+            Kind::NetworkPolicy => "NetworkPolicy",
+            Kind::ClusterNetworkPolicy => "ClusterNetworkPolicy",
+            Kind::AdminNetworkPolicy => "AdminNetworkPolicy",
+            Kind::BaselineAdminNetworkPolicy => "BaselineAdminNetworkPolicy",
         }
     }
 
@@ -72,11 +88,30 @@ impl Kind {
         match self {
             Kind::Node | Kind::Namespace | Kind::Pod | Kind::Service => "v1",
             Kind::EndpointSlice => "discovery.k8s.io/v1",
+            Kind::NetworkPolicy => "networking.k8s.io/v1",
+            Kind::ClusterNetworkPolicy => "policy.networking.k8s.io/v1alpha2",
+            Kind::AdminNetworkPolicy | Kind::BaselineAdminNetworkPolicy => {
+                "policy.networking.k8s.io/v1alpha1"
+            }
         }
     }
 
     pub const fn is_namespaced(self) -> bool {
-        matches!(self, Kind::Pod | Kind::Service | Kind::EndpointSlice)
+        matches!(
+            self,
+            Kind::Pod | Kind::Service | Kind::EndpointSlice | Kind::NetworkPolicy
+        )
+    }
+
+    /// A network policy of some kind: it becomes a [`Policy`].
+    pub const fn is_policy(self) -> bool {
+        match self {
+            Kind::NetworkPolicy
+            | Kind::ClusterNetworkPolicy
+            | Kind::AdminNetworkPolicy
+            | Kind::BaselineAdminNetworkPolicy => true,
+            Kind::Node | Kind::Namespace | Kind::Pod | Kind::Service | Kind::EndpointSlice => false,
+        }
     }
 
     pub fn parse(kind: &str) -> Option<Kind> {
@@ -114,6 +149,7 @@ pub enum Object {
     Pod(Pod),
     Service(Box<Service>),
     EndpointSlice(EndpointSlice),
+    Policy(Box<Policy>),
 }
 
 /// The document that an object comes from.

@@ -7,11 +7,12 @@ use ipnet::IpNet;
 
 use super::Name;
 
-/// A layer 4 protocol that is served.
+/// A layer 4 protocol. Services are served for TCP and UDP; policies and the names of ports know SCTP too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl Protocol {
@@ -20,6 +21,7 @@ impl Protocol {
         match self {
             Protocol::Tcp => proto::TCP,
             Protocol::Udp => proto::UDP,
+            Protocol::Sctp => proto::SCTP,
         }
     }
 
@@ -27,6 +29,7 @@ impl Protocol {
         match self {
             Protocol::Tcp => "TCP",
             Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
         }
     }
 }
@@ -191,6 +194,8 @@ pub struct Node {
     pub name: Name,
     pub labels: BTreeMap<String, String>,
     pub internal_ips: Vec<IpAddr>,
+    /// Every address that its status names, `internal_ips` among them.
+    pub ips: Vec<IpAddr>,
     /// It is being deleted, or the cluster autoscaler is about to remove it.
     pub leaving: bool,
 }
@@ -209,5 +214,11 @@ impl Node {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Namespace {
     pub name: Name,
+    /// With [`Namespace::NAME_LABEL`].
     pub labels: BTreeMap<String, String>,
+}
+
+impl Namespace {
+    /// The label that the API server gives every namespace: its name.
+    pub const NAME_LABEL: &str = "kubernetes.io/metadata.name";
 }

@@ -1,0 +1,400 @@
+//! `PEERS_V4`, `PEERS_V6`, `CIDRS_V4`, `CIDRS_V6`, `POLICY_SETS`, `PEER_RULES`, `PORT_RULES`, `RULE_BITS` and `RULES`:
+//! from a pod's policy set, a peer and a port to a verdict.
+//!
+//! A *set* is what applies to one direction of a pod: its rules in the order of precedence, numbered from 0. A *peer class*
+//! is what an address is to all sets of this node: which of their selectors and ranges it satisfies. Two lookups give the
+//! rules that the peer satisfies and those that the port satisfies, each as a set of bits, and the lowest bit that both
+//! have decides. So a verdict takes the same number of lookups however many policies, rules, peers and ports there are.
+//!
+//! Ids of sets, classes and bits are never given a new meaning while anything refers to them: rows are written under a new
+//! id, then the pod or the address is led there.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::addr::Family;
+
+/// Rules that a set may have.
+pub const SET_RULES: u32 = 1024;
+
+/// 64-bit words of [`RuleBits`].
+pub const RULE_WORDS: usize = (SET_RULES / 64) as usize;
+
+/// The class of an address that is neither in `PEERS_*` nor in a range of `CIDRS_*`.
+pub const CLASS_ANY: u32 = 0;
+
+/// The set of a pod that no policy selects in a direction: everything is allowed, and nothing is looked up.
+pub const SET_NONE: u32 = 0;
+
+/// Value of `RULE_BITS`: the rules of a set that something satisfies. Rule `i` is bit `i % 64` of word `i / 64`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct RuleBits {
+    pub words: [u64; RULE_WORDS],
+}
+
+impl RuleBits {
+    /// Adds a rule, which has to be below [`SET_RULES`].
+    pub fn insert(&mut self, rule: u32) {
+        self.words[rule as usize / 64] |= 1 << (rule % 64);
+    }
+
+    /// Adds all rules of another.
+    pub fn extend(&mut self, other: &RuleBits) {
+        for (word, other) in self.words.iter_mut().zip(other.words) {
+            *word |= other;
+        }
+    }
+}
+
+/// Value of `POLICY_SETS`: one direction of the pods that share it. Never changed once a pod refers to it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PolicySet {
+    /// Index into `RULES` of rule 0.
+    pub rules: u32,
+    /// Id in `RULE_BITS` of the rules without peers, which every class satisfies.
+    pub any_peer: u32,
+    /// Rules of the admin tier, which come first: what `pass` leaves out.
+    pub admin_rules: u16,
+    /// Words of [`RuleBits`] in use.
+    pub words: u8,
+    /// Bits of [`set_flags`].
+    pub flags: u8,
+}
+
+/// Bits of [`PolicySet::flags`].
+pub mod set_flags {
+    /// What no rule decides is denied: a `NetworkPolicy` isolates the pod, or its policies cannot be honoured.
+    pub const DENY_BY_DEFAULT: u8 = 1;
+}
+
+/// Key of `PEER_RULES`; the value is an id in `RULE_BITS`. Without an entry it is [`PolicySet::any_peer`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PeerRulesKey {
+    pub set: u32,
+    pub class: u32,
+}
+
+/// What a key of `PORT_RULES`, a longest prefix match, holds behind its prefix length; the value is an id in `RULE_BITS`.
+/// An entry has the rules of all entries that cover it, because only the longest match is found.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PortRulesKey {
+    pub set: u32,
+    /// The IANA number.
+    pub proto_be: u16,
+    /// The destination port; 0 for protocols that have none.
+    pub port_be: u16,
+}
+
+/// Bits of a key of `PORT_RULES` that stand for any protocol, for any port of a protocol, and for one port. A range of
+/// ports takes several prefixes between the last two.
+pub mod port_prefix {
+    pub const ANY: u32 = 32;
+    pub const PROTOCOL: u32 = 48;
+    pub const PORT: u32 = 64;
+}
+
+/// What a rule does with what it matches.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RuleAction {
+    Allow = 0,
+    Deny = 1,
+    /// Leaves the decision to the tiers behind.
+    Pass = 2,
+}
+
+/// Value of `RULES`: a rule of a set.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PolicyRule {
+    /// The policy's number, which the agent knows by name.
+    pub policy: u32,
+    /// Its place in the policy's list for the direction.
+    pub place: u32,
+    /// [`RuleAction`].
+    pub action: u8,
+    pub pad: [u8; 3],
+}
+
+const _: () = assert!(size_of::<RuleBits>() == 128);
+const _: () = assert!(size_of::<PolicySet>() == 12);
+const _: () = assert!(size_of::<PeerRulesKey>() == 8);
+const _: () = assert!(size_of::<PortRulesKey>() == 8);
+const _: () = assert!(size_of::<PolicyRule>() == 12);
+
+/// What policy asks of its surroundings.
+pub trait PolicyTables<F: Family> {
+    /// The class that `PEERS_*` has for an address.
+    fn peer(&self, addr: &F::Addr) -> Option<u32>;
+    /// The class of the longest range of `CIDRS_*` that holds an address.
+    fn cidr(&self, addr: &F::Addr) -> Option<u32>;
+    /// `POLICY_SETS`.
+    fn set(&self, id: u32) -> Option<&PolicySet>;
+    /// `PEER_RULES`.
+    fn peer_rules(&self, key: PeerRulesKey) -> Option<u32>;
+    /// The longest prefix in `PORT_RULES`.
+    fn port_rules(&self, key: PortRulesKey) -> Option<u32>;
+    /// `RULE_BITS`.
+    fn bits(&self, id: u32) -> Option<&RuleBits>;
+    /// `RULES`.
+    fn rule(&self, index: u32) -> Option<&PolicyRule>;
+}
+
+/// A verdict and what gave it, one word: what a BPF function returns (ARCHITECTURE, decision 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Judgement(u32);
+
+impl Judgement {
+    const DENIED: u32 = 1 << 31;
+    const BY_DEFAULT: u32 = Self::DENIED - 1;
+    /// The tables lack what they must have: closed.
+    const BROKEN: Judgement = Judgement(Self::DENIED | (Self::BY_DEFAULT - 1));
+
+    #[inline(always)]
+    const fn by_default(denied: bool) -> Self {
+        Self(Self::BY_DEFAULT | if denied { Self::DENIED } else { 0 })
+    }
+
+    #[inline(always)]
+    const fn by_rule(denied: bool, index: u32) -> Self {
+        Self((index & Self::BY_DEFAULT) | if denied { Self::DENIED } else { 0 })
+    }
+
+    #[inline(always)]
+    pub const fn is_allowed(self) -> bool {
+        self.0 & Self::DENIED == 0
+    }
+
+    /// Index into `RULES` of the rule that decided; `None`: none did.
+    #[inline(always)]
+    pub const fn rule(self) -> Option<u32> {
+        match self.0 & Self::BY_DEFAULT {
+            index if index < Self::BY_DEFAULT - 1 => Some(index),
+            _ => None,
+        }
+    }
+}
+
+/// The peer class of an address.
+#[inline(always)]
+pub fn class<F: Family, T: PolicyTables<F>>(tables: &T, addr: &F::Addr) -> u32 {
+    match tables.peer(addr) {
+        Some(class) => class,
+        None => tables.cidr(addr).unwrap_or(CLASS_ANY),
+    }
+}
+
+/// Judges what a pod with a set gets from, or sends to, a peer. `port_be` is the destination's.
+#[inline(always)]
+pub fn judge<F: Family, T: PolicyTables<F>>(
+    tables: &T,
+    set: u32,
+    class: u32,
+    proto: u8,
+    port_be: u16,
+) -> Judgement {
+    if set == SET_NONE {
+        return Judgement::by_default(false);
+    }
+    let Some(header) = tables.set(set) else {
+        return Judgement::BROKEN;
+    };
+    let denies = header.flags & set_flags::DENY_BY_DEFAULT != 0;
+    let by_peer = tables
+        .peer_rules(PeerRulesKey { set, class })
+        .unwrap_or(header.any_peer);
+    let Some(by_port) = tables.port_rules(PortRulesKey {
+        set,
+        proto_be: u16::from(proto).to_be(),
+        port_be,
+    }) else {
+        return Judgement::by_default(denies);
+    };
+    let (Some(by_peer), Some(by_port)) = (tables.bits(by_peer), tables.bits(by_port)) else {
+        return Judgement::BROKEN;
+    };
+    let first = lowest(by_peer, by_port, header.words, 0);
+    if first >= SET_RULES {
+        return Judgement::by_default(denies);
+    }
+    let index = header.rules.wrapping_add(first);
+    let Some(rule) = tables.rule(index) else {
+        return Judgement::BROKEN;
+    };
+    if rule.action != RuleAction::Pass as u8 {
+        return Judgement::by_rule(rule.action != RuleAction::Allow as u8, index);
+    }
+    // Behind the baseline tier there is nothing more to ask.
+    if first >= u32::from(header.admin_rules) {
+        return Judgement::by_rule(denies, index);
+    }
+    let second = lowest(by_peer, by_port, header.words, u32::from(header.admin_rules));
+    if second >= SET_RULES {
+        return Judgement::by_default(denies);
+    }
+    let index = header.rules.wrapping_add(second);
+    match tables.rule(index) {
+        Some(rule) if rule.action == RuleAction::Deny as u8 => Judgement::by_rule(true, index),
+        Some(rule) if rule.action == RuleAction::Allow as u8 => Judgement::by_rule(false, index),
+        Some(_) => Judgement::by_rule(denies, index),
+        None => Judgement::BROKEN,
+    }
+}
+
+/// The lowest rule from `from` on that both have; [`SET_RULES`] if there is none.
+#[inline(always)]
+fn lowest(a: &RuleBits, b: &RuleBits, words: u8, from: u32) -> u32 {
+    let mut i = 0;
+    while i < RULE_WORDS {
+        if i >= usize::from(words) {
+            break;
+        }
+        let start = i as u32 * 64;
+        let mut both = a.words[i] & b.words[i];
+        if from > start {
+            both &= u64::MAX.checked_shl(from - start).unwrap_or(0);
+        }
+        if both != 0 {
+            return start + both.trailing_zeros();
+        }
+        i += 1;
+    }
+    SET_RULES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{V4, proto};
+
+    /// One set, number 7, whose rules every peer and port satisfies as far as `bits` says.
+    struct One {
+        set: PolicySet,
+        rules: [PolicyRule; 3],
+        bits: RuleBits,
+    }
+
+    impl PolicyTables<V4> for One {
+        fn peer(&self, addr: &u32) -> Option<u32> {
+            (*addr == 1).then_some(5)
+        }
+        fn cidr(&self, addr: &u32) -> Option<u32> {
+            (*addr < 3).then_some(6)
+        }
+        fn set(&self, id: u32) -> Option<&PolicySet> {
+            (id == 7).then_some(&self.set)
+        }
+        fn peer_rules(&self, _: PeerRulesKey) -> Option<u32> {
+            None
+        }
+        fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
+            (key.proto_be == u16::from(proto::TCP).to_be()).then_some(1)
+        }
+        fn bits(&self, id: u32) -> Option<&RuleBits> {
+            (id == 1).then_some(&self.bits)
+        }
+        fn rule(&self, index: u32) -> Option<&PolicyRule> {
+            self.rules.get(index.checked_sub(100)? as usize)
+        }
+    }
+
+    fn one(actions: [RuleAction; 3], bits: u64, flags: u8) -> One {
+        let rule = |action| PolicyRule {
+            action: action as u8,
+            ..PolicyRule::default()
+        };
+        let mut words = [0; RULE_WORDS];
+        words[0] = bits;
+        One {
+            set: PolicySet {
+                rules: 100,
+                any_peer: 1,
+                admin_rules: 2,
+                words: 1,
+                flags,
+            },
+            rules: actions.map(rule),
+            bits: RuleBits { words },
+        }
+    }
+
+    #[test]
+    fn policy_the_first_rule_decides_and_pass_skips_the_admin_tier() {
+        use RuleAction::{Allow, Deny, Pass};
+        let judged = |tables: &One, proto| {
+            let judgement = judge::<V4, _>(tables, 7, 0, proto, 80);
+            (judgement.is_allowed(), judgement.rule())
+        };
+        let closed = set_flags::DENY_BY_DEFAULT;
+        assert_eq!(
+            judged(&one([Deny, Allow, Allow], 0b111, 0), proto::TCP),
+            (false, Some(100))
+        );
+        assert_eq!(
+            judged(&one([Deny, Allow, Deny], 0b110, 0), proto::TCP),
+            (true, Some(101))
+        );
+        assert_eq!(
+            judged(&one([Pass, Deny, Allow], 0b111, closed), proto::TCP),
+            (true, Some(102))
+        );
+        assert_eq!(
+            judged(&one([Pass, Deny, Deny], 0b111, 0), proto::TCP),
+            (false, Some(102))
+        );
+        assert_eq!(
+            judged(&one([Pass, Deny, Allow], 0b011, closed), proto::TCP),
+            (false, None)
+        );
+        assert_eq!(
+            judged(&one([Deny, Deny, Pass], 0b100, 0), proto::TCP),
+            (true, Some(102))
+        );
+        assert_eq!(judged(&one([Allow; 3], 0b111, closed), proto::UDP), (false, None));
+        assert_eq!(judged(&one([Allow; 3], 0, 0), proto::TCP), (true, None));
+    }
+
+    #[test]
+    fn policy_what_is_missing_is_closed_and_no_set_is_open() {
+        let tables = one([RuleAction::Allow; 3], 0b1000, 0);
+        let allowed = |set| judge::<V4, _>(&tables, set, 0, proto::TCP, 80).is_allowed();
+        assert!(allowed(SET_NONE));
+        assert!(!allowed(8), "a set that is not there");
+        assert!(!allowed(7), "a rule that is not there");
+        assert_eq!(judge::<V4, _>(&tables, 7, 0, proto::TCP, 80).rule(), None);
+    }
+
+    #[test]
+    fn policy_an_exact_peer_comes_before_ranges() {
+        let tables = one([RuleAction::Allow; 3], 0, 0);
+        assert_eq!(
+            [1, 2, 3].map(|addr| class::<V4, _>(&tables, &addr)),
+            [5, 6, CLASS_ANY]
+        );
+    }
+
+    #[test]
+    fn policy_bits_are_found_in_every_word() {
+        let mut bits = RuleBits::default();
+        for rule in [0, 63, 64, 700, 1023] {
+            bits.insert(rule);
+        }
+        let all = RuleBits {
+            words: [u64::MAX; RULE_WORDS],
+        };
+        let from = |from| lowest(&bits, &all, RULE_WORDS as u8, from);
+        assert_eq!(
+            [0, 1, 63, 64, 65, 128, 701, 1023].map(from),
+            [0, 63, 63, 64, 700, 700, 1023, 1023]
+        );
+        assert_eq!(from(1024), SET_RULES);
+        assert_eq!(
+            lowest(&bits, &all, 10, 65),
+            SET_RULES,
+            "words that are not in use"
+        );
+    }
+}

@@ -1,5 +1,5 @@
 //! `cargo xtask scenarios …`: builds, then runs the scenario runner: once, once for every configuration, or each
-//! scenario once with the configuration rotated.
+//! scenario once with the configuration rotated. `--on host` judges policy scenarios without packets.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -27,10 +27,20 @@ pub struct Args {
     #[arg(long)]
     rotate: bool,
 
+    /// Judge the tables of policy scenarios by the host build of the datapath, without packets
+    #[arg(long, value_enum, conflicts_with_all = ["matrix", "rotate"])]
+    on: Option<On>,
+
     /// Folders or files (tests/scenarios/services if none), then the runner's own options: --filter EXPR, --socket-lb off|all, --datapath xdp|tc,
     /// --network routed|bridge|vxlan, --source folder|api, --agent PATH, --jobs N, -o json
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     passed_on: Vec<String>,
+}
+
+/// Where scenarios run, if not in a test cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum On {
+    Host,
 }
 
 /// One configuration of the datapath under test.
@@ -72,6 +82,9 @@ pub fn run(args: &Args) -> Result<()> {
     // Options before the folders are ours; those after them went to the runner's list, and mean the same.
     let matrix = args.matrix | take(&mut passed_on, "--matrix");
     let rotate = args.rotate | take(&mut passed_on, "--rotate");
+    if args.on.is_some() | take_pair(&mut passed_on, "--on", "host") {
+        return on_host(&passed_on);
+    }
     if places_and_options(&passed_on).0.is_empty() {
         passed_on.insert(0, default_folder());
     }
@@ -102,6 +115,40 @@ fn take(args: &mut Vec<String>, flag: &str) -> bool {
     let before = args.len();
     args.retain(|arg| arg != flag);
     args.len() != before
+}
+
+fn take_pair(args: &mut Vec<String>, flag: &str, value: &str) -> bool {
+    let place = args.windows(2).position(|pair| pair == [flag, value]);
+    place.map(|at| args.drain(at..at + 2)).is_some()
+}
+
+/// The tables of policy scenarios against the host build: a test of the agent, which takes its files from the environment.
+fn on_host(args: &[String]) -> Result<()> {
+    let place = match args {
+        [] => paths::root().join("tests/scenarios/netpol"),
+        [place] if !place.starts_with('-') => {
+            std::path::absolute(place).context("failed to find the folder")?
+        }
+        _ => bail!("--on host takes one folder or file, and no other options"),
+    };
+    let mut command = process::cargo("test");
+    command.args([
+        "--quiet",
+        "--package",
+        "dataplane-agent",
+        "--test",
+        "netpol",
+        "--",
+        "--nocapture",
+    ]);
+    let status = command
+        .env("DATAPLANE_NETPOL_SCENARIOS", place)
+        .status()
+        .context("failed to start cargo test")?;
+    if !status.success() {
+        std::process::exit(1);
+    }
+    Ok(())
 }
 
 fn is_chosen_by_us(arg: &str) -> bool {
@@ -283,6 +330,14 @@ mod tests {
         let (places, options) = places_and_options(&args);
         assert_eq!(places, ["a", "b", "c"]);
         assert_eq!(options, ["--agent", "/bin/true", "--hold", "--jobs=2"]);
+    }
+
+    #[test]
+    fn a_flag_with_its_value_is_taken_wherever_it_stands() {
+        let mut args = ["a", "--on", "host", "b"].map(str::to_owned).to_vec();
+        assert!(take_pair(&mut args, "--on", "host"));
+        assert_eq!(args, ["a", "b"]);
+        assert!(!take_pair(&mut args, "--on", "host"));
     }
 
     #[test]

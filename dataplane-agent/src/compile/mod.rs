@@ -2,13 +2,14 @@
 //!
 //! [`endpoints`] selects backends, [`services`] makes balancers of them, [`claims`] settles who owns an address and
 //! port, [`maglev`] fills tables, [`health_checks`] answers load balancers, [`host_ports`] does for Pods what
-//! [`services`] does for Services. [`Compiler`] strings them together.
+//! [`services`] does for Services. [`Compiler`] strings them together. Network policies are a world of their own: [`policy`].
 
 pub mod claims;
 pub mod endpoints;
 pub mod health_checks;
 pub mod host_ports;
 pub mod maglev;
+pub mod policy;
 pub mod services;
 
 use std::{

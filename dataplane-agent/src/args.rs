@@ -17,6 +17,7 @@ use crate::{
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb, SourceRangesFor,
     },
+    explain::{End, Port},
     store::Limits,
 };
 
@@ -39,6 +40,24 @@ pub enum Command {
     Check {
         /// The folder of manifests.
         folder: PathBuf,
+    },
+    /// Say whether policies allow a flow, and which rule decides; exit status 1 if they do not. From the manifests alone:
+    /// the agent does not enforce policies yet.
+    Explain {
+        /// Who begins: namespace/pod or an address.
+        #[arg(long)]
+        from: End,
+        /// Who is reached: namespace/pod or an address.
+        #[arg(long)]
+        to: End,
+        /// The destination port, such as 80/TCP or 53/UDP, or ICMP.
+        #[arg(long)]
+        port: Port,
+        /// The folder of manifests.
+        #[arg(long, env = "DATAPLANE_MANIFESTS")]
+        manifests: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
     },
     /// Wait until a running agent has programmed all that its source holds now.
     Wait {

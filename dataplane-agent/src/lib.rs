@@ -11,6 +11,7 @@ pub mod cli;
 pub mod compile;
 pub mod config;
 pub mod decode;
+pub mod explain;
 pub mod health;
 pub mod host;
 pub mod model;

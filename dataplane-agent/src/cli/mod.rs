@@ -3,6 +3,7 @@
 pub mod ask;
 pub mod check;
 pub mod cleanup;
+pub mod explain;
 pub mod services;
 pub mod status;
 pub mod wait;
@@ -33,6 +34,13 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(run) => agent::run(run.resolve()?)?,
         Command::Check { folder } => return check::run(&folder),
+        Command::Explain {
+            from,
+            to,
+            port,
+            manifests,
+            output,
+        } => return explain::run(&manifests, &from, &to, port, output),
         Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
         Command::Services {
             socket,

@@ -1,0 +1,307 @@
+//! What the policies of a cluster say of a flow, and why: the tables are compiled for its two ends and asked, as the
+//! datapath asks them.
+
+use std::{collections::BTreeSet, fmt, net::IpAddr, str::FromStr};
+
+use dataplane_common::addr::proto;
+use serde::Serialize;
+
+use crate::{
+    compile::policy::{
+        PolicyCompiler, Subjects,
+        tables::{Tables, judge},
+    },
+    model::{
+        Index, Kind, Name, Pod, PolicyDirty, Protocol,
+        policy::{Action, Direction},
+    },
+};
+
+/// An end of a flow, as it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    Pod(Name),
+    Addr(IpAddr),
+}
+
+impl FromStr for End {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(addr) = text.parse::<IpAddr>() {
+            return Ok(Self::Addr(addr.to_canonical()));
+        }
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self::Pod(Name::new(namespace, name)))
+            }
+            _ => Err(format!("`{text}` is neither namespace/pod nor an address")),
+        }
+    }
+}
+
+/// A protocol and, where it has some, a destination port: `80/TCP`, `80` (TCP) or `ICMP`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// `None`: ICMP, of the flow's address family.
+    proto: Option<Protocol>,
+    port: u16,
+}
+
+impl FromStr for Port {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "ICMP" {
+            return Ok(Self { proto: None, port: 0 });
+        }
+        let wrong = || format!("`{text}` is no port such as 80/TCP, 53/UDP or 9000/SCTP, nor ICMP");
+        let (number, proto) = text.split_once('/').unwrap_or((text, "TCP"));
+        let proto = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .into_iter()
+            .find(|known| known.as_str() == proto);
+        let port = number.parse().ok().filter(|port| *port != 0);
+        match (proto, port) {
+            (Some(proto), Some(port)) => Ok(Self {
+                proto: Some(proto),
+                port,
+            }),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.proto {
+            Some(proto) => write!(f, "{}/{}", self.port, proto.as_str()),
+            None => f.write_str("ICMP"),
+        }
+    }
+}
+
+/// The answer for one pair of addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Explained {
+    pub from: Place,
+    pub to: Place,
+    pub port: String,
+    pub allowed: bool,
+    pub steps: Vec<Step>,
+}
+
+/// An end of a flow, as it was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Place {
+    pub ip: IpAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+}
+
+/// What is decided at one end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Step {
+    /// `egress` of the source or `ingress` of the target.
+    pub direction: &'static str,
+    pub at: Place,
+    pub allowed: bool,
+    /// The rule that decided; absent when none did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rule: Option<Decision>,
+    pub reason: String,
+    /// The policies that have a say about the pod in this direction, first those of higher precedence.
+    pub selected_by: Vec<String>,
+}
+
+/// A rule of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Decision {
+    /// `kind namespace/name`.
+    pub policy: String,
+    pub tier: String,
+    /// Where the rule stands, such as `spec.ingress[0]`.
+    pub field: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    pub action: &'static str,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("there is no Pod {0}")]
+    NoPod(Name),
+    #[error("Pod {0} has no address")]
+    NoAddress(Name),
+    #[error(
+        "{0} is an address of Service {1}, and policies see the endpoint behind it: ask for one of its Pods"
+    )]
+    Service(IpAddr, Name),
+    #[error("the ends have no address family in common")]
+    Families,
+}
+
+/// Judges a flow by all policies of the index; for Pods with two addresses, in both families.
+pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Explained>, Error> {
+    let (from, to) = (ends(index, from)?, ends(index, to)?);
+    let pods = from
+        .iter()
+        .chain(&to)
+        .filter_map(|(_, pod)| Some(pod.as_ref()?.name.clone()));
+    let mut compiler = PolicyCompiler::new(Subjects::These(pods.collect()));
+    compiler.update(index, &everything(index));
+    let judge = Judge {
+        index,
+        tables: Tables::of(&compiler),
+        compiler: &compiler,
+        port,
+    };
+    let pairs = from.iter().flat_map(|from| to.iter().map(move |to| (*from, *to)));
+    let pairs = pairs.filter(|((from, _), (to, _))| from.is_ipv4() == to.is_ipv4());
+    let explained: Vec<Explained> = pairs.map(|(from, to)| judge.flow(from, to)).collect();
+    if explained.is_empty() {
+        return Err(Error::Families);
+    }
+    Ok(explained)
+}
+
+/// An address, and the Pod that has it.
+type Found<'a> = (IpAddr, Option<&'a Pod>);
+
+fn ends<'a>(index: &'a Index, end: &End) -> Result<Vec<Found<'a>>, Error> {
+    match end {
+        End::Pod(name) => {
+            let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
+            if pod.ips.is_empty() {
+                return Err(Error::NoAddress(name.clone()));
+            }
+            Ok(pod.ips.iter().map(|ip| (*ip, Some(pod))).collect())
+        }
+        End::Addr(addr) => {
+            let has_it = |ips: &[IpAddr]| ips.contains(addr);
+            let service = index.services().find(|service| {
+                has_it(&service.cluster_ips) || has_it(&service.external_ips) || has_it(&service.ingress_ips)
+            });
+            if let Some(service) = service {
+                return Err(Error::Service(*addr, service.name.clone()));
+            }
+            let is_owner = |pod: &&Pod| !pod.finished && !pod.host_network && has_it(&pod.ips);
+            Ok(vec![(*addr, index.pods().find(is_owner))])
+        }
+    }
+}
+
+fn everything(index: &Index) -> PolicyDirty {
+    PolicyDirty {
+        policies: index.policies().keys().cloned().collect(),
+        pods: index.pods().map(|pod| pod.name.clone()).collect(),
+        namespaces: BTreeSet::new(),
+        nodes: index.nodes().map(|node| node.name.clone()).collect(),
+    }
+}
+
+struct Judge<'a> {
+    index: &'a Index,
+    compiler: &'a PolicyCompiler,
+    tables: Tables,
+    port: Port,
+}
+
+impl Judge<'_> {
+    fn flow(&self, from: Found<'_>, to: Found<'_>) -> Explained {
+        let steps = [(Direction::Egress, from, to), (Direction::Ingress, to, from)];
+        let steps: Vec<Step> = steps
+            .into_iter()
+            .filter_map(|(direction, (ip, pod), peer)| Some(self.step(direction, ip, pod?, peer)))
+            .collect();
+        Explained {
+            from: place(from),
+            to: place(to),
+            port: self.port.to_string(),
+            allowed: steps.iter().all(|step| step.allowed),
+            steps,
+        }
+    }
+
+    fn step(&self, direction: Direction, ip: IpAddr, pod: &Pod, (peer, other): Found<'_>) -> Step {
+        let step = |allowed, rule, reason: &str| Step {
+            direction: direction.as_str(),
+            at: place((ip, Some(pod))),
+            allowed,
+            rule,
+            reason: reason.to_owned(),
+            selected_by: Vec::new(),
+        };
+        if pod.host_network {
+            return step(true, None, "it has its node's network: policies are not about it");
+        }
+        if other.is_some_and(|other| other.name == pod.name) {
+            return step(true, None, "a Pod always reaches itself");
+        }
+        let own_node = pod
+            .node
+            .as_deref()
+            .and_then(|node| self.index.node_by_name(&Name::new("", node)));
+        if direction == Direction::Ingress && own_node.is_some_and(|node| node.ips.contains(&peer)) {
+            return step(true, None, "its own node always reaches it");
+        }
+        let number = match (self.port.proto, peer) {
+            (Some(proto), _) => proto.number(),
+            (None, IpAddr::V4(_)) => proto::ICMP,
+            (None, IpAddr::V6(_)) => proto::ICMPV6,
+        };
+        let set = self.compiler.set_of(&pod.name, direction);
+        let judgement = judge(&self.tables, set, peer, number, self.port.port);
+        let rule = judgement.rule().and_then(|rule| self.decision(direction, rule));
+        let of_pod = self.compiler.pods().get(&pod.name);
+        let selected_by = of_pod.map_or(&[][..], |of_pod| &of_pod.policies[direction as usize]);
+        let problem = of_pod.and_then(|of_pod| of_pod.problems.first());
+        let isolated = selected_by
+            .iter()
+            .any(|policy| policy.kind == Kind::NetworkPolicy);
+        let reason = match (&rule, judgement.is_allowed()) {
+            (Some(rule), _) => format!("{} {} of {}: {}", rule.tier, rule.field, rule.policy, rule.action),
+            (None, true) if selected_by.is_empty() => "no policy selects it in this direction".to_owned(),
+            (None, true) => "no rule decides, and no NetworkPolicy selects it in this direction".to_owned(),
+            (None, false) => match problem {
+                Some(problem) => problem.reason.clone(),
+                None if isolated => {
+                    "a NetworkPolicy selects it in this direction, and no rule allows this".to_owned()
+                }
+                None => "its policies cannot be honoured".to_owned(),
+            },
+        };
+        Step {
+            selected_by: selected_by.iter().map(ToString::to_string).collect(),
+            ..step(judgement.is_allowed(), rule, &reason)
+        }
+    }
+
+    fn decision(&self, direction: Direction, rule: u32) -> Option<Decision> {
+        let row = self.tables.rules.get(rule as usize)?;
+        let policy = self
+            .index
+            .policies()
+            .get(self.tables.policies.get(row.policy as usize)?)?;
+        let mut rules = policy.rules(direction)?.iter();
+        let rule = rules.find(|rule| rule.place == row.place)?;
+        Some(Decision {
+            policy: policy.key.to_string(),
+            tier: policy.tier.to_string(),
+            field: format!("spec.{}[{}]", direction.as_str(), rule.place),
+            name: rule.name.to_string(),
+            action: match rule.action {
+                Action::Allow => "allow",
+                Action::Deny => "deny",
+                Action::Pass => "pass",
+            },
+        })
+    }
+}
+
+fn place((ip, pod): Found<'_>) -> Place {
+    Place {
+        ip,
+        pod: pod.map(|pod| pod.name.to_string()),
+    }
+}

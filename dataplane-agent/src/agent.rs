@@ -113,7 +113,6 @@ async fn at(time: Option<Instant>) {
 /// The state of the loop.
 struct Agent {
     node_port_addresses: NodePortAddresses,
-    localhost_node_ports: bool,
     index: Index,
     compiler: Compiler,
     syncer: Syncer,
@@ -149,7 +148,6 @@ impl Agent {
     ) -> Self {
         Self {
             node_port_addresses: config.node_port_addresses.clone(),
-            localhost_node_ports: config.localhost_node_ports,
             index: Index::new(&config.node_name),
             compiler: Compiler::new(Options {
                 external_ips: config.external_ips,

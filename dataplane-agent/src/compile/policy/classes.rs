@@ -40,7 +40,16 @@ pub struct Classes {
     places: BTreeMap<Place, ClassId>,
     with_atom: HashMap<AtomId, BTreeSet<ClassId>>,
     last: ClassId,
-    moved: BTreeSet<Place>,
+    news: News,
+}
+
+/// What has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Places that have another class, or none.
+    pub moved: BTreeSet<Place>,
+    pub created: BTreeSet<ClassId>,
+    pub gone: BTreeSet<ClassId>,
 }
 
 impl Classes {
@@ -66,9 +75,9 @@ impl Classes {
         self.with_atom.get(&atom).into_iter().flatten().copied()
     }
 
-    /// The places that have moved to another class, or have come or gone, since the last call.
-    pub fn take_moved(&mut self) -> BTreeSet<Place> {
-        std::mem::take(&mut self.moved)
+    /// What has changed since the last call. A class that came and went is in neither list.
+    pub fn take_news(&mut self) -> News {
+        std::mem::take(&mut self.news)
     }
 
     /// Says what a place satisfies, sorted.
@@ -83,7 +92,7 @@ impl Classes {
     /// A place has gone.
     pub fn remove(&mut self, place: Place) {
         if let Some(class) = self.places.remove(&place) {
-            self.moved.insert(place);
+            self.news.moved.insert(place);
             self.leave(place, class);
         }
     }
@@ -164,6 +173,7 @@ impl Classes {
         self.enter(id, &atoms);
         let members = BTreeSet::new();
         self.by_id.insert(id, Class { atoms, members });
+        self.news.created.insert(id);
         id
     }
 
@@ -202,7 +212,7 @@ impl Classes {
         if before == Some(class) {
             return;
         }
-        self.moved.insert(place);
+        self.news.moved.insert(place);
         if let Some(to) = self.by_id.get_mut(&class) {
             to.members.insert(place);
         }
@@ -220,6 +230,9 @@ impl Classes {
             && let Some(class) = self.by_id.remove(&id)
         {
             self.withdraw(id, &class.atoms);
+            if !self.news.created.remove(&id) {
+                self.news.gone.insert(id);
+            }
         }
     }
 }

@@ -5,9 +5,9 @@
 //! tables hold, for each set and class, the rules that the class satisfies, and for each set and port those that the port
 //! satisfies ([`ports`]); what judges by them is [`dataplane_common::policy`].
 //!
-//! Ids keep their meaning while they are in use, so an update is safe in this order: rows of new sets and classes,
-//! places that moved, pods. [`PolicyCompiler::drop_unused`] lets go of what no pod uses any more; what it moves is moved
-//! between classes that are the same to every set left, so it comes after the pods have left the old sets.
+//! Ids keep their meaning while they are in use, so [`Changes`] can be written in the order of their fields, and at every moment
+//! each verdict is that of before or that of after. [`PolicyCompiler::drop_unused`] lets go of what no pod uses any more; what
+//! it moves is moved between classes that are the same to every set left, so it comes after the pods have left the old sets.
 
 pub mod atoms;
 pub mod classes;
@@ -31,11 +31,11 @@ use std::{
     sync::Arc,
 };
 
-use dataplane_common::policy::SET_NONE;
+use dataplane_common::policy::{RuleBits, SET_NONE};
 use ipnet::IpNet;
 
 use atoms::{Atom, AtomId, Atoms};
-use classes::{Classes, Place};
+use classes::{ClassId, Classes, News, Place};
 use named::{Questions, is_peer};
 use owners::Owners;
 use sets::{SetId, Sets};
@@ -63,13 +63,29 @@ pub struct PodPolicy {
     pub problems: Vec<Problem>,
 }
 
-/// What an update has changed.
+/// What an update has changed, in the order in which it is written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
+    /// New sets: header, rules and ports.
+    pub sets: BTreeSet<SetId>,
+    /// New rows of `PEER_RULES`; see [`PolicyCompiler::peer_rules`].
+    pub peer_rules: BTreeSet<(SetId, ClassId)>,
     /// Places that have another class, or none.
     pub places: BTreeSet<Place>,
-    /// Pods that have other sets, or none.
+    /// Pods that have other sets or policies, or are not there any more.
     pub pods: BTreeSet<Name>,
+    /// Classes that no place has any more: their rows go last.
+    pub classes_gone: BTreeSet<ClassId>,
+}
+
+/// What is let go, in the order in which it is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Places that have another class, or none.
+    pub places: BTreeSet<Place>,
+    /// These go with all their rows.
+    pub sets: BTreeSet<SetId>,
+    pub classes_gone: BTreeSet<ClassId>,
 }
 
 #[derive(Debug)]
@@ -141,18 +157,30 @@ impl PolicyCompiler {
                 changed.insert(name);
             }
         }
-        for set in memo.into_sets() {
+        let (made, sets) = memo.finish();
+        for set in made {
             self.sets.release(set);
         }
+        let News { moved, created, gone } = self.classes.take_news();
+        let of_sets = sets
+            .iter()
+            .flat_map(|set| self.classes_of(*set).into_iter().map(|class| (*set, class)));
+        let of_classes = created
+            .into_iter()
+            .flat_map(|class| self.sets_of(class).into_iter().map(move |set| (set, class)));
         Changes {
-            places: self.classes.take_moved(),
+            peer_rules: of_sets.chain(of_classes).collect(),
+            sets,
+            places: moved,
             pods: changed,
+            classes_gone: gone,
         }
     }
 
-    /// Lets go of the sets that no pod uses; returns the places that are moved by that.
-    pub fn drop_unused(&mut self) -> BTreeSet<Place> {
-        for set in self.sets.drop_unused() {
+    /// Lets go of the sets that no pod uses.
+    pub fn drop_unused(&mut self) -> Dropped {
+        let sets = self.sets.drop_unused();
+        for set in sets.values() {
             for id in set.key.atoms() {
                 self.atoms.release(id);
             }
@@ -162,7 +190,31 @@ impl PolicyCompiler {
             self.forget_ranges(&atom);
         }
         self.questions.drop_unused();
-        self.classes.take_moved()
+        let News { moved, gone, .. } = self.classes.take_news();
+        Dropped {
+            places: moved,
+            sets: sets.into_keys().collect(),
+            classes_gone: gone,
+        }
+    }
+
+    /// The rules of a set that a class satisfies; `None`: those without peers, which needs no row.
+    pub fn peer_rules(&self, set: SetId, class: ClassId) -> Option<RuleBits> {
+        let set = self.sets.get(set)?;
+        let bits = set.by_class(self.classes.atoms(class));
+        (bits != set.any_peer).then_some(bits)
+    }
+
+    /// The classes for whom a set may have a row.
+    fn classes_of(&self, set: SetId) -> BTreeSet<ClassId> {
+        let atoms = self.sets.get(set).into_iter().flat_map(|set| set.by_atom.keys());
+        atoms.flat_map(|atom| self.classes.with_atom(*atom)).collect()
+    }
+
+    /// The sets that may have a row for a class.
+    fn sets_of(&self, class: ClassId) -> BTreeSet<SetId> {
+        let atoms = self.classes.atoms(class).iter();
+        atoms.flat_map(|atom| self.sets.with_atom(*atom)).collect()
     }
 
     pub fn pods(&self) -> &BTreeMap<Name, PodPolicy> {

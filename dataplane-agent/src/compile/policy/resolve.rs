@@ -21,7 +21,11 @@ use crate::model::{
 
 /// Sets that were made in an update, by what they were made from, so that pods that are alike cost a look.
 #[derive(Debug, Default)]
-pub struct Memo(HashMap<Source, Made>);
+pub struct Memo {
+    /// Each set is held once.
+    made: HashMap<Source, Made>,
+    new: BTreeSet<SetId>,
+}
 
 type Source = (Direction, Vec<ObjectRef>, Vec<(String, Number)>);
 
@@ -32,9 +36,9 @@ struct Made {
 }
 
 impl Memo {
-    /// Each is held once.
-    pub fn into_sets(self) -> impl Iterator<Item = SetId> {
-        self.0.into_values().map(|made| made.set)
+    /// The sets to release, and those that are new.
+    pub fn finish(self) -> (impl Iterator<Item = SetId>, BTreeSet<SetId>) {
+        (self.made.into_values().map(|made| made.set), self.new)
     }
 }
 
@@ -96,7 +100,7 @@ impl PolicyCompiler {
                 ports,
             )
         });
-        if let Some(made) = source.as_ref().and_then(|source| memo.0.get(source)).cloned() {
+        if let Some(made) = source.as_ref().and_then(|source| memo.made.get(source)).cloned() {
             self.sets.retain(made.set);
             return made;
         }
@@ -128,6 +132,7 @@ impl PolicyCompiler {
         let atoms = key.atoms();
         let (set, is_new) = self.sets.acquire(key);
         if is_new {
+            memo.new.insert(set);
             for atom in atoms {
                 self.atoms.retain(atom);
             }
@@ -135,7 +140,7 @@ impl PolicyCompiler {
         let made = Made { set, problem };
         if let Some(source) = source {
             self.sets.retain(set);
-            memo.0.insert(source, made.clone());
+            memo.made.insert(source, made.clone());
         }
         made
     }

@@ -128,6 +128,7 @@ pub struct Sets {
     ids: HashMap<SetKey, SetId>,
     /// With the number of its users.
     by_id: BTreeMap<SetId, (Arc<PolicySet>, usize)>,
+    with_atom: HashMap<AtomId, BTreeSet<SetId>>,
     unused: BTreeSet<SetId>,
     last: SetId,
 }
@@ -139,6 +140,11 @@ impl Sets {
 
     pub fn get(&self, id: SetId) -> Option<&Arc<PolicySet>> {
         self.by_id.get(&id).map(|(set, _)| set)
+    }
+
+    /// The sets that ask for an atom.
+    pub fn with_atom(&self, atom: AtomId) -> impl Iterator<Item = SetId> {
+        self.with_atom.get(&atom).into_iter().flatten().copied()
     }
 
     /// The set made from this, with one user more, and whether it is new.
@@ -156,6 +162,9 @@ impl Sets {
             self.last + 1
         };
         self.ids.insert(key.clone(), self.last);
+        for atom in key.atoms() {
+            self.with_atom.entry(atom).or_default().insert(self.last);
+        }
         self.by_id.insert(self.last, (Arc::new(PolicySet::new(key)), 1));
         (self.last, true)
     }
@@ -177,12 +186,20 @@ impl Sets {
     }
 
     /// Drops the sets that nobody uses.
-    pub fn drop_unused(&mut self) -> Vec<Arc<PolicySet>> {
+    pub fn drop_unused(&mut self) -> BTreeMap<SetId, Arc<PolicySet>> {
         let unused = std::mem::take(&mut self.unused);
         let dropped = unused.into_iter().filter_map(|id| {
             let (set, _) = self.by_id.remove(&id)?;
             self.ids.remove(&set.key);
-            Some(set)
+            for atom in set.key.atoms() {
+                if let Some(sets) = self.with_atom.get_mut(&atom) {
+                    sets.remove(&id);
+                    if sets.is_empty() {
+                        self.with_atom.remove(&atom);
+                    }
+                }
+            }
+            Some((id, set))
         });
         dropped.collect()
     }

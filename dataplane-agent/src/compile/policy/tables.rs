@@ -19,7 +19,7 @@ use super::{
     atoms::addr_bits,
     classes::{ClassId, Place},
     ports::PortPrefix,
-    sets::{self, SetId},
+    sets::SetId,
 };
 use crate::model::ObjectRef;
 
@@ -83,7 +83,10 @@ impl Tables {
                 action: rule.action as u8,
                 pad: [0; 3],
             }));
-            for (class, by_class) in peer_rules(compiler, set) {
+            for class in compiler.classes_of(id) {
+                let Some(by_class) = compiler.peer_rules(id, class) else {
+                    continue;
+                };
                 tables
                     .peer_rules
                     .insert(PeerRulesKey { set: id, class }, bits.of(&by_class));
@@ -98,22 +101,6 @@ impl Tables {
         tables.policies = policies.1;
         tables
     }
-}
-
-/// The rows of a set in `PEER_RULES`: the classes for whom more than the rules without peers hold.
-fn peer_rules<'a>(
-    compiler: &'a PolicyCompiler,
-    set: &'a sets::PolicySet,
-) -> impl Iterator<Item = (ClassId, RuleBits)> + 'a {
-    let classes = set
-        .by_atom
-        .keys()
-        .flat_map(|atom| compiler.classes().with_atom(*atom));
-    let classes: std::collections::BTreeSet<ClassId> = classes.collect();
-    let rows = classes
-        .into_iter()
-        .map(|class| (class, set.by_class(compiler.classes().atoms(class))));
-    rows.filter(|(_, bits)| *bits != set.any_peer)
 }
 
 fn port_key(set: SetId, prefix: PortPrefix) -> PortRulesKey {

@@ -113,6 +113,7 @@ async fn at(time: Option<Instant>) {
 /// The state of the loop.
 struct Agent {
     node_port_addresses: NodePortAddresses,
+    localhost_node_ports: bool,
     index: Index,
     compiler: Compiler,
     syncer: Syncer,
@@ -148,6 +149,7 @@ impl Agent {
     ) -> Self {
         Self {
             node_port_addresses: config.node_port_addresses.clone(),
+            localhost_node_ports: config.localhost_node_ports,
             index: Index::new(&config.node_name),
             compiler: Compiler::new(Options {
                 external_ips: config.external_ips,

@@ -149,6 +149,10 @@ struct Settings {
     /// `primary` for the Node's first `InternalIP`s [default: all but loopback, IPv6 link-local and Service addresses].
     #[arg(long, env = "DATAPLANE_NODE_PORT_ADDRESSES", value_delimiter = ',')]
     node_port_addresses: Option<Vec<String>>,
+    /// Node ports, and host ports of Pods, answer processes of this node at 127.0.0.1 too: kube-proxy's
+    /// --iptables-localhost-nodeports. Sets `net.ipv4.conf.lo.route_localnet` [default: false].
+    #[arg(long, env = "DATAPLANE_LOCALHOST_NODE_PORTS", num_args = 0..=1, default_missing_value = "true")]
+    localhost_node_ports: Option<bool>,
     /// Whether `spec.externalIPs` of Services are served [default: true].
     #[arg(long, env = "DATAPLANE_EXTERNAL_IPS")]
     external_ips: Option<bool>,
@@ -237,7 +241,7 @@ impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
+            snat_ports, node_ports, node_port_addresses, localhost_node_ports, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
@@ -277,6 +281,7 @@ impl Settings {
             snat_ports,
             node_ports,
             node_port_addresses,
+            localhost_node_ports,
             external_ips,
             source_ranges_for,
             max_frontends,
@@ -316,6 +321,7 @@ impl Settings {
                 max: 32767,
             }),
             node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
+            localhost_node_ports: localhost_node_ports.unwrap_or(false),
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
             sizes: Sizes {

@@ -35,6 +35,8 @@ pub struct Config {
     /// The cluster's node port range.
     pub node_ports: PortRange,
     pub node_port_addresses: NodePortAddresses,
+    /// Node ports answer this host's own processes at 127.0.0.1 too.
+    pub localhost_node_ports: bool,
     /// Serve `spec.externalIPs`.
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,

@@ -19,7 +19,7 @@ pub struct HostState {
     pub wanted_revision: u64,
     /// Every address of the host's network namespace, loopback included.
     pub own_addresses: BTreeMap<IpAddr, OwnAddress>,
-    /// The uplinks and tunnel devices that carry our programs, by ifindex.
+    /// The uplinks and tunnel devices that carry our programs, by ifindex; and `lo` with `--localhost-node-ports`.
     pub devices: BTreeMap<u32, HostDevice>,
     /// The interfaces of this node's pods, by pod address: those of [`WantedPods`] that were found.
     pub pod_interfaces: BTreeMap<IpAddr, PodInterface>,

@@ -110,6 +110,8 @@ pub trait Family: Copy + 'static {
     fn meta_mut(flow: &mut Self::Flow) -> &mut FlowMeta;
     fn to_any(addr: Self::Addr) -> AnyAddr;
     fn from_any(addr: AnyAddr) -> Self::Addr;
+    /// 127.0.0.0/8 and `::1`.
+    fn is_loopback(addr: &Self::Addr) -> bool;
     /// The address as 32-bit words in network byte order, for checksums and hashing.
     fn words(addr: &Self::Addr) -> &[u32];
 }
@@ -125,6 +127,7 @@ macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
      $frontend:ident, $key:ident, $flow:ident, $affinity:ident,
      to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
+     is_loopback: |$l:ident| $is_loopback:expr,
      key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
         impl Family for $family {
             const VERSION: u8 = $version;
@@ -209,6 +212,10 @@ macro_rules! family {
                 $from_any
             }
             #[inline(always)]
+            fn is_loopback($l: &$addr) -> bool {
+                $is_loopback
+            }
+            #[inline(always)]
             fn words($c: &$addr) -> &[u32] {
                 $words
             }
@@ -218,9 +225,11 @@ macro_rules! family {
 
 family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4, AffinityKey4,
     to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
+    is_loopback: |l| u32::from_be(*l) >> 24 == 127,
     key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
 family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6, AffinityKey6,
     to_any: |a| a, from_any: |b| b, words: |c| c,
+    is_loopback: |l| *l == [0, 0, 0, 1u32.to_be()],
     key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);
 
 /// A link-layer address.

@@ -30,7 +30,8 @@ pub fn flow_hash<F: Family>(tuple: &Tuple<F::Addr>, proto: u8) -> u32 {
     (hash >> 32) as u32
 }
 
-/// The service at a destination, if there is one: the exact address first, then node ports on own addresses.
+/// The service at a destination, if there is one: the exact address first, then node ports on own addresses that have
+/// one of the flags `node_port_flags` ([`own_flags`](crate::device::own_flags)).
 #[inline(always)]
 pub fn find_service<F: Family, T: Tables<F> + Env>(
     tables: &T,
@@ -38,6 +39,7 @@ pub fn find_service<F: Family, T: Tables<F> + Env>(
     dport_be: u16,
     proto: u8,
     scope: Scope,
+    node_port_flags: u32,
 ) -> Option<u32> {
     let port = u16::from_be(dport_be);
     let ports = tables.ports(port_set_index(proto, port));
@@ -48,7 +50,7 @@ pub fn find_service<F: Family, T: Tables<F> + Env>(
     if let Some(service) = tables.frontend(&F::frontend_key(dst, dport_be, proto, scope)) {
         return Some(service);
     }
-    if ports.wildcard & bit == 0 || tables.own_address(dst) & crate::device::own_flags::NODE_PORT == 0 {
+    if ports.wildcard & bit == 0 || tables.own_address(dst) & node_port_flags == 0 {
         return None;
     }
     tables.frontend(&F::frontend_key(F::Addr::default(), dport_be, proto, scope))

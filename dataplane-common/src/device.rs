@@ -14,7 +14,8 @@ pub mod device_flags {
     pub const TUNNEL: u32 = 4;
 }
 
-/// Value of `DEVICES`, a hash by ifindex: the uplinks and tunnel devices we are attached to.
+/// Value of `DEVICES`, a hash by ifindex: the uplinks and tunnel devices we are attached to; and `lo`, if packets
+/// between loopback addresses may be translated.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Device {
@@ -34,4 +35,6 @@ const _: () = assert!(size_of::<Device>() == 32);
 pub mod own_flags {
     /// Node ports answer at this address.
     pub const NODE_PORT: u32 = 1;
+    /// Node ports answer at this address, a loopback one, when processes of this host ask.
+    pub const HOST_NODE_PORT: u32 = 2;
 }

@@ -213,6 +213,57 @@ fn hairpin_shows_the_service_as_source() {
 }
 
 #[test]
+fn loopback_addresses_are_for_processes_of_this_host_and_are_seen_by_nobody_else() {
+    const LO: u32 = 1;
+    const LOCALHOST: [u8; 4] = [127, 0, 0, 1];
+    let to_lo = Context {
+        ifindex: LO,
+        from_host: true,
+        ..at(Hook::ToLo)
+    };
+    let mut world = world(&BACKENDS[..1]);
+    let localhost = u32::from_ne_bytes(LOCALHOST);
+    for (addr, port) in [(0, 30080u16), (localhost, 8081)] {
+        world.add_port(proto::TCP, port, addr == 0);
+        let key = V4::frontend_key(addr, port.to_be(), proto::TCP, Scope::Internal);
+        world.v4.frontends.insert(key, 0);
+    }
+    world.v4.own_addresses.insert(localhost, 0);
+    let ask = |world: &Memory, at: &Context, port| {
+        run(
+            world,
+            at,
+            &tcp_packet((LOCALHOST, 4000), (LOCALHOST, port), tcp::SYN),
+        )
+    };
+    // Without the switch, a host port that a Pod has there has no source to be asked from.
+    assert_eq!(ask(&world, &to_lo, 30080).0, Verdict::PASS);
+    assert_eq!(ask(&world, &to_lo, 8081).0, Verdict::drop(Reason::NoSnatAddress));
+
+    world
+        .v4
+        .own_addresses
+        .insert(localhost, own_flags::HOST_NODE_PORT);
+    let lo = world.devices[&DEVICE];
+    world.devices.insert(LO, lo);
+    for port in [30080, 8081] {
+        for other in [FROM_NETDEV, FROM_POD] {
+            let spoofed = tcp_packet((CLIENT, 4000), (LOCALHOST, port), tcp::SYN);
+            assert_eq!(run(&world, &other, &spoofed), (Verdict::PASS, spoofed));
+        }
+        let (verdict, out) = ask(&world, &to_lo, port);
+        assert_eq!(verdict, Verdict::to(Action::Transmit, DEVICE));
+        let (source, backend) = ends(&out);
+        assert_eq!((source.0, backend), (NODE, (BACKENDS[0], 8080)));
+        assert!(source.1 >= world.config.snat_port_min, "{source:?}");
+        let answer = tcp_packet(backend, source, tcp::SYN | tcp::ACK);
+        let (verdict, out) = run(&world, &FROM_NETDEV, &answer);
+        assert_eq!(verdict, Verdict::to(Action::Host, LO));
+        assert_eq!(ends(&out), ((LOCALHOST, port), (LOCALHOST, 4000)));
+    }
+}
+
+#[test]
 fn a_taken_port_leads_to_another_and_none_left_to_a_drop() {
     let mut world = world(&BACKENDS[..1]);
     world.config.snat_port_min = 61_000;

@@ -374,7 +374,11 @@ impl Env for Memory {
 }
 
 impl<F: Family> Router<F> for Memory {
-    fn route(&self, _ifindex: u32, _src: &F::Addr, dst: &F::Addr, _proto: u8, len: u16) -> Route {
+    fn route(&self, _ifindex: u32, src: &F::Addr, dst: &F::Addr, _proto: u8, len: u16) -> Route {
+        // As the kernel's answer is for IPv6 alone (`rt6_need_strict`).
+        if F::VERSION == 6 && F::is_loopback(src) {
+            return Route::None;
+        }
         let dst = F::to_any(*dst);
         let route = self.routes.iter().find(|route| route.matches(F::VERSION, dst));
         let Some(&MemoryRoute {

@@ -14,6 +14,7 @@ use crate::{
     backend::backend_state,
     balance::find_service,
     begin,
+    device::own_flags,
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
     icmp,
@@ -347,7 +348,17 @@ fn service_of<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers
     let Some(scope) = at.scope() else {
         return NO_SERVICE;
     };
-    find_service::<F, W>(world, tuple.dst, tuple.dport_be, headers.proto, scope).unwrap_or(NO_SERVICE)
+    let is_lo = at.hook as u8 == Hook::ToLo as u8;
+    let flags = if is_lo {
+        own_flags::NODE_PORT | own_flags::HOST_NODE_PORT
+    } else {
+        own_flags::NODE_PORT
+    };
+    match find_service::<F, W>(world, tuple.dst, tuple.dport_be, headers.proto, scope, flags) {
+        // From anywhere else, it is an attempt to reach what is not for others.
+        Some(_) if !is_lo && F::is_loopback(&tuple.dst) => NO_SERVICE,
+        found => found.unwrap_or(NO_SERVICE),
+    }
 }
 
 /// Whether an entry of `FLOWS` still speaks for its packets.

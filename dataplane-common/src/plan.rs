@@ -4,7 +4,7 @@ use crate::{
     addr::{Family, Mac},
     backend::{Backend, backend_flags},
     config::config_flags,
-    device::device_flags,
+    device::{Device, device_flags},
     exit::macs,
     flow::{Exit, Side},
     packet::Packet,
@@ -82,7 +82,7 @@ pub(crate) fn plan<F: Family, P: Packet, W: World<F>>(
                 // Through the stack; the answer is translated where it leaves.
                 return Ok(if at.hook == Hook::Xdp { None } else { Some(plan) });
             }
-            let Some(src) = snat_address::<F, W>(world, at, headers, addr, true)? else {
+            let Some(src) = snat_address::<F, W>(world, at, headers, &tuple.src, addr, true)? else {
                 return Ok(None);
             };
             plan.src = src;
@@ -110,13 +110,19 @@ pub(crate) fn plan<F: Family, P: Packet, W: World<F>>(
             plan.reply_side = Side::Ingress;
             plan.reply_exit = Exit::Host;
             plan.exit = Exit::Route;
+            if F::is_loopback(&tuple.src) {
+                // Nobody could answer it, and nobody may see it.
+                let lo = world.device(at.ifindex).ok_or(Reason::NoSnatAddress)?;
+                plan.src = own_source::<F>(&lo).ok_or(Reason::NoSnatAddress)?;
+                plan.changes_port = true;
+            }
             if is_local {
                 // Without link layer there is no header to write the pod's address into.
                 if backend.ifindex != 0 && at.l3 != 0 {
                     plan.exit = Exit::Pod;
                 }
-            } else if let Some(src) = snat_address::<F, W>(world, at, headers, addr, false)? {
-                plan.src = src;
+            } else if let Some(better) = snat_address::<F, W>(world, at, headers, &plan.src, addr, false)? {
+                plan.src = better;
                 plan.changes_port = true;
             }
         }
@@ -131,10 +137,11 @@ fn snat_address<F: Family, W: World<F>>(
     world: &W,
     at: &Context,
     headers: &Headers<F::Addr>,
+    src: &F::Addr,
     dst: F::Addr,
     always: bool,
 ) -> Result<Option<F::Addr>, Reason> {
-    let ifindex = match world.route(at.ifindex, &headers.tuple.src, &dst, headers.proto, 0) {
+    let ifindex = match world.route(at.ifindex, src, &dst, headers.proto, 0) {
         Route::Found { ifindex, .. } => ifindex,
         // XDP leaves to TC what it could not finish.
         _ if at.hook == Hook::Xdp => return Ok(None),
@@ -157,15 +164,18 @@ fn snat_address<F: Family, W: World<F>>(
     if !always && (device.flags & device_flags::TUNNEL == 0 && !is_tunnel::<F, W>(world, at.ifindex)) {
         return Ok(None);
     }
+    own_source::<F>(&device).map(Some).ok_or(Reason::NoSnatAddress)
+}
+
+/// The source of what is translated to leave by a device.
+#[inline(always)]
+fn own_source<F: Family>(device: &Device) -> Option<F::Addr> {
     let addr = if F::VERSION == 4 {
         [device.snat4_be, 0, 0, 0]
     } else {
         device.snat6_be
     };
-    if addr == [0; 4] {
-        return Err(Reason::NoSnatAddress);
-    }
-    Ok(Some(F::from_any(addr)))
+    (addr != [0; 4]).then_some(F::from_any(addr))
 }
 
 /// Whether what enters or leaves by a device may be expected to have addresses of that device alone.

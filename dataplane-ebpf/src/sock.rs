@@ -16,6 +16,7 @@ use dataplane_common::{
     backend::{Backend, backend_state},
     balance::{choose, find_service},
     config::config_flags,
+    device::own_flags,
     service::{Scope, service_flags},
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
     tables::{Env, Tables},
@@ -118,9 +119,15 @@ fn set_destination(ctx: *mut bpf_sock_addr, v6: bool, destination: Destination, 
 /// Whether this socket's process is one we translate for.
 #[inline(always)]
 fn concerns(ctx: *mut bpf_sock_addr) -> bool {
-    config(|c| &c.flags) & config_flags::SOCKET_HOST_ONLY == 0
-        // SAFETY: the context is valid while the program runs.
-        || unsafe { bpf_get_netns_cookie(ctx.cast()) } == config(|c| &c.host_netns_cookie)
+    config(|c| &c.flags) & config_flags::SOCKET_HOST_ONLY == 0 || is_host(ctx)
+}
+
+/// Whether this socket is in the host's network namespace.
+#[inline(always)]
+fn is_host(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    cookie == config(|c| &c.host_netns_cookie)
 }
 
 /// connect and sendmsg: service address → backend.
@@ -199,7 +206,12 @@ where
     World<bpf_sock_addr>: Tables<F> + Env,
 {
     let world = World::new(ctx);
-    let Some(index) = find_service::<F, _>(&world, addr, port, l4_proto, Scope::Internal) else {
+    // Loopback addresses are each namespace's own.
+    if F::is_loopback(&addr) && !is_host(ctx) {
+        return Ok(None);
+    }
+    let flags = own_flags::NODE_PORT | own_flags::HOST_NODE_PORT;
+    let Some(index) = find_service::<F, _>(&world, addr, port, l4_proto, Scope::Internal, flags) else {
         return Ok(None);
     };
     let Some(head) = world.service_head(index) else {

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
@@ -28,6 +28,8 @@ impl Agent {
                 .map(|(addr, _)| {
                     let flags = if self.has_node_ports(*addr) {
                         own_flags::NODE_PORT
+                    } else if self.localhost_node_ports && *addr == Ipv4Addr::LOCALHOST {
+                        own_flags::HOST_NODE_PORT
                     } else {
                         0
                     };

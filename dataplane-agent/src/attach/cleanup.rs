@@ -41,7 +41,7 @@ pub enum CleanupError {
 
 /// Removes all that agents with this `--bpffs` have made. Must be called in the network namespace of the host.
 pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
-    let state = State::lock(bpffs)?;
+    let mut state = State::lock(bpffs)?;
     let pins = Pins::new(bpffs);
     let links = Links::new(&pins);
     let mut objects = Objects {
@@ -55,7 +55,9 @@ pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
     // With the last pins go the programs and maps.
     pins.remove()?;
     remove_filters(&state, &mut objects.programs).map_err(CleanupError::Filters)?;
-    sysctl::restore(&state)?;
+    for switch in [sysctl::ACCEPT_LOCAL, sysctl::ROUTE_LOCALNET] {
+        switch.restore(&mut state)?;
+    }
     if let Some(socket) = &state.record.socket {
         // A killed agent's. It is gone already after a stop.
         let _ = fs::remove_file(socket);

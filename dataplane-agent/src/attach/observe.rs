@@ -46,6 +46,7 @@ pub struct Settings {
     pub datapath: DatapathMode,
     pub socket_hooks: bool,
     pub fast_path: FastPath,
+    pub localhost_node_ports: bool,
 }
 
 /// Everything that the loop owns.
@@ -228,6 +229,21 @@ impl Observer {
         wanted: &WantedPods,
     ) -> HostState {
         let attached = |program, ifindex| self.attacher.is_attached(program, ifindex);
+        let lo = tables
+            .links
+            .iter()
+            .find(|link| self.settings.localhost_node_ports && link.is_loopback());
+        let lo = lo.map(|lo| {
+            let entry = select::loopback_entry(&wanted.node_addresses);
+            (
+                lo.ifindex,
+                HostDevice {
+                    name: lo.name.clone(),
+                    kind: lo.kind.clone(),
+                    entry,
+                },
+            )
+        });
         let devices = roles
             .iter()
             .filter_map(|(&ifindex, &role)| {
@@ -243,6 +259,7 @@ impl Observer {
                     },
                 ))
             })
+            .chain(lo)
             .collect();
         let interface = |addr: IpAddr, pod: &str| {
             let binding = self.pods.get(pod)?;

@@ -109,7 +109,16 @@ fn load_and_watch(
             .context("failed to start the thread that reads debug lines")?;
     }
 
-    if let Err(error) = sysctl::enable(&mut state) {
+    let localnet = sysctl::ROUTE_LOCALNET;
+    let switches = [
+        sysctl::ACCEPT_LOCAL.enable(&mut state),
+        if config.localhost_node_ports {
+            localnet.enable(&mut state)
+        } else {
+            localnet.restore(&mut state)
+        },
+    ];
+    for error in switches.into_iter().filter_map(Result::err) {
         tracing::warn!("{:#}", anyhow::Error::from(error));
     }
 
@@ -124,6 +133,7 @@ fn load_and_watch(
         datapath: config.datapath,
         socket_hooks: options.socket_hooks,
         fast_path: config.fast_path,
+        localhost_node_ports: config.localhost_node_ports,
     };
     let (publish, host) = watch::channel(None);
     spawn(Observer::new(attacher, socket, settings), wanted, publish)?;

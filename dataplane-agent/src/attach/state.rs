@@ -20,6 +20,8 @@ const FOLDER: &str = "/run/dataplane";
 pub struct Record {
     /// `accept_local` of `lo` before we set it.
     pub accept_local: Option<String>,
+    /// `route_localnet` of `lo` before we set it.
+    pub route_localnet: Option<String>,
     /// Devices that got their clsact qdisc from us, by ifindex, with their names.
     pub clsact: BTreeMap<u32, String>,
     /// Folders made for `--bpffs`, outermost first.

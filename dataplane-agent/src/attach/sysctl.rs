@@ -1,21 +1,44 @@
-//! Kernel parameters. We change `net.ipv4.conf.lo.accept_local` alone: replies to this host's own clients re-enter at `lo` with an address of this host
-//! as their source, which the kernel would drop.
+//! Kernel parameters. We change two of `lo`, and no other device's:
+//!
+//! - `accept_local`: replies to this host's own clients re-enter at `lo` with an address of this host as their source,
+//!   which the kernel would drop.
+//! - `route_localnet`, with `--localhost-node-ports` alone: the same for 127.0.0.1 as source and destination. Only packets
+//!   of this host enter at `lo`; those that come from outside are judged by their own device's setting, which stays.
 
 use std::{fs, io};
 
-use super::state::{State, StateError};
+use super::state::{Record, State, StateError};
 use crate::config::PortRange;
 
-const PATH: &str = "/proc/sys/net/ipv4/conf/lo/accept_local";
+/// A switch of `lo`.
+#[derive(Clone, Copy, Debug)]
+pub struct Switch {
+    path: &'static str,
+    /// What does not work without it.
+    need: &'static str,
+    /// Where its value before ours is kept.
+    before: fn(&mut Record) -> &mut Option<String>,
+}
+
+pub const ACCEPT_LOCAL: Switch = Switch {
+    path: "/proc/sys/net/ipv4/conf/lo/accept_local",
+    need: "host processes cannot reach this node's own node ports",
+    before: |record| &mut record.accept_local,
+};
+
+pub const ROUTE_LOCALNET: Switch = Switch {
+    path: "/proc/sys/net/ipv4/conf/lo/route_localnet",
+    need: "host processes cannot reach node ports at 127.0.0.1",
+    before: |record| &mut record.route_localnet,
+};
 
 /// The setting could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SysctlError {
-    #[error(
-        "failed to {verb} {PATH}: host processes cannot reach this node's own node ports without it; set it to 1, or make it writable"
-    )]
+    #[error("failed to {verb} {}: {} without it; set it to 1, or make it writable", switch.path, switch.need)]
     Io {
         verb: &'static str,
+        switch: Switch,
         #[source]
         source: io::Error,
     },
@@ -23,30 +46,39 @@ pub enum SysctlError {
     State(#[from] StateError),
 }
 
-/// Switches it on, remembering what it was.
-pub fn enable(state: &mut State) -> Result<(), SysctlError> {
-    let before = fs::read_to_string(PATH).map_err(|source| SysctlError::Io { verb: "read", source })?;
-    let before = before.trim();
-    if before == "1" {
-        return Ok(());
+impl Switch {
+    /// Switches it on, remembering what it was.
+    pub fn enable(self, state: &mut State) -> Result<(), SysctlError> {
+        let before = fs::read_to_string(self.path).map_err(self.failed_to("read"))?;
+        let before = before.trim();
+        if before == "1" {
+            return Ok(());
+        }
+        state.change(|record| {
+            (self.before)(record).get_or_insert_with(|| before.to_owned());
+        })?;
+        self.write("1")
     }
-    state.change(|record| {
-        record.accept_local.get_or_insert_with(|| before.to_owned());
-    })?;
-    fs::write(PATH, "1").map_err(|source| SysctlError::Io {
-        verb: "write",
-        source,
-    })
-}
 
-/// Puts it back.
-pub fn restore(state: &State) -> Result<(), SysctlError> {
-    match &state.record.accept_local {
-        Some(before) => fs::write(PATH, before).map_err(|source| SysctlError::Io {
-            verb: "write",
+    /// Puts it back, if it was ours.
+    pub fn restore(self, state: &mut State) -> Result<(), SysctlError> {
+        let Some(before) = (self.before)(&mut state.record).clone() else {
+            return Ok(());
+        };
+        self.write(&before)?;
+        Ok(state.change(|record| *(self.before)(record) = None)?)
+    }
+
+    fn write(self, value: &str) -> Result<(), SysctlError> {
+        fs::write(self.path, value).map_err(self.failed_to("write"))
+    }
+
+    fn failed_to(self, verb: &'static str) -> impl FnOnce(io::Error) -> SysctlError {
+        move |source| SysctlError::Io {
+            verb,
+            switch: self,
             source,
-        }),
-        None => Ok(()),
+        }
     }
 }
 

@@ -194,12 +194,7 @@ pub fn device_entry(
         mac: link.mac,
         ..Device::default()
     };
-    if let Some(IpAddr::V4(addr)) = primary(true) {
-        entry.snat4_be = u32::from_ne_bytes(addr.octets());
-    }
-    if let Some(IpAddr::V6(addr)) = primary(false) {
-        entry.snat6_be = bytemuck::cast(addr.octets());
-    }
+    set_sources(&mut entry, primary);
     for (flag, on) in [
         (device_flags::ETHERNET, link.is_ethernet()),
         (device_flags::XDP, xdp),
@@ -210,6 +205,27 @@ pub fn device_entry(
         }
     }
     entry
+}
+
+/// The entry of `DEVICES` for `lo`: packets between loopback addresses that go elsewhere take the node's own address.
+pub fn loopback_entry(node_addresses: &[IpAddr]) -> Device {
+    let mut entry = Device {
+        flags: device_flags::ETHERNET,
+        ..Device::default()
+    };
+    set_sources(&mut entry, |ipv4| {
+        node_addresses.iter().copied().find(|addr| addr.is_ipv4() == ipv4)
+    });
+    entry
+}
+
+fn set_sources(entry: &mut Device, of_family: impl Fn(bool) -> Option<IpAddr>) {
+    if let Some(IpAddr::V4(addr)) = of_family(true) {
+        entry.snat4_be = u32::from_ne_bytes(addr.octets());
+    }
+    if let Some(IpAddr::V6(addr)) = of_family(false) {
+        entry.snat6_be = bytemuck::cast(addr.octets());
+    }
 }
 
 /// Every address of the host, with how far it reaches.

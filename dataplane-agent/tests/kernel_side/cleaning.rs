@@ -18,6 +18,7 @@ use dataplane_agent::{
         pins::{LinkName, Pins},
         sys,
     },
+    config::Config,
     netlink::{
         filters,
         socket::{RequestSocket, attributes, read_string, read_u32},
@@ -128,11 +129,14 @@ fn a_clean_up_leaves_the_machine_as_it_was_found() -> Result<()> {
     }
     let mut node = Node::build("traces")?;
     node.add_pod()?;
-    let config = node.config();
+    let config = Config {
+        localhost_node_ports: true,
+        ..node.config()
+    };
     let before = Found::look(&node)?;
     let agent = node.start(&config)?;
     agent.wait("the uplink and the pod", |state| {
-        !state.devices.is_empty() && !state.pod_interfaces.is_empty()
+        state.devices.len() == 2 && !state.pod_interfaces.is_empty()
     })?;
     ensure!(Found::look(&node)? != before, "nothing was done");
     let pins = node.pins();

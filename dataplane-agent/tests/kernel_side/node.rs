@@ -144,6 +144,7 @@ impl Node {
                 max: 32767,
             },
             node_port_addresses: NodePortAddresses::All,
+            localhost_node_ports: false,
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
             sizes: SIZES,

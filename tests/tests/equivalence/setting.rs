@@ -1,6 +1,6 @@
 //! A node for both builds: its devices and routes in a network namespace, and tables that say the same.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -233,6 +233,7 @@ impl Setting {
                 });
                 Ok(())
             };
+            add(localhost(version), full, None, false)?;
             for (network, device, n) in NETWORKS {
                 add(own(version, n), full, None, false)?;
                 add(one(network, 0), net, Some(device), true)?;
@@ -271,6 +272,12 @@ impl Setting {
             };
             self.memory.devices.insert(ifindex, device);
         }
+        let lo = Device {
+            flags: plain,
+            snat4_be: any(own(4, 0))[0],
+            ..Device::default()
+        };
+        self.memory.devices.insert(1, lo);
         Ok(())
     }
 
@@ -333,6 +340,8 @@ impl Setting {
             ),
             // An own address as an external one.
             (own(version, 0), 80, Some(pods), 0),
+            // A Pod's host port there.
+            (localhost(version), 81, Some(pods), 0),
             (any_address, 30080, Some(all), 0),
             (any_address, 30081, Some(remote), service_flags::AFFINITY),
             (any_address, 84, None, service_flags::RANGES),
@@ -410,9 +419,12 @@ impl Setting {
 
     fn add_addresses(&mut self, version: u8) {
         let one = if version == 4 { v4 } else { v6 };
-        for n in [0, 1] {
-            let flags = if n == 0 { own_flags::NODE_PORT } else { 0 };
-            let addr = any(own(version, n));
+        for (addr, flags) in [
+            (own(version, 0), own_flags::NODE_PORT),
+            (own(version, 1), 0),
+            (localhost(version), own_flags::HOST_NODE_PORT),
+        ] {
+            let addr = any(addr);
             if version == 4 {
                 self.memory.v4.own_addresses.insert(addr[0], flags);
             } else {
@@ -422,6 +434,7 @@ impl Setting {
         let mut pool = vec![cluster_ip(version, 1); 4];
         pool.extend([cluster_ip(version, 2); 3]);
         pool.extend([own(version, 0), own(version, 0), own(version, 1)]);
+        pool.extend([localhost(version); 2]);
         pool.extend((1..8).map(|network| one(network, 5)));
         pool.extend([one(0, 10), one(0, 10), one(0, 11), one(0, 12)]);
         pool.extend([client(version, 7), client(version, 7), client(version, 8)]);
@@ -430,6 +443,14 @@ impl Setting {
         } else {
             self.addresses6 = pool;
         }
+    }
+}
+
+fn localhost(version: u8) -> IpAddr {
+    if version == 4 {
+        Ipv4Addr::LOCALHOST.into()
+    } else {
+        Ipv6Addr::LOCALHOST.into()
     }
 }
 

@@ -154,6 +154,7 @@ impl Agent {
             compiler: Compiler::new(Options {
                 external_ips: config.external_ips,
                 source_ranges_for: config.source_ranges_for,
+                service_echo: config.service_echo,
             }),
             syncer,
             store,

@@ -15,7 +15,8 @@ use serde::Deserialize;
 use crate::{
     cli::status::Output,
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb, SourceRangesFor,
+        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, ServiceEcho, Sizes, SocketLb,
+        SourceRangesFor,
     },
     explain::{End, Port},
     store::Limits,
@@ -153,6 +154,10 @@ struct Settings {
     /// --iptables-localhost-nodeports. Sets `net.ipv4.conf.lo.route_localnet` [default: false].
     #[arg(long, env = "DATAPLANE_LOCALHOST_NODE_PORTS", num_args = 0..=1, default_missing_value = "true")]
     localhost_node_ports: Option<bool>,
+    /// Whether pings (ICMP echo requests) to addresses of Services that are not the node's own are answered
+    /// [default: ignore, which is what kube-proxy does].
+    #[arg(long, env = "DATAPLANE_SERVICE_ECHO", value_enum)]
+    service_echo: Option<ServiceEcho>,
     /// Whether `spec.externalIPs` of Services are served [default: true].
     #[arg(long, env = "DATAPLANE_EXTERNAL_IPS")]
     external_ips: Option<bool>,
@@ -241,7 +246,7 @@ impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, localhost_node_ports, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
+            snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
@@ -282,6 +287,7 @@ impl Settings {
             node_ports,
             node_port_addresses,
             localhost_node_ports,
+            service_echo,
             external_ips,
             source_ranges_for,
             max_frontends,
@@ -322,6 +328,7 @@ impl Settings {
             }),
             node_port_addresses: parse_node_port_addresses(&node_port_addresses.unwrap_or_default())?,
             localhost_node_ports: localhost_node_ports.unwrap_or(false),
+            service_echo: service_echo.unwrap_or_default(),
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
             sizes: Sizes {

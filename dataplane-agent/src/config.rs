@@ -37,6 +37,7 @@ pub struct Config {
     pub node_port_addresses: NodePortAddresses,
     /// Node ports answer this host's own processes at 127.0.0.1 too.
     pub localhost_node_ports: bool,
+    pub service_echo: ServiceEcho,
     /// Serve `spec.externalIPs`.
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,
@@ -127,6 +128,18 @@ pub enum SourceRangesFor {
     Lb,
     /// Its node ports and external addresses too.
     All,
+}
+
+/// `--service-echo`: what becomes of ICMP echo requests (ping) to Service addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServiceEcho {
+    /// They are none of our business, as they are none of kube-proxy's by iptables: nobody takes an answer for a sign
+    /// that there are endpoints.
+    #[default]
+    Ignore,
+    /// The node answers, whether there are endpoints or not.
+    Answer,
 }
 
 /// An inclusive range of ports, written `A-B`.

@@ -1,12 +1,13 @@
-//! Answers made of the packet that asks for them: TCP RST, ICMP port unreachable, ICMP fragmentation needed.
+//! Answers made of the packet that asks for them: TCP RST, ICMP port unreachable, ICMP fragmentation needed, ICMP echo.
 //!
 //! They are what a host without a listener, or a router with a smaller link, would have sent, and come from the
-//! address that the packet was for. Rate limited: no answer is worth more than the packet that asked for it.
+//! address that the packet was for. Refusals are rate limited, because they are made from scratch for whoever asks; an echo
+//! is no longer than its request and costs less than letting it through.
 
 use crate::{
     addr::{AnyAddr, Family, proto},
     checksum,
-    packet::Packet,
+    packet::{Checksum, Packet},
     parse::{Headers, Ipv4Header, Ipv6Header, TcpHeader, tcp},
     pipeline::{Context, World},
     reason::Reason,
@@ -59,6 +60,38 @@ pub fn too_big<F: RewriteIp, P: Packet, W: World<F>>(
     let (kind, code) = if F::VERSION == 4 { (3, 4) } else { (2, 0) };
     let done = icmp_error::<F, P>(packet, at.l3, headers, kind, code, mtu);
     finish(packet, at, done)
+}
+
+/// Answers an echo request with what it brought. One with IP options or extension headers, which would have to be
+/// answered in kind, is passed.
+#[inline(never)]
+pub fn echo<F: RewriteIp, P: Packet>(packet: &mut P, at: &Context, headers: &Headers<F::Addr>) -> Verdict {
+    if headers.l4() != at.l3 + F::HEADER_LEN {
+        return Verdict::PASS;
+    }
+    let done = write_echo::<F, P>(packet, at.l3, headers);
+    finish(packet, at, done)
+}
+
+#[inline(always)]
+fn write_echo<F: RewriteIp, P: Packet>(packet: &mut P, l3: usize, headers: &Headers<F::Addr>) -> Option<()> {
+    let (src, dst) = (&headers.tuple.src, &headers.tuple.dst);
+    F::write_addresses(packet, l3, [src, dst], [dst, src])?;
+    F::set_ttl(packet, l3, TTL)?;
+    let reply = if F::VERSION == 4 { 0 } else { 129 };
+    let old: u16 = packet.load(headers.l4())?;
+    let new = u16::from_ne_bytes([reply, 0]);
+    packet.store(headers.l4(), new)?;
+    // Two addresses that change places change no sum, and the length stays.
+    packet.adjust_l4_checksum(
+        headers.l4() + crate::icmp::CHECKSUM_AT,
+        0,
+        checksum::diff16(old, new),
+        Checksum {
+            zero_is_none: false,
+            ipv6: F::VERSION == 6,
+        },
+    )
 }
 
 #[inline(always)]

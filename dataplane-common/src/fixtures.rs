@@ -14,7 +14,7 @@ use crate::{
     parse::{ETHERNET_LEN, tcp},
     pipeline::Context,
     reason::Reason,
-    service::{Scope, Service, ServiceHead, service_flags},
+    service::{ECHO_PORT, Scope, Service, ServiceHead, service_flags},
     verdict::{Action, Hook, Verdict},
 };
 
@@ -390,6 +390,52 @@ fn icmp_errors_are_translated_both_ways() {
     let (_, out) = run(&world, &FROM_POD, &error(POD, SERVICE, &got));
     assert_eq!((&out[12..16], &out[16..20]), (&POD[..], &backend.0[..]));
     assert_eq!(out[28..], meant);
+}
+
+#[test]
+fn pings_to_services_are_answered_where_a_row_says_so() {
+    let mut world = world(&BACKENDS);
+    let key = V4::frontend_key(
+        u32::from_ne_bytes(SERVICE),
+        ECHO_PORT,
+        proto::ICMP,
+        Scope::Internal,
+    );
+    let ping = |kind, code, dst| {
+        let mut body = vec![kind, code, 0, 0, 0x12, 0x34, 0, 7];
+        body.extend(b"odd");
+        let mut even = body.clone();
+        even.push(0);
+        let sum = !checksum::fold(checksum::sum(&even));
+        body[2..4].copy_from_slice(&sum.to_ne_bytes());
+        // The test's own sums are over even bytes.
+        body.push(0);
+        ip(proto::ICMP, POD, dst, &body)
+    };
+    let request = ping(8, 0, SERVICE);
+    assert_eq!(run(&world, &FROM_POD, &request), (Verdict::PASS, request.clone()));
+    world.v4.frontends.insert(key, 0);
+    let (verdict, reply) = run(&world, &FROM_POD, &request);
+    assert_eq!(verdict, Verdict::ANSWER);
+    assert_eq!((&reply[12..16], &reply[16..20]), (&SERVICE[..], &POD[..]));
+    assert_eq!((&reply[20..22], &reply[24..]), (&[0, 0][..], &request[24..]));
+    let to_lo = Context {
+        from_host: true,
+        ..at(Hook::ToLo)
+    };
+    for (at, packet) in [
+        // From outside nobody may ask this address, XDP leaves it to TC, at `lo` the kernel answers.
+        (FROM_NETDEV, request.clone()),
+        (at(Hook::Xdp), request.clone()),
+        (TO_POD, request.clone()),
+        (to_lo, request),
+        (FROM_POD, ping(8, 1, SERVICE)),
+        (FROM_POD, ping(0, 0, SERVICE)),
+        (FROM_POD, ping(8, 0, NODE)),
+        (FROM_POD, ping(8, 0, CLIENT)),
+    ] {
+        assert_eq!(run(&world, &at, &packet), (Verdict::PASS, packet));
+    }
 }
 
 #[test]

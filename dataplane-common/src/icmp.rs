@@ -1,4 +1,5 @@
-//! ICMP errors about translated flows: found by the packet they quote, translated with it.
+//! ICMP: echo requests to Service addresses, and errors about translated flows, which are found by the packet that they
+//! quote, and translated with it.
 //!
 //! An error travels against the packet that it quotes, so the entry that speaks for it is that of the quoted tuple
 //! reversed, at this side of the stack. The outer packet is treated like any packet of that entry; the quoted one
@@ -8,6 +9,7 @@ use core::mem::offset_of;
 
 use crate::{
     addr::{Family, Rewrite, proto},
+    answer,
     checksum::{self, diff16},
     exit::{Leave, leave},
     packet::{Checksum, Packet},
@@ -15,8 +17,9 @@ use crate::{
     pipeline::{Context, Work, World},
     reason::Reason,
     rewrite::RewriteIp,
+    service::ECHO_PORT,
     tables::Entry,
-    verdict::Verdict,
+    verdict::{Hook, Verdict},
 };
 
 /// Bytes of an ICMP or ICMPv6 header.
@@ -42,6 +45,13 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     work: &mut Work<F>,
 ) -> Verdict {
+    if is_echo_request::<F, P>(packet, &work.headers) {
+        return if is_service_address::<F, W>(world, at, &work.headers) {
+            answer::echo::<F, P>(packet, at, &work.headers)
+        } else {
+            Verdict::PASS
+        };
+    }
     match read_quoted::<F, P>(packet, &work.headers, &mut work.quoted) {
         Ok(true) => {}
         Ok(false) => return Verdict::PASS,
@@ -70,6 +80,28 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
         Some(()) => verdict,
         None => Verdict::drop(Reason::RewriteFailed),
     }
+}
+
+/// Whether a packet asks for an echo (RFC 792, RFC 4443).
+#[inline(always)]
+fn is_echo_request<F: Family, P: Packet>(packet: &P, headers: &Headers<F::Addr>) -> bool {
+    let request = if F::VERSION == 4 { 8 } else { 128 };
+    packet.load::<[u8; 2]>(headers.l4()) == Some([request, 0])
+}
+
+/// Whether echo requests to a packet's destination are answered for its Services. At `lo` the address is bound to this
+/// host, and the kernel answers.
+#[inline(always)]
+fn is_service_address<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F::Addr>) -> bool {
+    let Some(scope) = at.scope() else {
+        return false;
+    };
+    let dst = headers.tuple.dst;
+    at.hook as u8 != Hook::ToLo as u8
+        && world.own_address(dst) == 0
+        && world
+            .frontend(&F::frontend_key(dst, ECHO_PORT, F::ICMP, scope))
+            .is_some()
 }
 
 /// Reads the packet that an error quotes; false if it is no error about TCP or UDP.

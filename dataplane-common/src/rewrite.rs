@@ -20,6 +20,7 @@ pub trait RewriteIp: ParseIp {
     ) -> Option<u32>;
     /// Takes one from the time to live, of which there is more than one left.
     fn decrement_ttl<P: Packet>(packet: &mut P, l3: usize) -> Option<()>;
+    fn set_ttl<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> Option<()>;
 }
 
 impl RewriteIp for V4 {
@@ -42,6 +43,17 @@ impl RewriteIp for V4 {
         let mut bytes = old.to_ne_bytes();
         bytes[0] = bytes[0].checked_sub(1)?;
         let new = u16::from_ne_bytes(bytes);
+        packet.store(at, new)?;
+        let at = l3 + offset_of!(Ipv4Header, checksum);
+        let field: u16 = packet.load(at)?;
+        packet.store(at, checksum::update(field, diff16(old, new)))
+    }
+
+    #[inline(always)]
+    fn set_ttl<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> Option<()> {
+        let at = l3 + offset_of!(Ipv4Header, ttl);
+        let old: u16 = packet.load(at)?;
+        let new = u16::from_ne_bytes([ttl, old.to_ne_bytes()[1]]);
         packet.store(at, new)?;
         let at = l3 + offset_of!(Ipv4Header, checksum);
         let field: u16 = packet.load(at)?;
@@ -71,6 +83,13 @@ impl RewriteIp for V6 {
         let at = l3 + offset_of!(Ipv6Header, next_header);
         let [next_header, limit]: [u8; 2] = packet.load(at)?;
         packet.store(at, [next_header, limit.checked_sub(1)?])
+    }
+
+    #[inline(always)]
+    fn set_ttl<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> Option<()> {
+        let at = l3 + offset_of!(Ipv6Header, next_header);
+        let [next_header, _limit]: [u8; 2] = packet.load(at)?;
+        packet.store(at, [next_header, ttl])
     }
 }
 

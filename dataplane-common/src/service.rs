@@ -18,6 +18,10 @@ pub enum Scope {
     External = 1,
 }
 
+/// In a key of `FRONTENDS_V4` or `FRONTENDS_V6` with the family's ICMP as its protocol: echo requests to the address are
+/// answered. The value says nothing.
+pub const ECHO_PORT: u16 = 0;
+
 /// Key of `FRONTENDS_V4`. A frontend on every node address (NodePort) has the unspecified address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
@@ -42,7 +46,7 @@ pub struct FrontendKey6 {
 
 /// Value of `FRONTENDS_V4` and `FRONTENDS_V6`. Never changed in place: hash values are not read atomically.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Frontend {
     /// Index into `SERVICES`.
     pub service: u32,

@@ -17,6 +17,7 @@ pub mod links;
 pub mod manifests;
 pub mod netlink;
 pub mod netns;
+pub mod ping;
 pub mod places;
 pub mod pod_network;
 pub mod process;

@@ -103,6 +103,7 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
             drop_when_empty: false,
             affinity_s: None,
             source_ranges: [].into(),
+            echo: false,
         });
     }
     problems.extend(strangers(pod, own));

@@ -24,7 +24,7 @@ use host_ports::OwnAddresses;
 
 use ipnet::IpNet;
 
-use crate::config::SourceRangesFor;
+use crate::config::{ServiceEcho, SourceRangesFor};
 use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Pod, Problem, Protocol, Rejected, Service};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
@@ -61,6 +61,7 @@ pub struct BalancerKey {
 
 /// One entry of `SERVICES` and the frontends that lead to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is asked by somebody else")]
 pub struct Balancer {
     pub frontend: FrontendAddr,
     pub policy: Policy,
@@ -76,6 +77,8 @@ pub struct Balancer {
     pub affinity_s: Option<u32>,
     /// Who may begin connections, sorted; empty: everybody.
     pub source_ranges: Arc<[IpNet]>,
+    /// Echo requests to the address are answered.
+    pub echo: bool,
 }
 
 /// Everything that an object wants from the tables.
@@ -103,6 +106,7 @@ pub struct Options {
     pub external_ips: bool,
     /// What `spec.loadBalancerSourceRanges` guards.
     pub source_ranges_for: SourceRangesFor,
+    pub service_echo: ServiceEcho,
 }
 
 impl Default for Options {
@@ -110,6 +114,7 @@ impl Default for Options {
         Self {
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
+            service_echo: ServiceEcho::Ignore,
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     claims::Claims,
     endpoints::{self, PortEndpoint, Selection, View},
 };
-use crate::config::SourceRangesFor;
+use crate::config::{ServiceEcho, SourceRangesFor};
 use crate::model::{Index, ObjectRef, Problem, Service, ServicePort};
 
 /// What kind of address a frontend has, which says whose policy counts.
@@ -122,6 +122,10 @@ pub fn compile(
             drop_when_empty: policy == Policy::Local && chosen.drop_local,
             affinity_s: service.affinity_s,
             source_ranges: source_ranges.clone(),
+            // Who is in no source range is to hear nothing, and an echo is for all or none.
+            echo: options.service_echo == ServiceEcho::Answer
+                && source_ranges.is_empty()
+                && !frontend.addr.is_unspecified(),
         };
         match reached {
             Reached::ByClusterIp if service.internal_local => {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -63,6 +64,8 @@ pub struct Desired {
     owners: HashMap<ObjectRef, Arc<Compiled>>,
     pub balancers: HashMap<BalancerKey, Wanted>,
     pub frontends: HashMap<FrontendKey, BalancerKey>,
+    /// Addresses whose echo requests are answered, and how many frontends want it.
+    pub echoes: HashMap<FrontendKey, (IpAddr, u32)>,
     pub backends: BTreeMap<BackendKey, Uses>,
     pub ports: Vec<PortSet>,
     /// Frontends of a port, and how many of these are on the unspecified address.
@@ -75,6 +78,7 @@ impl Default for Desired {
             owners: HashMap::new(),
             balancers: HashMap::new(),
             frontends: HashMap::new(),
+            echoes: HashMap::new(),
             backends: BTreeMap::new(),
             ports: vec![PortSet::default(); PORT_SETS as usize],
             port_uses: HashMap::new(),
@@ -128,6 +132,12 @@ impl Desired {
                 self.frontends.insert(frontend, key.clone());
                 touched.frontends.insert(frontend);
                 self.use_port(&balancer.frontend, 1, touched);
+                if balancer.echo {
+                    let addr = balancer.frontend.addr;
+                    let echo = encode::echo_key(addr, scope);
+                    self.echoes.entry(echo).or_insert((addr, 0)).1 += 1;
+                    touched.frontends.insert(echo);
+                }
             }
             touched.balancers.insert(key.clone());
             let wanted = Wanted {
@@ -155,6 +165,16 @@ impl Desired {
                 }
                 touched.frontends.insert(frontend);
                 self.use_port(&balancer.frontend, -1, touched);
+                if balancer.echo {
+                    let echo = encode::echo_key(balancer.frontend.addr, scope);
+                    if let Some((_, uses)) = self.echoes.get_mut(&echo) {
+                        *uses -= 1;
+                        if *uses == 0 {
+                            self.echoes.remove(&echo);
+                        }
+                    }
+                    touched.frontends.insert(echo);
+                }
             }
             self.balancers.remove(&key);
             touched.balancers.insert(key);

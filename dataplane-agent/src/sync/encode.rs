@@ -5,7 +5,7 @@ use std::{hash::Hasher, net::IpAddr};
 use dataplane_common::{
     addr::{AnyAddr, proto},
     backend::{Backend, BackendHead, backend_flags},
-    service::{FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES},
+    service::{ECHO_PORT, FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES},
 };
 
 use siphasher::sip::SipHasher24;
@@ -51,6 +51,25 @@ pub fn frontend_key(frontend: &FrontendAddr, scope: Scope) -> FrontendKey {
             addr_be: words(addr.octets()),
             port_be,
             proto,
+            scope,
+        }),
+    }
+}
+
+/// The key that says that echo requests to an address are answered.
+pub fn echo_key(addr: IpAddr, scope: Scope) -> FrontendKey {
+    let (port_be, scope) = (ECHO_PORT, scope as u8);
+    match addr {
+        IpAddr::V4(addr) => FrontendKey::V4(FrontendKey4 {
+            addr_be: u32::from(addr).to_be(),
+            port_be,
+            proto: proto::ICMP,
+            scope,
+        }),
+        IpAddr::V6(addr) => FrontendKey::V6(FrontendKey6 {
+            addr_be: words(addr.octets()),
+            port_be,
+            proto: proto::ICMPV6,
             scope,
         }),
     }

@@ -350,6 +350,16 @@ impl Syncer {
         // Otherwise what is missing comes with the next try.
         let is_full = !report.failed.values().any(|failure| failure.refused);
         self.touched.frontends.retain(|frontend| {
+            if let Some((addr, _)) = desired.echoes.get(frontend) {
+                return !put_frontend(
+                    programmed,
+                    store,
+                    report,
+                    *frontend,
+                    Frontend::default(),
+                    format!("echo at {addr}").into(),
+                );
+            }
             let Some(key) = desired.frontends.get(frontend) else {
                 return true;
             };
@@ -379,21 +389,21 @@ impl Syncer {
                 service: index,
                 owner: encode::owner(&key.owner),
             };
-            if programmed.frontends.get(frontend) == Some(&value) {
-                return false;
-            }
-            let done = report.note(services::describe(key), store.put_frontend(*frontend, value));
-            if done {
-                programmed.frontends.insert(*frontend, value);
-            }
-            !done
+            !put_frontend(
+                programmed,
+                store,
+                report,
+                *frontend,
+                value,
+                services::describe(key),
+            )
         });
     }
 
     fn delete_frontends(&mut self, store: &mut dyn Store, report: &mut Report) {
         let (desired, programmed) = (&self.desired, &mut self.programmed);
         self.touched.frontends.retain(|frontend| {
-            if desired.frontends.contains_key(frontend) {
+            if desired.frontends.contains_key(frontend) || desired.echoes.contains_key(frontend) {
                 return true;
             }
             if !programmed.frontends.contains_key(frontend) {
@@ -406,4 +416,23 @@ impl Syncer {
             !done
         });
     }
+}
+
+/// Whether the frontend has this value now.
+fn put_frontend(
+    programmed: &mut Programmed,
+    store: &mut dyn Store,
+    report: &mut Report,
+    frontend: FrontendKey,
+    value: Frontend,
+    what: Subject,
+) -> bool {
+    if programmed.frontends.get(&frontend) == Some(&value) {
+        return true;
+    }
+    let done = report.note(what, store.put_frontend(frontend, value));
+    if done {
+        programmed.frontends.insert(frontend, value);
+    }
+    done
 }

@@ -16,7 +16,8 @@ use dataplane_agent::{
     },
     bpf::{Hook, pins::Pins, sys},
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, Sizes, SocketLb, SourceRangesFor,
+        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, ServiceEcho, Sizes, SocketLb,
+        SourceRangesFor,
     },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
@@ -145,6 +146,7 @@ impl Node {
             },
             node_port_addresses: NodePortAddresses::All,
             localhost_node_ports: false,
+            service_echo: ServiceEcho::Ignore,
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
             sizes: SIZES,

@@ -9,7 +9,7 @@ use dataplane_common::backend::{Backend, BackendHead, backend_flags, backend_sta
 use dataplane_common::config::{Config, config_flags};
 use dataplane_common::device::{Device, device_flags, own_flags};
 use dataplane_common::memory::{Memory, MemoryRange, MemoryRoute};
-use dataplane_common::service::{Scope, Service, ServiceHead, service_flags};
+use dataplane_common::service::{ECHO_PORT, Scope, Service, ServiceHead, service_flags};
 use dataplane_tests::links::{Links, Route, everywhere};
 use dataplane_tests::netns::{NetNs, set_sysctls};
 use nix::sched::{CloneFlags, unshare};
@@ -200,6 +200,11 @@ impl Setting {
                 setting.add_services(version, l4);
             }
             setting.add_addresses(version);
+            let icmp = if version == 4 { proto::ICMP } else { proto::ICMPV6 };
+            for scope in [Scope::Internal, Scope::External] {
+                // The value is not looked at.
+                setting.add_frontend(any(cluster_ip(version, 1)), version, ECHO_PORT, icmp, scope, 0);
+            }
         }
         let memory = &mut setting.memory;
         memory.config.services = memory.services.len() as u32;

@@ -32,6 +32,13 @@ pub struct NamedPort {
     pub port: u16,
 }
 
+impl NamedPort {
+    fn is_of(&self, pod: &Pod) -> bool {
+        let mut ports = pod.ports.iter();
+        ports.any(|port| *port.name == *self.name && port.proto == self.proto && port.port == self.port)
+    }
+}
+
 /// A Pod with its namespace, unless that is not known.
 pub type PodAt<'a> = (&'a Pod, Option<&'a Namespace>);
 
@@ -44,13 +51,27 @@ impl Atom {
         }
     }
 
-    fn is_satisfied_by(&self, addr: IpAddr, pod: Option<PodAt<'_>>, node: Option<&Node>) -> bool {
-        let named = |port: &NamedPort| {
-            pod.is_some_and(|(pod, _)| {
-                let mut ports = pod.ports.iter();
-                ports.any(|one| *one.name == *port.name && one.proto == port.proto && one.port == port.port)
-            })
+    /// Whether it may be about Pods of a namespace.
+    pub fn is_about_namespace(&self, name: &str, namespace: Option<&Namespace>) -> bool {
+        match &self.peer {
+            Some(Peer::Pods(pods)) => pods.namespaces.matches(name, namespace),
+            Some(Peer::Block(_) | Peer::Nodes(_)) => false,
+            None => true,
+        }
+    }
+
+    /// Whether it is about a Pod, of a namespace that it is about.
+    pub fn selects_in_namespace(&self, pod: &Pod) -> bool {
+        let selected = match &self.peer {
+            Some(Peer::Pods(pods)) => pods.pods.matches(&pod.labels),
+            Some(Peer::Block(_) | Peer::Nodes(_)) => false,
+            None => true,
         };
+        selected && self.port.as_ref().is_none_or(|port| port.is_of(pod))
+    }
+
+    fn is_satisfied_by(&self, addr: IpAddr, pod: Option<PodAt<'_>>, node: Option<&Node>) -> bool {
+        let named = |port: &NamedPort| pod.is_some_and(|(pod, _)| port.is_of(pod));
         let is_peer = |peer: &Peer| match peer {
             Peer::Pods(pods) => pod.is_some_and(|(pod, namespace)| pods.matches(pod, namespace)),
             Peer::Block(block) => block.contains(addr),

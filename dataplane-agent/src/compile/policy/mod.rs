@@ -41,7 +41,7 @@ use owners::Owners;
 use sets::{SetId, Sets};
 
 use crate::model::{
-    Index, Name, Namespace, ObjectRef, Pod, PolicyDirty, Problem,
+    Index, Name, ObjectRef, Pod, PolicyDirty, Problem,
     policy::{Direction, NamespaceSet, Peer},
 };
 
@@ -326,13 +326,6 @@ impl PolicyCompiler {
 
     /// The places that satisfy an atom.
     fn places_of(&self, index: &Index, atom: &Atom) -> Vec<Place> {
-        let holds = |place: &Place| {
-            let (pod, node) = match place {
-                Place::Addr(addr) => self.owners.at(index, *addr),
-                Place::Range(_) => (None, None),
-            };
-            atom.holds(*place, pod, node)
-        };
         match &atom.peer {
             Some(Peer::Block(block)) => {
                 let (network, last) = (block.range.network(), block.range.broadcast());
@@ -340,11 +333,23 @@ impl PolicyCompiler {
                 let first = IpNet::new(network, 0).unwrap_or(block.range);
                 let last = IpNet::new(last, atoms::addr_bits(last)).unwrap_or(block.range);
                 let ranges = self.classes.between(Place::Range(first), Place::Range(last));
+                let holds = |place: &Place| {
+                    // Whose address it is matters to the names of its ports only.
+                    let pod = match place {
+                        Place::Addr(addr) if atom.port.is_some() => self.owners.at(index, *addr).0,
+                        _ => None,
+                    };
+                    atom.holds(*place, pod, None)
+                };
                 addrs.chain(ranges).filter(holds).collect()
             }
             Some(Peer::Nodes(_)) => {
-                let addrs = self.owners.node_addrs().map(Place::Addr);
-                addrs.filter(holds).collect()
+                let addrs = self.owners.node_addrs();
+                let holds = |addr: &IpAddr| {
+                    let (pod, node) = self.owners.at(index, *addr);
+                    atom.holds(Place::Addr(*addr), pod, node)
+                };
+                addrs.filter(holds).map(Place::Addr).collect()
             }
             Some(Peer::Pods(pods)) => match &pods.namespaces {
                 NamespaceSet::One(namespace) => self.addrs_of(index, index.pods_of(namespace), atom),
@@ -354,24 +359,23 @@ impl PolicyCompiler {
         }
     }
 
-    /// The addresses of those Pods that satisfy an atom.
+    /// The addresses of those Pods, in the order of their namespaces, that satisfy an atom.
     fn addrs_of<'a>(&self, index: &Index, pods: impl Iterator<Item = &'a Pod>, atom: &Atom) -> Vec<Place> {
         let mut places = Vec::new();
-        let mut last: Option<(&str, Option<&Namespace>)> = None;
-        for pod in pods.filter(|pod| is_peer(pod)) {
+        let mut last: Option<(&str, bool)> = None;
+        for pod in pods {
             let name = &*pod.name.namespace;
-            let namespace = match last {
-                Some((last, namespace)) if last == name => namespace,
-                _ => index.namespace(name),
+            let in_namespace = match last {
+                Some((last, in_namespace)) if last == name => in_namespace,
+                _ => atom.is_about_namespace(name, index.namespace(name)),
             };
-            last = Some((name, namespace));
-            for ip in &pod.ips {
-                let place = Place::Addr(*ip);
-                if atom.holds(place, Some((pod, namespace)), None)
-                    && self.owners.pod_at(*ip) == Some(&pod.name)
-                {
-                    places.push(place);
-                }
+            last = Some((name, in_namespace));
+            if in_namespace && atom.selects_in_namespace(pod) {
+                let owned = pod
+                    .ips
+                    .iter()
+                    .filter(|ip| self.owners.pod_at(**ip) == Some(&pod.name));
+                places.extend(owned.map(|ip| Place::Addr(*ip)));
             }
         }
         places

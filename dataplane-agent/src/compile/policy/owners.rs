@@ -3,7 +3,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -16,9 +16,9 @@ type Claim = (bool, Reverse<i128>, Name);
 /// The Pods and Nodes of every address.
 #[derive(Debug, Default)]
 pub struct Owners {
-    pods: BTreeMap<IpAddr, BTreeSet<Claim>>,
+    pods: HashMap<IpAddr, BTreeSet<Claim>>,
     claimed: HashMap<Name, (Claim, Vec<IpAddr>)>,
-    nodes: BTreeMap<IpAddr, BTreeSet<Name>>,
+    nodes: HashMap<IpAddr, BTreeSet<Name>>,
     node_ips: HashMap<Name, Vec<IpAddr>>,
 }
 
@@ -79,7 +79,7 @@ impl Owners {
     }
 }
 
-fn remove<T: Ord>(owners: &mut BTreeMap<IpAddr, BTreeSet<T>>, addr: IpAddr, owner: &T) {
+fn remove<T: Ord>(owners: &mut HashMap<IpAddr, BTreeSet<T>>, addr: IpAddr, owner: &T) {
     if let Some(of_addr) = owners.get_mut(&addr) {
         of_addr.remove(owner);
         if of_addr.is_empty() {

@@ -48,7 +48,7 @@ pub enum Command {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
         from: End,
-        /// Who is reached: namespace/pod or an address.
+        /// Who is reached: namespace/pod, svc/namespace/service or an address. Of a Service it is each endpoint, at its own port.
         #[arg(long)]
         to: End,
         /// The destination port, such as 80/TCP or 53/UDP, or ICMP.

@@ -1,10 +1,16 @@
 //! What the policies of a cluster say of a flow, and why: the tables are compiled for its two ends and asked, as the
 //! datapath asks them.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, str::FromStr};
+mod ends;
+
+use std::{collections::BTreeSet, net::IpAddr};
 
 use dataplane_common::addr::proto;
 use serde::Serialize;
+
+pub use ends::{End, Error, Port};
+
+use ends::{Found, Target};
 
 use crate::{
     compile::policy::{
@@ -12,80 +18,21 @@ use crate::{
         tables::{Tables, judge},
     },
     model::{
-        Index, Kind, Name, Pod, PolicyDirty, Protocol,
+        Index, Kind, Name, Pod, PolicyDirty,
         policy::{Action, Direction},
     },
 };
-
-/// An end of a flow, as it is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    Pod(Name),
-    Addr(IpAddr),
-}
-
-impl FromStr for End {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(addr) = text.parse::<IpAddr>() {
-            return Ok(Self::Addr(addr.to_canonical()));
-        }
-        match text.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-                Ok(Self::Pod(Name::new(namespace, name)))
-            }
-            _ => Err(format!("`{text}` is neither namespace/pod nor an address")),
-        }
-    }
-}
-
-/// A protocol and, where it has some, a destination port: `80/TCP`, `80` (TCP) or `ICMP`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Port {
-    /// `None`: ICMP, of the flow's address family.
-    proto: Option<Protocol>,
-    port: u16,
-}
-
-impl FromStr for Port {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "ICMP" {
-            return Ok(Self { proto: None, port: 0 });
-        }
-        let wrong = || format!("`{text}` is no port such as 80/TCP, 53/UDP or 9000/SCTP, nor ICMP");
-        let (number, proto) = text.split_once('/').unwrap_or((text, "TCP"));
-        let proto = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
-            .into_iter()
-            .find(|known| known.as_str() == proto);
-        let port = number.parse().ok().filter(|port| *port != 0);
-        match (proto, port) {
-            (Some(proto), Some(port)) => Ok(Self {
-                proto: Some(proto),
-                port,
-            }),
-            _ => Err(wrong()),
-        }
-    }
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.proto {
-            Some(proto) => write!(f, "{}/{}", self.port, proto.as_str()),
-            None => f.write_str("ICMP"),
-        }
-    }
-}
 
 /// The answer for one pair of addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Explained {
     pub from: Place,
     pub to: Place,
+    /// Of the target.
     pub port: String,
+    /// The Service whose endpoint the target is, if one is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     pub allowed: bool,
     pub steps: Vec<Step>,
 }
@@ -126,69 +73,28 @@ pub struct Decision {
     pub action: &'static str,
 }
 
-/// Why there is no answer.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    #[error("there is no Pod {0}")]
-    NoPod(Name),
-    #[error("Pod {0} has no address")]
-    NoAddress(Name),
-    #[error(
-        "{0} is an address of Service {1}, and policies see the endpoint behind it: ask for one of its Pods"
-    )]
-    Service(IpAddr, Name),
-    #[error("the ends have no address family in common")]
-    Families,
-}
-
-/// Judges a flow by all policies of the index; for Pods with two addresses, in both families.
+/// Judges a flow by all policies of the index: for Pods with two addresses in both families, and for a Service with each
+/// of its endpoints.
 pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Explained>, Error> {
-    let (from, to) = (ends(index, from)?, ends(index, to)?);
-    let pods = from
-        .iter()
-        .chain(&to)
-        .filter_map(|(_, pod)| Some(pod.as_ref()?.name.clone()));
+    let from = ends::sources(index, from)?;
+    let client = from.iter().find_map(|(_, pod)| *pod);
+    let to = ends::targets(index, to, port, client)?;
+    let found = from.iter().chain(to.iter().map(|target| &target.found));
+    let pods = found.filter_map(|(_, pod)| Some(pod.as_ref()?.name.clone()));
     let mut compiler = PolicyCompiler::new(Subjects::These(pods.collect()));
     compiler.update(index, &everything(index));
     let judge = Judge {
         index,
         tables: Tables::of(&compiler),
         compiler: &compiler,
-        port,
     };
-    let pairs = from.iter().flat_map(|from| to.iter().map(move |to| (*from, *to)));
-    let pairs = pairs.filter(|((from, _), (to, _))| from.is_ipv4() == to.is_ipv4());
+    let pairs = from.iter().flat_map(|from| to.iter().map(move |to| (*from, to)));
+    let pairs = pairs.filter(|((from, _), to)| from.is_ipv4() == to.found.0.is_ipv4());
     let explained: Vec<Explained> = pairs.map(|(from, to)| judge.flow(from, to)).collect();
     if explained.is_empty() {
         return Err(Error::Families);
     }
     Ok(explained)
-}
-
-/// An address, and the Pod that has it.
-type Found<'a> = (IpAddr, Option<&'a Pod>);
-
-fn ends<'a>(index: &'a Index, end: &End) -> Result<Vec<Found<'a>>, Error> {
-    match end {
-        End::Pod(name) => {
-            let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
-            if pod.ips.is_empty() {
-                return Err(Error::NoAddress(name.clone()));
-            }
-            Ok(pod.ips.iter().map(|ip| (*ip, Some(pod))).collect())
-        }
-        End::Addr(addr) => {
-            let has_it = |ips: &[IpAddr]| ips.contains(addr);
-            let service = index.services().find(|service| {
-                has_it(&service.cluster_ips) || has_it(&service.external_ips) || has_it(&service.ingress_ips)
-            });
-            if let Some(service) = service {
-                return Err(Error::Service(*addr, service.name.clone()));
-            }
-            let is_owner = |pod: &&Pod| !pod.finished && !pod.host_network && has_it(&pod.ips);
-            Ok(vec![(*addr, index.pods().find(is_owner))])
-        }
-    }
 }
 
 fn everything(index: &Index) -> PolicyDirty {
@@ -204,26 +110,36 @@ struct Judge<'a> {
     index: &'a Index,
     compiler: &'a PolicyCompiler,
     tables: Tables,
-    port: Port,
 }
 
 impl Judge<'_> {
-    fn flow(&self, from: Found<'_>, to: Found<'_>) -> Explained {
+    fn flow(&self, from: Found<'_>, target: &Target<'_>) -> Explained {
+        let to = target.found;
         let steps = [(Direction::Egress, from, to), (Direction::Ingress, to, from)];
         let steps: Vec<Step> = steps
             .into_iter()
-            .filter_map(|(direction, (ip, pod), peer)| Some(self.step(direction, ip, pod?, peer)))
+            .filter_map(|(direction, (ip, pod), peer)| {
+                Some(self.step(direction, ip, pod?, peer, target.port))
+            })
             .collect();
         Explained {
             from: place(from),
             to: place(to),
-            port: self.port.to_string(),
+            port: target.port.to_string(),
+            service: target.via.map(ToString::to_string),
             allowed: steps.iter().all(|step| step.allowed),
             steps,
         }
     }
 
-    fn step(&self, direction: Direction, ip: IpAddr, pod: &Pod, (peer, other): Found<'_>) -> Step {
+    fn step(
+        &self,
+        direction: Direction,
+        ip: IpAddr,
+        pod: &Pod,
+        (peer, other): Found<'_>,
+        port: Port,
+    ) -> Step {
         let step = |allowed, rule, reason: &str| Step {
             direction: direction.as_str(),
             at: place((ip, Some(pod))),
@@ -245,13 +161,13 @@ impl Judge<'_> {
         if direction == Direction::Ingress && own_node.is_some_and(|node| node.ips.contains(&peer)) {
             return step(true, None, "its own node always reaches it");
         }
-        let number = match (self.port.proto, peer) {
+        let number = match (port.proto, peer) {
             (Some(proto), _) => proto.number(),
             (None, IpAddr::V4(_)) => proto::ICMP,
             (None, IpAddr::V6(_)) => proto::ICMPV6,
         };
         let set = self.compiler.set_of(&pod.name, direction);
-        let judgement = judge(&self.tables, set, peer, number, self.port.port);
+        let judgement = judge(&self.tables, set, peer, number, port.number);
         let rule = judgement.rule().and_then(|rule| self.decision(direction, rule));
         let of_pod = self.compiler.pods().get(&pod.name);
         let selected_by = of_pod.map_or(&[][..], |of_pod| &of_pod.policies[direction as usize]);

@@ -24,12 +24,17 @@ apiVersion: v1
 kind: Pod
 metadata: {name: back, namespace: shop, labels: {app: back}}
 spec: {nodeName: n1, containers: [{name: c, ports: [{name: web, containerPort: 8080}]}]}
-status: {phase: Running, podIPs: [{ip: 10.244.1.12}, {ip: "fd00::c"}]}
+status: {phase: Running, podIPs: [{ip: 10.244.1.12}, {ip: "fd00::c"}], conditions: [{type: Ready, status: "True"}]}
 ---
 apiVersion: v1
 kind: Service
 metadata: {name: back, namespace: shop}
 spec: {clusterIP: 10.96.0.9, selector: {app: back}, ports: [{port: 80, targetPort: web}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: idle, namespace: shop}
+spec: {clusterIP: 10.96.0.10, selector: {app: front}, ports: [{port: 80}]}
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -181,11 +186,34 @@ fn policy_questions_without_an_answer_are_errors() {
         (
             "shop/front",
             "10.96.0.9",
+            "81",
+            "Service shop/back has no port 81/TCP",
+        ),
+        (
+            "shop/front",
+            "svc/shop/none",
             "80",
-            "10.96.0.9 is an address of Service shop/back",
+            "there is no Service shop/none",
+        ),
+        (
+            "svc/shop/back",
+            "shop/back",
+            "80",
+            "Service shop/back begins no flows",
+        ),
+        (
+            "shop/front",
+            "svc/shop/idle",
+            "80",
+            "Service shop/idle has no endpoint at port 80/TCP",
         ),
         ("10.0.0.1", "fd00::c", "80", "no address family in common"),
-        ("front", "shop/back", "80", "neither namespace/pod nor an address"),
+        (
+            "front",
+            "shop/back",
+            "80",
+            "neither namespace/pod, svc/namespace/service nor an address",
+        ),
         ("shop/front", "shop/back", "0/TCP", "is no port"),
         ("shop/front", "shop/back", "80/QUIC", "is no port"),
     ] {

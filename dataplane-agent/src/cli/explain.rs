@@ -58,7 +58,16 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
     let verdict = |allowed| if allowed { "allowed" } else { "denied" };
     for flow in explained {
         let (from, to) = (describe(&flow.from), describe(&flow.to));
-        let _infallible = writeln!(text, "{from} -> {to}, {}: {}", flow.port, verdict(flow.allowed));
+        let service = flow
+            .service
+            .as_ref()
+            .map_or_else(String::new, |service| format!(" of Service {service}"));
+        let _infallible = writeln!(
+            text,
+            "{from} -> {to}{service}, {}: {}",
+            flow.port,
+            verdict(flow.allowed)
+        );
         if flow.steps.is_empty() {
             text.push_str("  neither end is a Pod of this cluster: no policy is about them\n");
         }

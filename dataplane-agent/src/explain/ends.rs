@@ -1,0 +1,220 @@
+//! The ends of a flow: how they are asked for, and what they are. Behind a Service that is each endpoint that a new flow of
+//! the client may be given, because policies see that and not the Service.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use crate::{
+    compile::endpoints::{self, View},
+    model::{Index, Name, Pod, Protocol, Service},
+};
+
+/// An end of a flow, as it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    Pod(Name),
+    Service(Name),
+    Addr(IpAddr),
+}
+
+impl FromStr for End {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(addr) = text.parse::<IpAddr>() {
+            return Ok(Self::Addr(addr.to_canonical()));
+        }
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            _ if parts.contains(&"") => Err(()),
+            [namespace, name] => Ok(Self::Pod(Name::new(namespace, name))),
+            ["svc", namespace, name] => Ok(Self::Service(Name::new(namespace, name))),
+            _ => Err(()),
+        }
+        .map_err(|()| format!("`{text}` is neither namespace/pod, svc/namespace/service nor an address"))
+    }
+}
+
+/// A protocol and, where it has some, a destination port: `80/TCP`, `80` (TCP) or `ICMP`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// `None`: ICMP, of the flow's address family.
+    pub proto: Option<Protocol>,
+    pub number: u16,
+}
+
+impl FromStr for Port {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "ICMP" {
+            return Ok(Self {
+                proto: None,
+                number: 0,
+            });
+        }
+        let wrong = || format!("`{text}` is no port such as 80/TCP, 53/UDP or 9000/SCTP, nor ICMP");
+        let (number, proto) = text.split_once('/').unwrap_or((text, "TCP"));
+        let proto = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .into_iter()
+            .find(|known| known.as_str() == proto);
+        let number = number.parse().ok().filter(|number| *number != 0);
+        match (proto, number) {
+            (Some(proto), Some(number)) => Ok(Self {
+                proto: Some(proto),
+                number,
+            }),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.proto {
+            Some(proto) => write!(f, "{}/{}", self.number, proto.as_str()),
+            None => f.write_str("ICMP"),
+        }
+    }
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("there is no Pod {0}")]
+    NoPod(Name),
+    #[error("Pod {0} has no address")]
+    NoAddress(Name),
+    #[error("there is no Service {0}")]
+    NoService(Name),
+    #[error("Service {0} begins no flows: ask for one of its Pods")]
+    Client(Name),
+    #[error("Service {0} has no port {1}")]
+    NoPort(Name, Port),
+    #[error("Service {0} has no endpoint at port {1}")]
+    NoEndpoint(Name, Port),
+    #[error("the ends have no address family in common")]
+    Families,
+}
+
+/// An address, and the Pod that has it.
+pub type Found<'a> = (IpAddr, Option<&'a Pod>);
+
+/// Where a flow leads.
+#[derive(Clone, Debug)]
+pub struct Target<'a> {
+    pub found: Found<'a>,
+    pub port: Port,
+    pub via: Option<&'a Name>,
+}
+
+/// Where a flow may come from.
+pub fn sources<'a>(index: &'a Index, end: &End) -> Result<Vec<Found<'a>>, Error> {
+    match end {
+        End::Pod(name) => of_pod(index, name),
+        End::Service(name) => Err(Error::Client(name.clone())),
+        End::Addr(addr) => match service_at(index, *addr) {
+            Some(service) => Err(Error::Client(service.name.clone())),
+            None => Ok(vec![at(index, *addr)]),
+        },
+    }
+}
+
+/// Where a flow to `end` may lead, of a client that is this Pod or is outside.
+pub fn targets<'a>(
+    index: &'a Index,
+    end: &End,
+    port: Port,
+    client: Option<&Pod>,
+) -> Result<Vec<Target<'a>>, Error> {
+    let direct = |found| Target {
+        found,
+        port,
+        via: None,
+    };
+    match end {
+        End::Pod(name) => Ok(of_pod(index, name)?.into_iter().map(direct).collect()),
+        End::Service(name) => {
+            let service = index
+                .service(name)
+                .ok_or_else(|| Error::NoService(name.clone()))?;
+            behind(index, service, [true, false], port, client)
+        }
+        End::Addr(addr) => match service_at(index, *addr) {
+            Some(service) => {
+                let families = [true, false].map(|ipv4| ipv4 == addr.is_ipv4());
+                behind(index, service, families, port, client)
+            }
+            None => Ok(vec![direct(at(index, *addr))]),
+        },
+    }
+}
+
+/// The endpoints of a Service for a client; `families`: whether those of IPv4, and of IPv6, are asked for.
+fn behind<'a>(
+    index: &'a Index,
+    service: &'a Service,
+    families: [bool; 2],
+    port: Port,
+    client: Option<&Pod>,
+) -> Result<Vec<Target<'a>>, Error> {
+    let mut ports = service.ports.iter();
+    let service_port = ports
+        .find(|candidate| Some(candidate.proto) == port.proto && candidate.port == port.number)
+        .ok_or_else(|| Error::NoPort(service.name.clone(), port))?;
+    let node = client
+        .and_then(|client| client.node.as_deref())
+        .unwrap_or_default();
+    let view = View {
+        node,
+        zone: index
+            .node_by_name(&Name::new("", node))
+            .and_then(|node| node.zone()),
+    };
+    let mut targets = Vec::new();
+    for ipv4 in [true, false] {
+        let of_service = if ipv4 { service.ipv4 } else { service.ipv6 };
+        if !of_service || !families[usize::from(!ipv4)] {
+            continue;
+        }
+        let endpoints = endpoints::of_port(index, service, service_port, ipv4);
+        let selection = endpoints::select(&endpoints, &view);
+        let is_local = service.internal_local && client.is_some();
+        let chosen = if is_local {
+            selection.local
+        } else {
+            selection.cluster
+        };
+        targets.extend(chosen.into_iter().map(|endpoint| Target {
+            found: at(index, endpoint.addr),
+            port: Port {
+                proto: port.proto,
+                number: endpoint.port,
+            },
+            via: Some(&service.name),
+        }));
+    }
+    if targets.is_empty() {
+        return Err(Error::NoEndpoint(service.name.clone(), port));
+    }
+    Ok(targets)
+}
+
+fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
+    let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
+    if pod.ips.is_empty() {
+        return Err(Error::NoAddress(name.clone()));
+    }
+    Ok(pod.ips.iter().map(|ip| (*ip, Some(pod))).collect())
+}
+
+fn at(index: &Index, addr: IpAddr) -> Found<'_> {
+    let is_owner = |pod: &&Pod| !pod.finished && !pod.host_network && pod.ips.contains(&addr);
+    (addr, index.pods().find(is_owner))
+}
+
+fn service_at(index: &Index, addr: IpAddr) -> Option<&Service> {
+    index.services().find(|service| {
+        let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
+        ips.iter().any(|ips| ips.contains(&addr))
+    })
+}

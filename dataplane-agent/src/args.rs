@@ -188,6 +188,12 @@ struct Settings {
     /// Flows that nobody has answered yet, by family [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_HALF_OPEN")]
     max_half_open: Option<u32>,
+    /// Datagrams whose fragments are on their way, by family and hook [default: 16384].
+    #[arg(long, env = "DATAPLANE_MAX_DATAGRAMS")]
+    max_datagrams: Option<u32>,
+    /// Fragments that are held until their datagram's first one comes, 2 KiB each [default: 2048].
+    #[arg(long, env = "DATAPLANE_MAX_HELD_FRAGMENTS")]
+    max_held_fragments: Option<u32>,
     /// Connected or recently used sockets that are translated, by family [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_SOCKETS")]
     max_sockets: Option<u32>,
@@ -247,7 +253,7 @@ impl Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
-            max_source_ranges, max_affinity, max_flows, max_half_open, max_sockets, max_addresses, max_devices, debug_log,
+            max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices, debug_log,
         )
     }
 
@@ -298,6 +304,8 @@ impl Settings {
             max_affinity,
             max_flows,
             max_half_open,
+            max_datagrams,
+            max_held_fragments,
             max_sockets,
             max_addresses,
             max_devices,
@@ -347,6 +355,8 @@ impl Settings {
                 affinity: size("max-affinity", max_affinity, sizes.affinity, FLOWS_AT_MOST)?,
                 flows: size("max-flows", max_flows, sizes.flows, FLOWS_AT_MOST)?,
                 half_open: size("max-half-open", max_half_open, sizes.half_open, FLOWS_AT_MOST)?,
+                datagrams: size("max-datagrams", max_datagrams, sizes.datagrams, FLOWS_AT_MOST)?,
+                held: size("max-held-fragments", max_held_fragments, sizes.held, HELD_AT_MOST)?,
                 sockets: size("max-sockets", max_sockets, sizes.sockets, FLOWS_AT_MOST)?,
                 own_addresses: size("max-addresses", max_addresses, sizes.own_addresses, ROWS_AT_MOST)?,
                 devices: size("max-devices", max_devices, sizes.devices, ROWS_AT_MOST)?,
@@ -399,6 +409,7 @@ fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddress
 const ROWS_AT_MOST: u32 = 1 << 24;
 const ELEMENTS_AT_MOST: u32 = 1 << 28;
 const FLOWS_AT_MOST: u32 = 1 << 26;
+const HELD_AT_MOST: u32 = 1 << 20;
 
 /// A size of a table, or its default.
 fn size(flag: &str, value: Option<u32>, default: u32, at_most: u32) -> anyhow::Result<u32> {

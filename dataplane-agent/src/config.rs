@@ -57,6 +57,10 @@ pub struct Sizes {
     pub flows: u32,
     /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
     pub half_open: u32,
+    /// Each of `DATAGRAMS_V4` and `DATAGRAMS_V6`.
+    pub datagrams: u32,
+    /// `HELD`.
+    pub held: u32,
     /// Each of `SOCK_CHOSEN`, `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`.
     pub sockets: u32,
     /// Each of `OWN_ADDRS_V4` and `OWN_ADDRS_V6`.
@@ -79,6 +83,8 @@ impl Default for Sizes {
             affinity: 65_536,
             flows: 262_144,
             half_open: 65_536,
+            datagrams: 16_384,
+            held: object.held,
             sockets: 131_072,
             own_addresses: 4096,
             devices: 1024,

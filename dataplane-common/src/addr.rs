@@ -3,8 +3,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
+    datagram::{Datagram4, Datagram6, DatagramHead, DatagramKey4, DatagramKey6},
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, Side},
     service::{AffinityKey4, AffinityKey6, FrontendKey4, FrontendKey6, Scope},
+    verdict::Hook,
 };
 
 /// Layer 4 protocol numbers (IANA).
@@ -97,6 +99,8 @@ pub trait Family: Copy + 'static {
     type FlowKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
     type AffinityKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
     type Flow: Pod + Copy + core::fmt::Debug;
+    type DatagramKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
+    type Datagram: Pod + Copy + core::fmt::Debug;
 
     fn frontend_key(addr: Self::Addr, port_be: u16, proto: u8, scope: Scope) -> Self::FrontendKey;
     fn flow_key(tuple: &Tuple<Self::Addr>, proto: u8, side: Side) -> Self::FlowKey;
@@ -108,6 +112,14 @@ pub trait Family: Copy + 'static {
     fn set_rewrite_sport(flow: &mut Self::Flow, sport_be: u16);
     fn meta(flow: &Self::Flow) -> &FlowMeta;
     fn meta_mut(flow: &mut Self::Flow) -> &mut FlowMeta;
+    fn datagram_key(src: Self::Addr, dst: Self::Addr, id_be: u32, proto: u8, hook: Hook)
+    -> Self::DatagramKey;
+    /// The identification in a key.
+    fn datagram_id(key: &Self::DatagramKey) -> u32;
+    fn datagram_head(datagram: &Self::Datagram) -> &DatagramHead;
+    fn datagram_head_mut(datagram: &mut Self::Datagram) -> &mut DatagramHead;
+    fn datagram_flow(datagram: &Self::Datagram) -> &Self::Flow;
+    fn datagram_flow_mut(datagram: &mut Self::Datagram) -> &mut Self::Flow;
     fn to_any(addr: Self::Addr) -> AnyAddr;
     fn from_any(addr: AnyAddr) -> Self::Addr;
     /// 127.0.0.0/8 and `::1`.
@@ -125,7 +137,7 @@ pub struct V6;
 
 macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
-     $frontend:ident, $key:ident, $flow:ident, $affinity:ident,
+     $frontend:ident, $key:ident, $flow:ident, $affinity:ident, $datagram_key:ident, $datagram:ident,
      to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
      is_loopback: |$l:ident| $is_loopback:expr,
      key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
@@ -138,6 +150,8 @@ macro_rules! family {
             type FlowKey = $key;
             type AffinityKey = $affinity;
             type Flow = $flow;
+            type DatagramKey = $datagram_key;
+            type Datagram = $datagram;
 
             #[inline(always)]
             fn frontend_key(addr: $addr, port_be: u16, proto: u8, scope: Scope) -> $frontend {
@@ -204,6 +218,37 @@ macro_rules! family {
                 &mut flow.meta
             }
             #[inline(always)]
+            fn datagram_key(src: $addr, dst: $addr, id_be: u32, proto: u8, hook: Hook) -> $datagram_key {
+                $datagram_key {
+                    src_be: src,
+                    dst_be: dst,
+                    id_be,
+                    proto: if $version == 4 { proto } else { 0 },
+                    hook: hook as u8,
+                    unused: [0; 2],
+                }
+            }
+            #[inline(always)]
+            fn datagram_id(key: &$datagram_key) -> u32 {
+                key.id_be
+            }
+            #[inline(always)]
+            fn datagram_head(datagram: &$datagram) -> &DatagramHead {
+                &datagram.head
+            }
+            #[inline(always)]
+            fn datagram_head_mut(datagram: &mut $datagram) -> &mut DatagramHead {
+                &mut datagram.head
+            }
+            #[inline(always)]
+            fn datagram_flow(datagram: &$datagram) -> &$flow {
+                &datagram.flow
+            }
+            #[inline(always)]
+            fn datagram_flow_mut(datagram: &mut $datagram) -> &mut $flow {
+                &mut datagram.flow
+            }
+            #[inline(always)]
             fn to_any($a: $addr) -> AnyAddr {
                 $to_any
             }
@@ -223,11 +268,13 @@ macro_rules! family {
     };
 }
 
-family!(V4, 4, 20, proto::ICMP, u32, FrontendKey4, FlowKey4, Flow4, AffinityKey4,
+family!(V4, 4, 20, proto::ICMP, u32,
+    FrontendKey4, FlowKey4, Flow4, AffinityKey4, DatagramKey4, Datagram4,
     to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
     is_loopback: |l| u32::from_be(*l) >> 24 == 127,
     key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
-family!(V6, 6, 40, proto::ICMPV6, [u32; 4], FrontendKey6, FlowKey6, Flow6, AffinityKey6,
+family!(V6, 6, 40, proto::ICMPV6, [u32; 4],
+    FrontendKey6, FlowKey6, Flow6, AffinityKey6, DatagramKey6, Datagram6,
     to_any: |a| a, from_any: |b| b, words: |c| c,
     is_loopback: |l| *l == [0, 0, 0, 1u32.to_be()],
     key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);

@@ -5,7 +5,7 @@ use crate::{
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
     flow::{FlowMeta, Side, flow_flags, flow_state},
     packet::Packet,
-    parse::{Fragment, tcp},
+    parse::tcp,
     pipeline::{Context, NO_SERVICE, Work, World, finish, may_be_first_answer, timeout_ticks, xdp_finishes},
     plan,
     reason::Reason,
@@ -164,9 +164,6 @@ fn usable<F: Family, W: World<F>>(world: &W, at: &Context, work: &Work<F>) -> Re
         } else {
             Verdict::REFUSE
         });
-    }
-    if work.headers.fragment != Fragment::Whole {
-        return Err(Verdict::drop(Reason::FragmentService));
     }
     Ok(head)
 }

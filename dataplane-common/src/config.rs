@@ -41,9 +41,13 @@ pub struct Config {
     pub maglev: u32,
     /// Refusals (RST, ICMP unreachable) that one CPU sends in a tick at the most.
     pub refusals_per_tick: u32,
+    /// How long a datagram is remembered whose fragments are on their way, in ticks.
+    pub fragment_ticks: u32,
+    /// Elements of `HELD`.
+    pub held: u32,
 }
 
-const _: () = assert!(size_of::<Config>() == 48);
+const _: () = assert!(size_of::<Config>() == 56);
 
 impl Config {
     /// What holds where nothing else is configured.
@@ -62,6 +66,9 @@ impl Config {
         backends: 65_536,
         maglev: 4_194_304,
         refusals_per_tick: 1000,
+        // Longer than hosts wait (Linux: 30 s for IPv4, 60 s for IPv6) would be of no use to most.
+        fragment_ticks: Self::ticks(30),
+        held: 2048,
     };
 
     /// Ticks for a duration in seconds.

@@ -9,6 +9,7 @@
 pub mod addr;
 pub mod backend;
 pub mod config;
+pub mod datagram;
 pub mod device;
 pub mod flow;
 pub mod policy;
@@ -23,6 +24,9 @@ pub mod checksum;
 mod exit;
 #[cfg(test)]
 mod fixtures;
+pub mod fragment;
+#[cfg(test)]
+mod fragment_tests;
 pub mod icmp;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;

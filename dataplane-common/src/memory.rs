@@ -13,7 +13,9 @@ use crate::{
     backend::{Backend, BackendHead},
     checksum,
     config::Config,
+    datagram::{DatagramHead, FIRST_BYTES, FragmentSource, HELD_BYTES, HeldHead},
     device::Device,
+    fragment::{self, Fragments, Store, Waiting},
     packet::{Checksum, Packet},
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
@@ -32,6 +34,7 @@ pub struct FamilyTables<F: Family> {
     pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
+    pub datagrams: RefCell<HashMap<F::DatagramKey, F::Datagram>>,
     pub ranges: Vec<MemoryRange>,
 }
 
@@ -43,6 +46,7 @@ impl<F: Family> Default for FamilyTables<F> {
             flows: RefCell::default(),
             half_open: RefCell::default(),
             affinity: RefCell::default(),
+            datagrams: RefCell::default(),
             ranges: Vec::new(),
         }
     }
@@ -107,6 +111,18 @@ pub struct Memory {
     pub counters: RefCell<Vec<u64>>,
     pub refusals_left: Cell<u32>,
     pub midstream_ticks: Cell<u32>,
+    pub fragments: HeldFragments,
+}
+
+/// The store of held fragments, and what comes out of it.
+#[derive(Clone, Debug, Default)]
+pub struct HeldFragments {
+    pub held: RefCell<HashMap<u32, (HeldHead, Vec<u8>)>>,
+    pub sources: RefCell<HashMap<AnyAddr, FragmentSource>>,
+    /// Frames that entered their hook once more, in order.
+    pub sent_again: RefCell<Vec<Vec<u8>>>,
+    copied: RefCell<(HeldHead, Vec<u8>)>,
+    aside: RefCell<Vec<u8>>,
 }
 
 impl Default for Memory {
@@ -125,6 +141,7 @@ impl Default for Memory {
             counters: RefCell::new(std::vec![0; REASONS as usize]),
             refusals_left: Cell::new(u32::MAX),
             midstream_ticks: Cell::new(0),
+            fragments: HeldFragments::default(),
         }
     }
 }
@@ -191,6 +208,137 @@ impl<F: MemoryFamily> Stages<F, Frame, Memory> for Scratch<F> {
     fn work(&mut self) -> Option<&mut Work<F>> {
         Some(&mut self.0)
     }
+
+    fn first(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
+        fragment::first::<F, _, _>(packet, world, at, &mut self.0)
+    }
+
+    fn later(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
+        fragment::later::<F, _, _>(packet, world, at, &mut self.0)
+    }
+
+    fn hold(&mut self, packet: &mut Frame, world: &Memory, _at: &Context) -> Verdict {
+        fragment::hold::<F, _, _>(packet, world, &mut self.0)
+    }
+
+    fn remember(&mut self, packet: &mut Frame, world: &Memory, at: &Context, verdict: Verdict) -> Waiting {
+        fragment::remember::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn release(&mut self, packet: &mut Frame, world: &Memory, at: &Context, waiting: Waiting) {
+        fragment::release::<F, _, _, _>(packet, world, at, self, waiting);
+    }
+
+    fn release_one(
+        &mut self,
+        packet: &mut Frame,
+        world: &Memory,
+        at: &Context,
+        waiting: Waiting,
+        index: u32,
+    ) {
+        fragment::release_one::<F, _, _>(packet, world, at, waiting, index);
+    }
+}
+
+impl<F: MemoryFamily> Fragments<F, Frame> for Memory {
+    fn datagram(&self, key: &F::DatagramKey, into: &mut F::Datagram) -> bool {
+        let datagrams = F::tables(self).datagrams.borrow();
+        datagrams.get(key).is_some_and(|datagram| {
+            *into = *datagram;
+            true
+        })
+    }
+
+    fn datagram_head(&self, key: &F::DatagramKey) -> Option<DatagramHead> {
+        F::tables(self)
+            .datagrams
+            .borrow()
+            .get(key)
+            .map(|datagram| *F::datagram_head(datagram))
+    }
+
+    fn put_datagram(
+        &self,
+        key: &F::DatagramKey,
+        datagram: &F::Datagram,
+        replace: bool,
+    ) -> Result<(), InsertError> {
+        let mut datagrams = F::tables(self).datagrams.borrow_mut();
+        if !replace && datagrams.contains_key(key) {
+            return Err(InsertError::Exists);
+        }
+        datagrams.insert(*key, *datagram);
+        Ok(())
+    }
+
+    fn remove_datagram(&self, key: &F::DatagramKey) {
+        F::tables(self).datagrams.borrow_mut().remove(key);
+    }
+
+    fn add_held(&self, key: &F::DatagramKey) {
+        if let Some(datagram) = F::tables(self).datagrams.borrow_mut().get_mut(key) {
+            F::datagram_head_mut(datagram).held += 1;
+        }
+    }
+
+    fn source(&self, source: &AnyAddr) -> Option<FragmentSource> {
+        self.fragments.sources.borrow().get(source).copied()
+    }
+
+    fn put_source(&self, source: &AnyAddr, value: FragmentSource) {
+        self.fragments.sources.borrow_mut().insert(*source, value);
+    }
+
+    fn add_to_source(&self, source: &AnyAddr, more: i32) {
+        if let Some(known) = self.fragments.sources.borrow_mut().get_mut(source) {
+            known.held += more;
+        }
+    }
+
+    fn copy(&self, packet: &Frame, head: HeldHead) -> bool {
+        self.fragments.copied.replace((head, packet.bytes.clone()));
+        packet.bytes.len() <= HELD_BYTES
+    }
+}
+
+impl Store<Frame> for Memory {
+    fn put(&self, place: u32) -> Result<(), InsertError> {
+        let mut held = self.fragments.held.borrow_mut();
+        if held.contains_key(&place) {
+            return Err(InsertError::Exists);
+        }
+        held.insert(place, self.fragments.copied.borrow().clone());
+        Ok(())
+    }
+
+    fn head(&self, place: u32) -> Option<HeldHead> {
+        self.fragments.held.borrow().get(&place).map(|held| held.0)
+    }
+
+    fn remove(&self, place: u32) -> bool {
+        self.fragments.held.borrow_mut().remove(&place).is_some()
+    }
+
+    fn set_aside(&self, packet: &Frame) -> bool {
+        self.fragments.aside.replace(packet.bytes.clone());
+        packet.bytes.len() <= FIRST_BYTES
+    }
+
+    fn restore(&self, packet: &mut Frame) {
+        packet.bytes.clone_from(&self.fragments.aside.borrow());
+    }
+
+    fn become_held(&self, packet: &mut Frame, place: u32) -> bool {
+        self.fragments.held.borrow().get(&place).is_some_and(|held| {
+            packet.bytes.clone_from(&held.1);
+            true
+        })
+    }
+
+    fn send_again(&self, packet: &mut Frame, _at: &Context) {
+        self.fragments.sent_again.borrow_mut().push(packet.bytes.clone());
+    }
 }
 
 /// As the kernel side's scratch space begins.
@@ -204,6 +352,9 @@ fn work<F: Family>() -> Work<F> {
         service_generation: 0,
         forward: F::Flow::zeroed(),
         reply: F::Flow::zeroed(),
+        datagram_key: F::DatagramKey::zeroed(),
+        datagram: F::Datagram::zeroed(),
+        source: AnyAddr::default(),
     }
 }
 
@@ -459,6 +610,8 @@ impl Packet for Frame {
         }
         Some(())
     }
+
+    fn adjust_sum(&mut self, _difference: u32) {}
 
     fn resize(&mut self, len: usize) -> Option<()> {
         self.bytes.resize(len, 0);

@@ -37,6 +37,9 @@ pub trait Packet {
     /// checksum is still to be completed by hardware holds the pseudo header's sum alone, and gets only the first.
     fn adjust_l4_checksum(&mut self, offset: usize, pseudo: u32, payload: u32, kind: Checksum) -> Option<()>;
 
+    /// Tells of a change to the packet's sum that no checksum in it makes up for: the device may have summed it up.
+    fn adjust_sum(&mut self, difference: u32);
+
     /// Cuts or extends the frame to `len` bytes, to make an answer out of it.
     fn resize(&mut self, len: usize) -> Option<()>;
 }

@@ -133,6 +133,10 @@ pub trait ParseIp: Family {
     /// Sets all of `headers`; ports and what else comes from layer 4 is 0.
     fn parse_ip<P: Packet>(packet: &P, l3: usize, headers: &mut Headers<Self::Addr>) -> Result<(), Reason>;
 
+    /// What follows the headers that every fragment repeats, and the identification of a fragment's datagram; nothing of
+    /// a whole packet.
+    fn fragment_id<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u32)>;
+
     /// Bytes of the frame that the datapath may want to see of this packet; `None` where they are too few to say.
     fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize>;
 
@@ -166,6 +170,12 @@ fn plain(l4_proto: u8, ports_be: [u16; 2]) -> Option<(u8, u16)> {
 const ICMP_WANTED: usize = 8 + 20;
 
 impl ParseIp for crate::addr::V4 {
+    #[inline(always)]
+    fn fragment_id<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u32)> {
+        let header: Ipv4Header = packet.load(l3)?;
+        Some((header.proto, bytemuck::cast([header.id_be, 0])))
+    }
+
     #[inline(always)]
     fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize> {
         let ip: Ipv4Header = packet.load(l3)?;
@@ -218,6 +228,31 @@ impl ParseIp for crate::addr::V4 {
 }
 
 impl ParseIp for crate::addr::V6 {
+    #[inline(always)]
+    fn fragment_id<P: Packet>(packet: &P, l3: usize) -> Option<(u8, u32)> {
+        let header: Ipv6Header = packet.load(l3)?;
+        let mut next = header.next_header;
+        let mut offset = Self::HEADER_LEN;
+        for _ in 0..MAX_EXTENSION_HEADERS {
+            if offset > MAX_L4_OFFSET {
+                return None;
+            }
+            match next {
+                0 | 43 | 60 => {
+                    let [following, len]: [u8; 2] = packet.load(l3 + offset)?;
+                    next = following;
+                    offset += (usize::from(len) + 1) * 8;
+                }
+                44 => {
+                    let words: [u32; 2] = packet.load(l3 + offset)?;
+                    return Some((words[0].to_ne_bytes()[0], words[1]));
+                }
+                _ => return None,
+            }
+        }
+        None
+    }
+
     #[inline(always)]
     fn wanted<P: Packet>(packet: &P, l3: usize) -> Option<usize> {
         let ip: Ipv6Header = packet.load(l3)?;

@@ -9,7 +9,7 @@
 //! [`crate::begin`], which keeps what is large in [`Work`]: a BPF program has 512 bytes of stack in all.
 
 use crate::{
-    addr::{Family, proto},
+    addr::{AnyAddr, Family, proto},
     answer,
     backend::backend_state,
     balance::find_service,
@@ -17,6 +17,7 @@ use crate::{
     device::own_flags,
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
+    fragment::{self, Waiting},
     icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
@@ -103,6 +104,11 @@ pub struct Work<F: Family> {
     pub forward: F::Flow,
     /// A new flow's entry for its answers.
     pub reply: F::Flow,
+    /// The datagram that a fragment belongs to, and what is remembered of it.
+    pub datagram_key: F::DatagramKey,
+    pub datagram: F::Datagram,
+    /// Where it comes from.
+    pub source: AnyAddr,
 }
 
 /// In [`Work::service`]: an index that no table is large enough for.
@@ -133,6 +139,14 @@ pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
             None => Verdict::PASS,
         }
     }
+
+    // The stages of fragments, see `fragment`. XDP leaves fragments to TC.
+    fn first(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+    fn later(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+    fn hold(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+    fn remember(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Waiting;
+    fn release(&mut self, packet: &mut P, world: &W, at: &Context, waiting: Waiting);
+    fn release_one(&mut self, packet: &mut P, world: &W, at: &Context, waiting: Waiting, index: u32);
 }
 
 /// Decides about one packet and writes what has to be written into it.
@@ -160,7 +174,12 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     };
     if verdict.is_pending() {
         // A copy in memory, so that the glance can have its own in registers.
-        verdict = stages.decide(packet, world, &Context { ..*at }, verdict);
+        let at = Context { ..*at };
+        verdict = if verdict.action() == Action::Fragment {
+            fragment::process::<F, P, W, S>(packet, world, &at, stages, verdict.value() == 0)
+        } else {
+            stages.decide(packet, world, &at, verdict)
+        };
     }
     if verdict.action() == Action::Drop {
         world.count(verdict.value());
@@ -217,7 +236,8 @@ pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
     }
     match kind::<F>(headers, at) {
         Kind::Other => Verdict::PASS,
-        Kind::FragmentPassed => not_understood::<F, W>(world, at, Reason::FragmentPassed),
+        Kind::FirstFragment => Verdict::to(Action::Fragment, 0),
+        Kind::LaterFragment => Verdict::to(Action::Fragment, 1),
         Kind::Icmp => Verdict::to(Action::Icmp, 0),
         Kind::Flow => established::<F, P, W>(packet, world, at, headers),
     }
@@ -225,7 +245,7 @@ pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
 
 /// A packet that is passed because it can't be read. XDP leaves the counting to TC, which sees it next.
 #[inline(always)]
-fn not_understood<F: Family, W: World<F>>(world: &W, at: &Context, reason: Reason) -> Verdict {
+pub(crate) fn not_understood<F: Family, W: World<F>>(world: &W, at: &Context, reason: Reason) -> Verdict {
     if at.hook != Hook::Xdp {
         world.count(reason as u32);
     }
@@ -237,31 +257,37 @@ fn not_understood<F: Family, W: World<F>>(world: &W, at: &Context, reason: Reaso
 enum Kind {
     Flow,
     Icmp,
-    FragmentPassed,
+    FirstFragment,
+    LaterFragment,
     Other,
 }
 
 #[inline(always)]
 fn kind<F: Family>(headers: &Headers<F::Addr>, at: &Context) -> Kind {
+    let whole = headers.fragment == Fragment::Whole;
     if headers.proto == proto::TCP || headers.proto == proto::UDP {
-        return match headers.fragment {
-            Fragment::Whole => Kind::Flow,
-            _ if at.hook == Hook::Xdp => Kind::Other,
-            Fragment::First => Kind::Flow,
-            Fragment::Later => Kind::FragmentPassed,
+        if whole {
+            return Kind::Flow;
+        }
+    } else if whole {
+        return if headers.proto == F::ICMP && at.hook != Hook::Xdp {
+            Kind::Icmp
+        } else {
+            Kind::Other
         };
     }
-    let whole = headers.fragment == Fragment::Whole;
-    if headers.proto == F::ICMP && at.hook != Hook::Xdp && whole {
-        Kind::Icmp
-    } else {
+    if at.hook == Hook::Xdp || !fragment::may_be_of_flow::<F>(headers) {
         Kind::Other
+    } else if headers.fragment == Fragment::First {
+        Kind::FirstFragment
+    } else {
+        Kind::LaterFragment
     }
 }
 
 /// A TCP or UDP packet: finishes it if a live entry speaks for it, and passes it if it can't be anything to us.
 #[inline(always)]
-fn established<F: RewriteIp, P: Packet, W: World<F>>(
+pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,

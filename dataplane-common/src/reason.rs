@@ -31,10 +31,20 @@ reasons! {
     Malformed = "malformed",
     /// Passed: more IPv6 extension headers than are followed.
     ExtensionHeaders = "extension-headers",
-    /// Passed: a fragment without a layer 4 header.
-    FragmentPassed = "fragment-passed",
-    /// Dropped: a first fragment for a service, whose others could not follow it.
-    FragmentService = "fragment-service",
+    /// Held: a fragment that came before its datagram's first one.
+    FragmentHeld = "fragment-held",
+    /// Sent on: a held fragment whose datagram's first one has come.
+    FragmentReleased = "fragment-released",
+    /// Dropped: a fragment whose datagram's first one was dropped or refused.
+    FragmentDropped = "fragment-dropped",
+    /// Dropped: a held fragment whose datagram's first one did not come in time.
+    FragmentTimedOut = "fragment-timed-out",
+    /// Dropped: a held fragment that gave way to another, because there was no room.
+    FragmentEvicted = "fragment-evicted",
+    /// Passed: a fragment that came before its datagram's first one, and no more are held of its source, its datagram or at all.
+    FragmentLimit = "fragment-limit",
+    /// Passed: a fragment that came before its datagram's first one, and is too large to be held.
+    FragmentTooLarge = "fragment-too-large",
     /// Refused: the service has no endpoint (RST or ICMP unreachable sent).
     NoEndpoints = "no-endpoints",
     /// Dropped: the service has no endpoint here and its traffic policy is Local.

@@ -31,6 +31,8 @@ pub enum Action {
     Next,
     /// Not decided yet, between the steps of a stage: to be translated by its new entry.
     Translate,
+    /// Not decided yet: a fragment, the datagram's first one if `value` is 0.
+    Fragment,
 }
 
 /// The decision. Everything in the packet has been written when it is returned.
@@ -73,7 +75,8 @@ impl Verdict {
             9 => Action::Refuse,
             10 => Action::TooBig,
             11 => Action::Next,
-            _ => Action::Translate,
+            12 => Action::Translate,
+            _ => Action::Fragment,
         }
     }
 

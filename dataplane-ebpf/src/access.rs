@@ -5,7 +5,7 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{__sk_buff, xdp_md},
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail,
         bpf_xdp_get_buff_len,
     },
 };
@@ -107,6 +107,9 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn adjust_sum(&mut self, _difference: u32) {}
+
+    #[inline(always)]
     fn resize(&mut self, len: usize) -> Option<()> {
         // SAFETY: the context is valid while the program runs; the helpers check the length.
         let result = unsafe {
@@ -205,6 +208,12 @@ impl Packet for SkbPacket {
             result
         };
         (result == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&mut self, difference: u32) {
+        // SAFETY: the context is valid while the program runs. An error says that nothing has been summed up.
+        unsafe { bpf_csum_update(self.0, difference) };
     }
 
     #[inline(always)]

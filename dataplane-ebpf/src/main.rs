@@ -8,6 +8,7 @@ extern crate self as aya_log_ebpf;
 
 mod access;
 mod debug;
+mod fragments;
 mod maps;
 mod sock;
 mod stages;

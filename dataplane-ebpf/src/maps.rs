@@ -6,8 +6,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use dataplane_common::{
-    addr::{V4, V6},
+    addr::{AnyAddr, V4, V6},
     backend::Backend,
+    datagram::{Datagram4, Datagram6, DatagramKey4, DatagramKey6, FIRST_BYTES, FragmentSource, Held},
     device::Device,
     flow::{Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
@@ -56,6 +57,15 @@ pub static HALF_OPEN_V4: LruHashMap<FlowKey4, Flow4, 32768> = LruHashMap::new();
 pub static HALF_OPEN_V6: LruHashMap<FlowKey6, Flow6, 32768> = LruHashMap::new();
 
 #[btf_map]
+pub static DATAGRAMS_V4: LruHashMap<DatagramKey4, Datagram4, 16384> = LruHashMap::new();
+#[btf_map]
+pub static DATAGRAMS_V6: LruHashMap<DatagramKey6, Datagram6, 16384> = LruHashMap::new();
+#[btf_map]
+pub static HELD: HashMap<u32, Held, 2048> = HashMap::new();
+#[btf_map]
+pub static FRAGMENT_SOURCES: LruHashMap<AnyAddr, FragmentSource, 4096> = LruHashMap::new();
+
+#[btf_map]
 pub static OWN_ADDRS_V4: HashMap<u32, u32, 1024> = HashMap::new();
 #[btf_map]
 pub static OWN_ADDRS_V6: HashMap<[u32; 4], u32, 1024> = HashMap::new();
@@ -98,3 +108,16 @@ pub static WORK_V6: PerCpuArray<Work<V6>, 1> = PerCpuArray::new();
 /// Scratch space: what the routing table is asked, and answers.
 #[btf_map]
 pub static ROUTE: PerCpuArray<RouteQuery, 1> = PerCpuArray::new();
+
+/// A frame that gives its place to others for a while.
+#[repr(C)]
+pub struct Aside {
+    pub length: u32,
+    pub bytes: [u8; FIRST_BYTES],
+}
+/// Scratch space: a fragment on its way into `HELD`.
+#[btf_map]
+pub static WORK_HELD: PerCpuArray<Held, 1> = PerCpuArray::new();
+/// Scratch space: a first fragment while held ones are sent on.
+#[btf_map]
+pub static WORK_ASIDE: PerCpuArray<Aside, 1> = PerCpuArray::new();

@@ -4,12 +4,14 @@
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use dataplane_common::{
     addr::{V4, V6},
+    fragment::Waiting,
     pipeline::{Context, Stages, Work, decide, glance},
     verdict::Verdict,
 };
 
 use crate::{
     access::{SkbPacket, XdpPacket},
+    fragments::{fragments, no_fragments},
     maps::{WORK_V4, WORK_V6},
     world::{World, work},
 };
@@ -18,7 +20,7 @@ use crate::{
 pub struct Apart<C>(pub *mut C);
 
 macro_rules! stages {
-    ($family:ident, $context:ident, $packet:ident, $work:ident, $decide:ident $(, $glance:ident)?) => {
+    ($family:ident, $context:ident, $packet:ident, $work:ident, $fragments:ident, $decide:ident $(, $glance:ident)?) => {
         impl Stages<$family, $packet, World<$context>> for Apart<$context> {
             #[inline(always)]
             fn work(&mut self) -> Option<&mut Work<$family>> {
@@ -34,6 +36,7 @@ macro_rules! stages {
             fn decide(&mut self, _: &mut $packet, _: &World<$context>, at: &Context, verdict: Verdict) -> Verdict {
                 Verdict::from_raw($decide(self.0, at.to_raw(), verdict.to_raw()))
             }
+            $fragments!($family);
         }
 
         $(
@@ -60,7 +63,23 @@ macro_rules! stages {
     };
 }
 
-stages!(V4, xdp_md, XdpPacket, WORK_V4, decide_xdp4);
-stages!(V6, xdp_md, XdpPacket, WORK_V6, decide_xdp6, glance_xdp6);
-stages!(V4, __sk_buff, SkbPacket, WORK_V4, decide_skb4);
-stages!(V6, __sk_buff, SkbPacket, WORK_V6, decide_skb6, glance_skb6);
+stages!(V4, xdp_md, XdpPacket, WORK_V4, no_fragments, decide_xdp4);
+stages!(
+    V6,
+    xdp_md,
+    XdpPacket,
+    WORK_V6,
+    no_fragments,
+    decide_xdp6,
+    glance_xdp6
+);
+stages!(V4, __sk_buff, SkbPacket, WORK_V4, fragments, decide_skb4);
+stages!(
+    V6,
+    __sk_buff,
+    SkbPacket,
+    WORK_V6,
+    fragments,
+    decide_skb6,
+    glance_skb6
+);

@@ -194,7 +194,7 @@ family_tables!(
 const EXISTS: i32 = -17;
 
 #[inline(always)]
-fn insert<K, V, const M: usize, const F: usize>(
+pub fn insert<K, V, const M: usize, const F: usize>(
     map: &LruHashMap<K, V, M, F>,
     key: &K,
     value: &V,

@@ -181,6 +181,7 @@ fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64)
         services: config.sizes.limits.services,
         backends: config.sizes.limits.backends,
         maglev: config.sizes.limits.maglev,
+        held: config.sizes.held,
         ..datapath::Config::default()
     }
 }

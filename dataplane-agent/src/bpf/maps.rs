@@ -6,12 +6,14 @@ use super::{map_names, pins::Pins, sys};
 use crate::{config::Sizes, store::Limits};
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 19] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 22] {
     let Sizes {
         limits,
         affinity,
         flows,
         half_open,
+        datagrams,
+        held,
         sockets,
         own_addresses,
         devices,
@@ -37,6 +39,9 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 19] {
         (map_names::FLOWS_V6, flows),
         (map_names::HALF_OPEN_V4, half_open),
         (map_names::HALF_OPEN_V6, half_open),
+        (map_names::DATAGRAMS_V4, datagrams),
+        (map_names::DATAGRAMS_V6, datagrams),
+        (map_names::HELD, held),
         (map_names::SOCK_CHOSEN, sockets),
         (map_names::SOCK_REVERSE_V4, sockets),
         (map_names::SOCK_REVERSE_V6, sockets),

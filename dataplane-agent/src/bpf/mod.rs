@@ -107,6 +107,10 @@ pub mod map_names {
     pub const FLOWS_V6: &str = "FLOWS_V6";
     pub const HALF_OPEN_V4: &str = "HALF_OPEN_V4";
     pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
+    pub const DATAGRAMS_V4: &str = "DATAGRAMS_V4";
+    pub const DATAGRAMS_V6: &str = "DATAGRAMS_V6";
+    pub const HELD: &str = "HELD";
+    pub const FRAGMENT_SOURCES: &str = "FRAGMENT_SOURCES";
     pub const OWN_ADDRS_V4: &str = "OWN_ADDRS_V4";
     pub const OWN_ADDRS_V6: &str = "OWN_ADDRS_V6";
     pub const PORTS: &str = "PORTS";

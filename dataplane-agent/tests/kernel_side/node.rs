@@ -42,6 +42,8 @@ pub const SIZES: Sizes = Sizes {
     affinity: 1024,
     flows: 4096,
     half_open: 1024,
+    datagrams: 1024,
+    held: 64,
     sockets: 1024,
     own_addresses: 1024,
     devices: 1024,

@@ -99,6 +99,8 @@ impl Kernel {
             (["AFFINITY_V4", "AFFINITY_V6"], FLOWS),
             (["FLOWS_V4", "FLOWS_V6"], FLOWS),
             (["HALF_OPEN_V4", "HALF_OPEN_V6"], FLOWS),
+            (["DATAGRAMS_V4", "DATAGRAMS_V6"], FLOWS),
+            (["HELD", "HELD"], config.held),
         ] {
             for name in names {
                 loader.map_max_entries(name, entries);
@@ -233,6 +235,16 @@ impl Kernel {
         &mut self,
         name: &str,
     ) -> Result<StdHashMap<A, B>> {
+        let entries = self.drain_bytes::<A, K, V>(name)?;
+        let value = |(key, value): (A, [u8; V])| (key, bytemuck::pod_read_unaligned(&value));
+        Ok(entries.into_iter().map(value).collect())
+    }
+
+    /// As [`Self::drain`], for values of any kind.
+    pub fn drain_bytes<A: Pod + Eq + Hash, const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<StdHashMap<A, [u8; V]>> {
         let mut map = self.hash::<K, V>(name)?;
         let entries = map.iter().collect::<Result<Vec<_>, _>>()?;
         for (key, _) in &entries {
@@ -240,12 +252,7 @@ impl Kernel {
         }
         Ok(entries
             .iter()
-            .map(|(key, value)| {
-                (
-                    bytemuck::pod_read_unaligned(key),
-                    bytemuck::pod_read_unaligned(value),
-                )
-            })
+            .map(|(key, value)| (bytemuck::pod_read_unaligned(key), *value))
             .collect())
     }
 }

@@ -20,6 +20,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytemuck::Pod;
 use dataplane_common::addr::{AnyAddr, Family, V4, V6, ethertype, proto};
 use dataplane_common::backend::backend_state;
+use dataplane_common::datagram::{
+    Datagram4, Datagram6, DatagramKey4, DatagramKey6, FragmentSource, HeldHead,
+};
 use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
 use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
@@ -88,6 +91,7 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
         codes: [[0; 8]; 6],
         refused: 0,
         remembered: 0,
+        held: 0,
     };
     for number in 0..packets {
         if number % CHANGE == 0 {
@@ -176,6 +180,8 @@ struct Run {
     refused: u64,
     /// Clients that services with affinity have remembered.
     remembered: usize,
+    /// Fragments that were still held when tables were compared.
+    held: usize,
 }
 
 impl Run {
@@ -330,6 +336,13 @@ impl Run {
         self.compare::<V6, FlowKey6, Flow6, 40, 76>("FLOWS_V6", "HALF_OPEN_V6", |memory| &mut memory.v6)?;
         self.compare_affinity::<V4, AffinityKey4, 12>("AFFINITY_V4", |memory| &mut memory.v4)?;
         self.compare_affinity::<V6, AffinityKey6, 24>("AFFINITY_V6", |memory| &mut memory.v6)?;
+        self.compare_datagrams::<V4, DatagramKey4, Datagram4, 16, 64>("DATAGRAMS_V4", |memory| {
+            &mut memory.v4
+        })?;
+        self.compare_datagrams::<V6, DatagramKey6, Datagram6, 40, 88>("DATAGRAMS_V6", |memory| {
+            &mut memory.v6
+        })?;
+        self.compare_held()?;
         self.talks.clear();
         Ok(())
     }
@@ -393,6 +406,72 @@ impl Run {
         Ok(())
     }
 
+    fn compare_datagrams<F, A, B, const K: usize, const V: usize>(
+        &mut self,
+        name: &str,
+        tables: fn(&mut Memory) -> &mut dataplane_common::memory::FamilyTables<F>,
+    ) -> Result<()>
+    where
+        F: Family<DatagramKey = A, Datagram = B>,
+        A: Pod + Eq + Hash + std::fmt::Debug,
+        B: Pod + std::fmt::Debug,
+    {
+        let mut of_kernel = self.kernel.drain::<A, B, K, V>(name)?;
+        for (key, mut datagram) in tables(&mut self.setting.memory).datagrams.get_mut().drain() {
+            let Some(mut other) = of_kernel.remove(&key) else {
+                bail!("only the host build has in {name} {key:?} {datagram:?}");
+            };
+            for datagram in [&mut datagram, &mut other] {
+                F::datagram_head_mut(datagram).seen_ticks = 0;
+                F::meta_mut(F::datagram_flow_mut(datagram)).seen_ticks = 0;
+            }
+            ensure!(
+                bytemuck::bytes_of(&datagram) == bytemuck::bytes_of(&other),
+                "{name} {key:?}: host {datagram:?}, kernel {other:?}"
+            );
+        }
+        ensure!(
+            of_kernel.is_empty(),
+            "only the kernel build has in {name} {of_kernel:?}"
+        );
+        Ok(())
+    }
+
+    /// Both builds hold the same fragments, in the same places.
+    fn compare_held(&mut self) -> Result<()> {
+        let mut of_kernel = self.kernel.drain_bytes::<u32, 4, 2048>("HELD")?;
+        let fragments = &mut self.setting.memory.fragments;
+        for (place, (mut head, frame)) in fragments.held.get_mut().drain() {
+            self.held += 1;
+            let other = of_kernel
+                .remove(&place)
+                .context("only the host build holds a fragment")?;
+            let (bytes, other) = other.split_at(size_of::<HeldHead>());
+            let mut kept: HeldHead = bytemuck::pod_read_unaligned(bytes);
+            (head.seen_ticks, kept.seen_ticks) = (0, 0);
+            ensure!(head == kept, "in place {place}: host {head:?}, kernel {kept:?}");
+            ensure!(other[..frame.len()] == frame, "in place {place}: other bytes");
+        }
+        ensure!(of_kernel.is_empty(), "only the kernel build holds fragments");
+        fragments.sent_again.get_mut().clear();
+        let mut of_kernel = self
+            .kernel
+            .drain::<AnyAddr, FragmentSource, 16, 8>("FRAGMENT_SOURCES")?;
+        for (source, own) in fragments.sources.get_mut().drain() {
+            let other = of_kernel.remove(&source);
+            let is_same = other.is_some_and(|other| other.held == own.held);
+            ensure!(
+                is_same,
+                "FRAGMENT_SOURCES {source:?}: host {own:?}, kernel {other:?}"
+            );
+        }
+        ensure!(
+            of_kernel.is_empty(),
+            "only the kernel build has in FRAGMENT_SOURCES {of_kernel:?}"
+        );
+        Ok(())
+    }
+
     /// What the packets have met, so that nobody takes a run of passes for a test.
     fn report(&self) {
         for (hook, codes) in HOOKS.iter().zip(&self.codes) {
@@ -410,6 +489,7 @@ impl Run {
             println!("{}: {count}", reason.label());
         }
         println!("clients remembered: {}", self.remembered);
+        println!("fragments held at the end of an episode: {}", self.held);
         println!("refused as too short: {}", self.refused);
     }
 }

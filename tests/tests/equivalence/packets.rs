@@ -212,6 +212,11 @@ fn ip(random: &mut Random, src: IpAddr, dst: IpAddr, kind: u8, body: &[u8], odd:
     }
 }
 
+/// The identification of a fragment: so few that several belong to one datagram.
+fn identification(random: &mut Random) -> u16 {
+    random.below(3) as u16
+}
+
 fn ttl(random: &mut Random) -> u8 {
     random.pick(&[64, 64, 64, 64, 63, 255, 2, 1, 0])
 }
@@ -233,15 +238,20 @@ fn ipv4(random: &mut Random, src: IpAddr, dst: IpAddr, kind: u8, body: &[u8], od
         len = random.below(2 * len);
     }
     let fragment: u16 = match random.below(100) {
-        0 if odd => 0x2000,
-        1 if odd => 0x2010,
-        2 if odd => 0x0010,
-        3..=50 => 0x4000,
+        0..=3 if odd => 0x2000,
+        4..=6 if odd => 0x2010,
+        7..=8 if odd => 0x0010,
+        9..=50 => 0x4000,
         _ => 0,
+    };
+    let id = if matches!(fragment, 0 | 0x4000) {
+        random.next() as u16
+    } else {
+        identification(random)
     };
     let mut bytes = vec![(version << 4) | words as u8, random.next() as u8];
     bytes.extend((len as u16).to_be_bytes());
-    bytes.extend((random.next() as u16).to_be_bytes());
+    bytes.extend(id.to_be_bytes());
     bytes.extend(fragment.to_be_bytes());
     bytes.extend([ttl(random), kind, 0, 0]);
     bytes.extend(octets(src));
@@ -267,7 +277,8 @@ fn ipv6(random: &mut Random, src: IpAddr, dst: IpAddr, kind: u8, body: &[u8], od
             let fragment = random.pick(&[0, 0, 1, 0x10, 0x11u16]);
             extensions.extend([next, 0]);
             extensions.extend(fragment.to_be_bytes());
-            extensions.extend([1, 2, 3, 4]);
+            extensions.extend([1, 2]);
+            extensions.extend(identification(random).to_be_bytes());
         } else {
             let units = if random.percent(70) { 0 } else { random.below(12) };
             let said = if random.percent(3) {

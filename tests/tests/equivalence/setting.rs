@@ -25,6 +25,9 @@ const DEVICES: [(&str, u32); 7] = [
     ("pod1", 1500),
 ];
 
+/// Elements of `HELD`.
+pub const HELD: u32 = 8192;
+
 /// The MAC address of every neighbour.
 const NEIGHBOUR: [u8; 6] = [2, 0, 0, 0, 0, 0x99];
 
@@ -183,6 +186,9 @@ impl Setting {
                     snat_port_min: 61_000,
                     snat_port_max: 61_015,
                     refusals_per_tick: u32::MAX,
+                    // One clock stands still. And so many places that none has to be taken from another.
+                    fragment_ticks: u32::MAX / 2,
+                    held: HELD,
                     ..Config::default()
                 },
                 ..Memory::default()

@@ -78,8 +78,8 @@ fn id_at<T: Env>(tables: &T, head: ServiceHead, number: u32) -> Option<u32> {
 /// Whether a backend is one of those that the service chooses from. By halving: bit by bit, the highest number whose id
 /// is not above.
 ///
-/// How many ids there are is read anew for each bit: of a number that it has compared before, the verifier knows enough
-/// to follow each way through the loop.
+/// How many ids there are is read anew for each bit, and the number forgotten: of one that it has compared or composed
+/// before, the verifier knows enough to follow each way through the loop.
 #[inline(always)]
 fn has_backend<T: Env>(tables: &T, head: ServiceHead, id: u32) -> bool {
     let mut number = 0u32;
@@ -96,6 +96,7 @@ fn has_backend<T: Env>(tables: &T, head: ServiceHead, id: u32) -> bool {
                 number = next;
             }
         }
+        number = tables.forget(number);
     }
     id_at(tables, head, number) == Some(id)
 }

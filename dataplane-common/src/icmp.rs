@@ -45,13 +45,6 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     work: &mut Work<F>,
 ) -> Verdict {
-    if is_echo_request::<F, P>(packet, &work.headers) {
-        return if is_service_address::<F, W>(world, at, &work.headers) {
-            answer::echo::<F, P>(packet, at, &work.headers)
-        } else {
-            Verdict::PASS
-        };
-    }
     match read_quoted::<F, P>(packet, &work.headers, &mut work.quoted) {
         Ok(true) => {}
         Ok(false) => return Verdict::PASS,
@@ -79,6 +72,25 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     match translate::<F, P>(packet, at.l3, headers, &work.quoted, rewrite) {
         Some(()) => verdict,
         None => Verdict::drop(Reason::RewriteFailed),
+    }
+}
+
+/// An echo request at a TC hook; `NEXT` for everything else. Apart from [`process`], whose stack has no room for a call:
+/// kernels before 6.9 count 32 bytes for each at least.
+#[inline(never)]
+pub fn echo<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    work: &mut Work<F>,
+) -> Verdict {
+    if !is_echo_request::<F, P>(packet, &work.headers) {
+        return Verdict::NEXT;
+    }
+    if is_service_address::<F, W>(world, at, &work.headers) {
+        answer::echo::<F, P>(packet, at, &work.headers)
+    } else {
+        Verdict::PASS
     }
 }
 

@@ -519,6 +519,10 @@ impl Env for Memory {
         self.midstream_ticks.get()
     }
 
+    fn forget(&self, number: u32) -> u32 {
+        number
+    }
+
     fn set_midstream_ticks(&self, ticks: u32) {
         self.midstream_ticks.set(ticks);
     }

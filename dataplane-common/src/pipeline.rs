@@ -212,7 +212,10 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
             verdict = begin::translate::<F, P, W>(packet, world, at, work);
         }
     } else if verdict.action() == Action::Icmp {
-        verdict = icmp::process::<F, P, W>(packet, world, at, work);
+        verdict = icmp::echo::<F, P, W>(packet, world, at, work);
+        if verdict.action() == Action::Next {
+            verdict = icmp::process::<F, P, W>(packet, world, at, work);
+        }
     }
     if verdict.action() == Action::Refuse {
         verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers);

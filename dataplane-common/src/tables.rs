@@ -73,6 +73,10 @@ pub trait Env {
     /// When a TCP flow was last begun in mid-stream, in ticks; 0 for never.
     fn midstream_ticks(&self) -> u32;
     fn set_midstream_ticks(&self, ticks: u32);
+
+    /// The same number, about which the kernel's verifier has forgotten everything. Before 6.2 it tells apart all values
+    /// that it can know of a number, and follows every way through a loop that makes one bit by bit.
+    fn forget(&self, number: u32) -> u32;
 }
 
 /// Where a packet would go.

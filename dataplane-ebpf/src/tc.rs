@@ -83,6 +83,9 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         unsafe { ptr::write_volatile(&raw mut (*skb).tc_index, 0) };
         return NEXT;
     }
+    if matches!(hook, Hook::FromNetdev | Hook::ToNetdev) && is_tagged(skb) {
+        return NEXT;
+    }
     let at = Context {
         hook,
         ifindex,
@@ -107,6 +110,17 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         act_without_link_layer(skb, &world, hook, ifindex, verdict)
     } else {
         act(skb, hook, ifindex, verdict)
+    }
+}
+
+/// Whether a packet belongs to a VLAN device on top of this one, which does the work: a redirect from here would take
+/// the tag along. VLAN 0 is priority alone.
+#[inline(always)]
+fn is_tagged(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the context is valid while the program runs; each field is a load of its own.
+    unsafe {
+        ptr::read_volatile(&raw const (*skb).vlan_present) != 0
+            && ptr::read_volatile(&raw const (*skb).vlan_tci) & 0x0fff != 0
     }
 }
 

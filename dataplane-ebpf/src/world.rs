@@ -329,6 +329,21 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        // The verifier follows this way too, though an element of an array is always there.
+        let Some(scratch) = ROUTE.get_ptr_mut(0) else {
+            return 0;
+        };
+        let scratch = scratch.cast::<u32>();
+        // SAFETY: a per-CPU element, larger than a word and aligned, whose content nobody needs between two queries.
+        // Volatile: the number has to come from memory.
+        unsafe {
+            ptr::write_volatile(scratch, number);
+            ptr::read_volatile(scratch)
+        }
+    }
+
+    #[inline(always)]
     fn set_midstream_ticks(&self, ticks: u32) {
         if let Some(cell) = MIDSTREAM.get_ptr_mut(0) {
             // SAFETY: an array element; one aligned store.

@@ -17,6 +17,14 @@ const START: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_secs(30);
 const STEP: Duration = Duration::from_millis(20);
 
+/// A time that a machine of ordinary speed needs at most, made longer as `DATAPLANE_TEST_PATIENCE` says: emulated machines
+/// need many times as long.
+#[must_use]
+pub fn patient(time: Duration) -> Duration {
+    let factor = std::env::var("DATAPLANE_TEST_PATIENCE").ok();
+    time * factor.and_then(|factor| factor.parse().ok()).unwrap_or(1)
+}
+
 /// How agents are started.
 #[derive(Debug, Clone)]
 pub struct AgentOptions {
@@ -80,7 +88,7 @@ impl Agents {
         for agent in &mut self.nodes {
             agent.start(&self.options)?;
         }
-        let end = Instant::now() + START;
+        let end = Instant::now() + patient(START);
         for agent in &mut self.nodes {
             while !agent.socket.exists() && agent.exit().is_none() && Instant::now() < end {
                 sleep(STEP);
@@ -104,7 +112,7 @@ impl Agents {
             .iter()
             .map(|agent| agent.wait_command(&self.options).spawn())
             .collect();
-        let end = Instant::now() + SETTLE + Duration::from_secs(2);
+        let end = Instant::now() + patient(SETTLE) + Duration::from_secs(2);
         let mut problems = Vec::new();
         for (agent, wait) in self.nodes.iter_mut().zip(waits) {
             let reason = match wait {
@@ -191,7 +199,7 @@ impl Agent {
         let (netns, cgroup) = &self.enter;
         let mut command = self.helper.enter(netns, &cgroup.join("host"), &options.program);
         command.arg("wait").arg("--socket").arg(&self.socket);
-        command.args(["--timeout", &format!("{}s", SETTLE.as_secs())]);
+        command.args(["--timeout", &format!("{}s", patient(SETTLE).as_secs())]);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())

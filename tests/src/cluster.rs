@@ -13,7 +13,7 @@ use crate::netns::{NetNs, set_sysctls};
 use crate::places::Places;
 use crate::pod_network;
 use crate::process::Helper;
-use crate::shape::{PodShape, Shape, contains};
+use crate::shape::{PodShape, Shape, Uplink, contains};
 use crate::underlay::{COMMON, FORWARD, UPLINK, Underlay};
 use crate::worker::Worker;
 use crate::worker::protocol::{Proto, Request};
@@ -55,6 +55,11 @@ struct Node {
 impl Cluster {
     /// Builds a cluster called `name` (unique within this process).
     pub fn build(name: &str, shape: Shape, helper: &Helper) -> Result<Self> {
+        Self::build_on(name, shape, Uplink::default(), helper)
+    }
+
+    /// The same with other uplinks, which not every kernel has.
+    pub fn build_on(name: &str, shape: Shape, uplink: Uplink, helper: &Helper) -> Result<Self> {
         check_names(&shape)?;
         let places = Owned(Places::create(name)?);
         let underlay = Underlay::create(&places.0, &shape.nodes)?;
@@ -68,7 +73,7 @@ impl Cluster {
             places,
         };
         for index in 0..cluster.shape.nodes.len() {
-            cluster.add_node(index)?;
+            cluster.add_node(index, uplink)?;
         }
         for index in 0..cluster.shape.externals.len() {
             cluster.add_external(index)?;
@@ -170,7 +175,7 @@ impl Cluster {
             .with_context(|| format!("there is no node {name}"))
     }
 
-    fn add_node(&mut self, index: usize) -> Result<()> {
+    fn add_node(&mut self, index: usize, uplink: Uplink) -> Result<()> {
         let shape = &self.shape.nodes[index];
         let netns = NetNs::create(&self.places.0.netns(&shape.name))?;
         netns.enter(|| {
@@ -180,7 +185,7 @@ impl Cluster {
         let mut links = Links::open(&netns)?;
         links.set_up("lo")?;
         self.underlay
-            .connect_node(index, shape, &netns, &mut links, self.shape.network)?;
+            .connect_node(index, shape, &netns, &mut links, (self.shape.network, uplink))?;
         pod_network::prepare_node(&self.shape, index, &netns, &mut links)?;
         let cgroup = self.places.0.cgroup.join(&shape.name);
         let host = cgroup.join("host");

@@ -25,4 +25,5 @@ pub mod scenario;
 pub mod shape;
 pub mod tun;
 pub mod underlay;
+pub mod wireguard;
 pub mod worker;

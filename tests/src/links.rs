@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan,
-    LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+    BondMode, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth,
+    InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -134,6 +134,36 @@ impl Links {
         )
     }
 
+    /// A bond of which one port is active.
+    pub fn add_bond(&mut self, name: &str) -> Result<()> {
+        let data = vec![InfoBond::Mode(BondMode::ActiveBackup), InfoBond::MiiMon(10)];
+        self.add(name, InfoKind::Bond, Some(InfoData::Bond(data)), None, None)
+    }
+
+    /// The tagged network `id` on a device.
+    pub fn add_vlan(&mut self, name: &str, under: &str, id: u16) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Link(self.index(under)?));
+        let data = InfoData::Vlan(vec![InfoVlan::Id(id)]);
+        self.add_to(message, name, InfoKind::Vlan, Some(data), None, None)
+    }
+
+    /// A WireGuard device, which knows no keys yet.
+    pub fn add_wireguard(&mut self, name: &str) -> Result<()> {
+        self.add(name, InfoKind::Wireguard, None, None, None)
+    }
+
+    /// Makes a device, which is down, a port of a bond.
+    pub fn set_bond(&mut self, name: &str, bond: &str) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(name)?;
+        message
+            .attributes
+            .push(LinkAttribute::Controller(self.index(bond)?));
+        self.set_link(message)
+            .with_context(|| format!("failed to put {name} into {bond}"))
+    }
+
     fn add(
         &mut self,
         name: &str,
@@ -142,9 +172,20 @@ impl Links {
         mtu: Option<u32>,
         mac: Option<[u8; 6]>,
     ) -> Result<()> {
+        self.add_to(LinkMessage::default(), name, kind, data, mtu, mac)
+    }
+
+    fn add_to(
+        &mut self,
+        mut message: LinkMessage,
+        name: &str,
+        kind: InfoKind,
+        data: Option<InfoData>,
+        mtu: Option<u32>,
+        mac: Option<[u8; 6]>,
+    ) -> Result<()> {
         let mut info = vec![LinkInfo::Kind(kind)];
         info.extend(data.map(LinkInfo::Data));
-        let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         message.attributes.extend(mtu.map(LinkAttribute::Mtu));
         message

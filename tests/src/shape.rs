@@ -21,6 +21,29 @@ pub enum Network {
     Vxlan,
 }
 
+/// What a node's uplink is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Uplink {
+    #[default]
+    Card,
+    /// Two cards, one of them active.
+    Bond,
+    /// A tagged network on a card.
+    Vlan,
+    /// A tagged network on two cards.
+    VlanOnBond,
+}
+
+impl Uplink {
+    pub fn is_bonded(self) -> bool {
+        matches!(self, Self::Bond | Self::VlanOnBond)
+    }
+
+    pub fn is_tagged(self) -> bool {
+        matches!(self, Self::Vlan | Self::VlanOnBond)
+    }
+}
+
 /// Nodes, pods and clients outside.
 #[derive(Debug, Clone, Default)]
 pub struct Shape {

@@ -12,9 +12,11 @@ use crate::facing_xdp::{self, Answer};
 use crate::links::{Links, Route, everywhere, host};
 use crate::netns::{NetNs, set_sysctls};
 use crate::places::Places;
-use crate::shape::{ExternalShape, Network, NodeShape, gateway_of, network_of};
+use crate::shape::{ExternalShape, Network, NodeShape, Uplink, gateway_of, network_of};
 
 const BRIDGE: &str = "br0";
+/// The tagged network of uplinks that are one.
+const VLAN: u16 = 100;
 /// Device of nodes, pods and clients outside.
 pub const UPLINK: &str = "eth0";
 
@@ -82,15 +84,9 @@ impl Underlay {
         node: &NodeShape,
         netns: &NetNs,
         links: &mut Links,
-        network: Network,
+        (network, uplink): (Network, Uplink),
     ) -> Result<()> {
-        let port = format!("n{}", index + 1);
-        self.links.add_veth(&port, UPLINK, netns.fd(), None)?;
-        self.netns.enter(|| facing_xdp::complete_checksums(&port))?;
-        self.links.set_bridge(&port, BRIDGE, false)?;
-        self.links.attach_xdp(&port, &facing_xdp::load(Answer::Pass)?)?;
-        self.links.set_up(&port)?;
-        links.set_up(UPLINK)?;
+        self.plug(&format!("n{}", index + 1), netns, links, uplink)?;
         for ip in node.addresses.iter().chain(&node.extra_addresses) {
             links.add_address(UPLINK, (*ip, network_of(*ip).1))?;
         }
@@ -117,6 +113,44 @@ impl Underlay {
             }
         }
         Ok(())
+    }
+
+    /// Connects a node's uplink with a port of the switch, or two.
+    fn plug(&mut self, port: &str, netns: &NetNs, links: &mut Links, uplink: Uplink) -> Result<()> {
+        let below = if uplink.is_tagged() { "under0" } else { UPLINK };
+        if uplink.is_bonded() {
+            links.add_bond(below)?;
+        }
+        let second = format!("{port}b");
+        let cards = if uplink.is_bonded() {
+            vec![(port, "card0"), (second.as_str(), "card1")]
+        } else {
+            vec![(port, below)]
+        };
+        for (port, card) in cards {
+            self.links.add_veth(port, card, netns.fd(), None)?;
+            self.netns.enter(|| facing_xdp::complete_checksums(port))?;
+            if uplink.is_bonded() {
+                links.set_bond(card, below)?;
+            }
+            let tagged = format!("{port}v");
+            if uplink.is_tagged() {
+                self.links.add_vlan(&tagged, port, VLAN)?;
+                self.links.set_bridge(&tagged, BRIDGE, false)?;
+                self.links.set_up(port)?;
+                self.links.set_up(&tagged)?;
+            } else {
+                self.links.set_bridge(port, BRIDGE, false)?;
+                self.links.attach_xdp(port, &facing_xdp::load(Answer::Pass)?)?;
+                self.links.set_up(port)?;
+            }
+            links.set_up(card)?;
+        }
+        if uplink.is_tagged() {
+            links.set_up(below)?;
+            links.add_vlan(UPLINK, below, VLAN)?;
+        }
+        links.set_up(UPLINK)
     }
 
     /// Plugs a client outside in, with a routing table of its own at the router.

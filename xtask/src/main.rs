@@ -4,6 +4,8 @@ mod bench;
 mod build;
 mod demo;
 mod ebpf;
+mod guest;
+mod kernels;
 mod lint;
 mod needs;
 mod paths;

@@ -89,6 +89,15 @@ pub fn programs() -> Result<()> {
     Ok(())
 }
 
+/// Packages that one command alone needs, installed where they can be; what is still missing afterwards is the caller's to say.
+pub fn packages(names: &[&str]) -> Result<()> {
+    if !can_use_apt() {
+        return Ok(());
+    }
+    let _lock = lock()?;
+    progress::step(&format!("installing {}", names.join(" ")), || apt_install(names))
+}
+
 fn check() -> Result<()> {
     let missing = needs::missing();
     report_missing(&missing);

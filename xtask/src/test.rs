@@ -5,10 +5,13 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result};
 
-use crate::{build, process, progress, setup};
+use crate::{build, kernels, process, progress, setup};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Test on another kernel, in an emulated machine: a series such as 6.1, or `all`; what follows are names of tests
+    #[arg(long, value_name = "SERIES")]
+    kernel: Option<String>,
     /// Passed to `cargo test`: a name filter, `--package NAME`, or after `--` the test binary's own options
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
@@ -42,6 +45,9 @@ impl std::fmt::Display for Counts {
 
 /// The command. Its last line on stdout counts all tests of all packages.
 pub fn run(args: &Args) -> Result<()> {
+    if let Some(series) = &args.kernel {
+        return kernels::run(series, &args.args);
+    }
     setup::programs()?;
     build::run()?;
     if !process::is_root() {

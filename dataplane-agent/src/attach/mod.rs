@@ -258,6 +258,18 @@ impl Attacher {
         Ok(())
     }
 
+    /// Notes why a device gets no XDP, before anybody tries.
+    pub fn leave_to_tc(&mut self, device: &Link, reason: String) {
+        if self.state.record.xdp_fallback.get(&device.ifindex) != Some(&reason) {
+            tracing::info!(
+                device = device.name,
+                reason,
+                "no XDP: TC does all the work on this device"
+            );
+        }
+        self.refused.insert(device.ifindex, reason);
+    }
+
     fn refuse(&mut self, link: LinkName, error: &LinkError, devices: &[Link]) {
         let reason = match error.errno() {
             Some(libc::EOPNOTSUPP) => "the driver has no XDP".to_owned(),
@@ -267,12 +279,9 @@ impl Attacher {
             }
             _ => std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string),
         };
-        let device = devices.iter().find(|device| device.ifindex == link.ifindex);
-        let device = device.map_or_else(|| link.ifindex.to_string(), |device| device.name.clone());
-        if self.state.record.xdp_fallback.get(&link.ifindex) != Some(&reason) {
-            tracing::info!(device, reason, "no XDP: TC does all the work on this device");
+        if let Some(device) = devices.iter().find(|device| device.ifindex == link.ifindex) {
+            self.leave_to_tc(device, reason);
         }
-        self.refused.insert(link.ifindex, reason);
     }
 }
 

@@ -154,7 +154,8 @@ impl Observer {
         let pods = self.pods.interfaces();
         let roles = select::devices(&tables, &self.settings.patterns, &wanted.node_addresses, &pods);
 
-        let links = self.wanted_links(&tables, &roles, &pods);
+        let mut links = self.wanted_links(&tables, &roles, &pods);
+        self.leave_to_tc(&tables, &mut links);
         // Until the first list of pods and the node's addresses have come, nobody knows which interfaces are no pod's
         // and no uplink any more.
         let keep = |_| wanted.revision == 0;
@@ -186,6 +187,25 @@ impl Observer {
         }
         self.report(problems);
         Ok(self.state(&tables, &roles, wanted))
+    }
+
+    /// Takes XDP from devices where it could not be right.
+    fn leave_to_tc(&mut self, tables: &Tables, links: &mut BTreeSet<LinkName>) {
+        for device in &tables.links {
+            let xdp = LinkName {
+                program: Program::Xdp,
+                ifindex: device.ifindex,
+            };
+            if let Some(vlan) = select::vlan_above(tables, device)
+                && links.remove(&xdp)
+            {
+                let reason = format!(
+                    "it carries {}, and its driver may hide VLAN tags from XDP",
+                    vlan.name
+                );
+                self.attacher.leave_to_tc(device, reason);
+            }
+        }
     }
 
     fn wanted_links(

@@ -110,6 +110,14 @@ pub fn devices(
     };
     // Of link layers, Ethernet and none are known: InfiniBand's is neither.
     let usable = |link: &&Link| (link.is_ethernet() || link.is_layer3()) && !pods.contains(&link.ifindex);
+    // What arrives at a port of a bond or team is handed to that, and only its egress knows the port.
+    let whole = |link: &'_ Link| {
+        let master = tables.link(link.master);
+        let master = master.filter(|master| matches!(master.kind.as_str(), "bond" | "team"));
+        master.map_or((link.ifindex, role(link)), |master| {
+            (master.ifindex, role(master))
+        })
+    };
     let mut chosen: BTreeMap<u32, Role> = tables
         .links
         .iter()
@@ -130,10 +138,19 @@ pub fn devices(
                 .chosen(&tables.links)
                 .into_iter()
                 .filter(usable)
-                .map(|link| (link.ifindex, role(link))),
+                .map(whole),
         );
     }
     chosen
+}
+
+/// A VLAN device on top of a device, if there is one. Drivers take the tags off, so XDP could not tell which packets are for
+/// it.
+pub fn vlan_above<'a>(tables: &'a Tables, below: &Link) -> Option<&'a Link> {
+    tables
+        .links
+        .iter()
+        .find(|link| link.kind == "vlan" && link.peer_namespace.is_none() && link.peer == below.ifindex)
 }
 
 /// The kernel makes `tunl0`, `sit0` and the like by itself, without addresses or routes.
@@ -368,6 +385,25 @@ mod tests {
         );
         let patterns = DevicePatterns::new(&["wg0,wg1".into(), "eth*".into()]);
         assert_eq!(patterns.absent(&node().links), ["wg0,wg1"]);
+    }
+
+    #[test]
+    fn a_bond_stands_for_its_ports_and_a_vlan_is_found_on_top() {
+        let mut tables = node();
+        tables.links.push(link(20, "bond0", "bond"));
+        tables.links.push(Link {
+            master: 20,
+            ..link(21, "port0", "")
+        });
+        tables.links.push(Link {
+            peer: 20,
+            ..link(22, "bond0.7", "vlan")
+        });
+        tables.addresses.push(address(22, "198.51.100.9"));
+        assert_eq!(names(&tables, &["port0"], &[]), ["flannel.1", "bond0"]);
+        assert_eq!(names(&tables, &[], &[]), ["eth0", "flannel.1", "bond0.7"]);
+        let above = |ifindex| vlan_above(&tables, tables.link(ifindex).unwrap()).map(|link| link.ifindex);
+        assert_eq!((above(20), above(21), above(2)), (Some(22), None, None));
     }
 
     #[test]

@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use dataplane_tests::agent::{AgentOptions, Agents};
+use dataplane_tests::agent::{AgentOptions, Agents, patient};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::{Manifests, pod};
 use dataplane_tests::netns::NetNs;
 use dataplane_tests::process::Helper;
-use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
+use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, Uplink, parse_prefix};
 use dataplane_tests::worker::protocol::{Direction, Request, Response, Transfer, Transferred};
 use serde_json::json;
 
-/// Bytes of one transfer.
-pub const BYTES: u64 = 10_000_000;
+/// Bytes of one transfer; `DATAPLANE_TRANSFER_BYTES` says another number, for machines that are emulated.
+const BYTES: u64 = 10_000_000;
 const TIMEOUT: Duration = Duration::from_secs(20);
 const PORT: u16 = 9000;
 
@@ -137,17 +137,17 @@ impl Bed {
         name: &str,
         agent: PathBuf,
         flags: &[&str],
-        network: Network,
+        (network, uplink): (Network, Uplink),
         change: impl FnOnce(&mut Cluster) -> Result<()>,
     ) -> Result<Self> {
         let helper = Helper::new(env!("CARGO_BIN_EXE_dataplane-scenarios"));
-        let mut cluster = Cluster::build(name, shape(network), &helper)?;
+        let mut cluster = Cluster::build_on(name, shape(network), uplink, &helper)?;
         change(&mut cluster)?;
         let folder = Manifests::create(&cluster.places().work)?;
         write_objects(&cluster, &folder)?;
         for way in ways() {
             let request = Request::TransferListen { port: PORT };
-            cluster.worker(&way.backend())?.call(request, TIMEOUT)?;
+            cluster.worker(&way.backend())?.call(request, patient(TIMEOUT))?;
         }
         let options = AgentOptions {
             program: agent,
@@ -164,17 +164,30 @@ impl Bed {
         let transfer = Transfer {
             to: way.to(ipv6),
             direction: way.direction,
-            bytes: BYTES,
-            timeout_ms: TIMEOUT.as_millis() as u64,
+            bytes: match std::env::var("DATAPLANE_TRANSFER_BYTES") {
+                Ok(number) => number.parse().context("DATAPLANE_TRANSFER_BYTES is no number")?,
+                Err(_) => BYTES,
+            },
+            timeout_ms: patient(TIMEOUT).as_millis() as u64,
         };
         let worker = self.cluster.worker(way.client())?;
-        match worker.call(Request::Transfer(transfer), TIMEOUT + Duration::from_secs(5))? {
+        match worker.call(
+            Request::Transfer(transfer),
+            patient(TIMEOUT) + Duration::from_secs(5),
+        )? {
             Response::Transferred(done) => {
                 ensure!(done.by.name == way.backend(), "{} answered", done.by.name);
                 Ok(done)
             }
             other => bail!("unexpected answer {other:?}"),
         }
+    }
+
+    /// What the agent of a node has logged.
+    pub fn log(&self, node: &str) -> Result<String> {
+        let log = self.agents.logs().find(|(name, _)| *name == node);
+        let (_, path) = log.with_context(|| format!("no agent is on {node}"))?;
+        Ok(std::fs::read_to_string(path)?)
     }
 
     /// Waits for Enter with everything in place, if `DATAPLANE_TEST_HOLD` is set.

@@ -4,4 +4,5 @@
 mod bed;
 mod offload;
 mod path_mtu;
+mod uplinks;
 mod vxlan;

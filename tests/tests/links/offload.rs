@@ -6,7 +6,7 @@ use dataplane_tests::cluster::Cluster;
 use dataplane_tests::facing_xdp;
 use dataplane_tests::links::Links;
 use dataplane_tests::netns::NetNs;
-use dataplane_tests::shape::Network;
+use dataplane_tests::shape::{Network, Uplink};
 
 use crate::bed::{Bed, Way, agent, all_transfers, pod_device, underlay, ways};
 
@@ -67,7 +67,13 @@ fn transfers(
         }
     };
     let flags = ["--socket-lb", "off", "--datapath", datapath];
-    let mut bed = Bed::build(&format!("{name}-{datapath}"), agent, &flags, network, change)?;
+    let mut bed = Bed::build(
+        &format!("{name}-{datapath}"),
+        agent,
+        &flags,
+        (network, Uplink::Card),
+        change,
+    )?;
     let result = all_transfers(&bed, |_, done| {
         ensure!(
             done.path_mtu == mtu,

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::links::{Links, Route, host};
 use dataplane_tests::netns::set_sysctls;
-use dataplane_tests::shape::{Network, parse_prefix};
+use dataplane_tests::shape::{Network, Uplink, parse_prefix};
 use dataplane_tests::worker::protocol::Direction;
 
 use crate::bed::{Bed, Client, Way, agent, all_transfers, pod_device, underlay, ways};
@@ -128,7 +128,7 @@ fn transfers_complete(place: Place, datapath: &str) -> Result<()> {
     };
     let name = format!("mtu-{place:?}-{datapath}").to_lowercase();
     let flags = ["--socket-lb", "off", "--datapath", datapath];
-    let mut bed = Bed::build(&name, agent, &flags, Network::Routed, |cluster| {
+    let mut bed = Bed::build(&name, agent, &flags, (Network::Routed, Uplink::Card), |cluster| {
         narrow(cluster, place)
     })?;
     let result = all_transfers(&bed, |way, done| {

@@ -2,7 +2,7 @@
 //! checksums that are still partial when we translate. A wrong one costs a minute of retransmissions in the field.
 
 use anyhow::{Result, ensure};
-use dataplane_tests::shape::Network;
+use dataplane_tests::shape::{Network, Uplink};
 
 use crate::bed::{Bed, agent, all_transfers};
 
@@ -19,7 +19,7 @@ fn transfers(datapath: &str) -> Result<()> {
         &format!("vxlan-{datapath}"),
         agent,
         &flags,
-        Network::Vxlan,
+        (Network::Vxlan, Uplink::Card),
         |_| Ok(()),
     )?;
     // The switch completes the checksums of what it sends to a node, so receivers check every one.

@@ -1,0 +1,172 @@
+//! Uplinks that are more than one card: bonds, and VLAN devices on cards and on bonds. The device with the addresses does the
+//! work; what is below it passes packets on as they are.
+
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, ensure};
+use dataplane_tests::cluster::Cluster;
+use dataplane_tests::links::{Links, Route};
+use dataplane_tests::netns::NetNs;
+use dataplane_tests::places::Places;
+use dataplane_tests::shape::{Network, Uplink, parse_prefix};
+use dataplane_tests::wireguard::{self, KEYS};
+use dataplane_tests::worker::protocol::Direction;
+
+use crate::bed::{Bed, agent, all_transfers};
+
+/// The device kinds that this kernel lacks, asked once.
+fn lacking() -> Result<&'static [&'static str]> {
+    static LACKING: OnceLock<Vec<&'static str>> = OnceLock::new();
+    if let Some(lacking) = LACKING.get() {
+        return Ok(lacking);
+    }
+    let places = Places::create("kinds")?;
+    let netns = NetNs::create(&places.netns("kinds"))?;
+    let mut links = Links::open(&netns)?;
+    links.set_up("lo")?;
+    let mut lacking = Vec::new();
+    if links.add_bond("bond0").is_err() {
+        lacking.push("bonding");
+    }
+    links.add_bridge("br0", None)?;
+    if links.add_vlan("vlan0", "br0", 7).is_err() {
+        lacking.push("8021q");
+    }
+    if links.add_wireguard("wg0").is_err() {
+        lacking.push("wireguard");
+    }
+    drop(links);
+    places.remove();
+    Ok(LACKING.get_or_init(|| lacking))
+}
+
+/// `xdp`: whether the uplink can have XDP.
+fn transfers(name: &str, uplink: Uplink, devices: &[&str], xdp: bool) -> Result<()> {
+    let agent = match agent() {
+        Ok(agent) => agent,
+        Err(why) => {
+            println!("skipped: {why}");
+            return Ok(());
+        }
+    };
+    let lacking = lacking().context("failed to ask for device kinds")?;
+    if uplink.is_bonded() && lacking.contains(&"bonding") || uplink.is_tagged() && lacking.contains(&"8021q")
+    {
+        println!("skipped: this kernel has no {}", lacking.join(", no "));
+        return Ok(());
+    }
+    let mut flags = vec!["--socket-lb", "off", "--datapath", "xdp"];
+    for device in devices {
+        flags.extend(["--device", device]);
+    }
+    let mut bed = Bed::build(name, agent, &flags, (Network::Routed, uplink), |_| Ok(()))?;
+    let result = all_transfers(&bed, |_, _| Ok(()));
+    bed.hold();
+    result?;
+    let log = bed.log("node1")?;
+    ensure!(log.contains("no XDP") != xdp, "the agent says about XDP:\n{log}");
+    Ok(())
+}
+
+/// Pods of different nodes reach each other by WireGuard, whose packets have no link layer, whose MTU is 1,420, and which
+/// drops what comes from a source that the peer is not allowed.
+fn tunnel(cluster: &mut Cluster) -> Result<()> {
+    for (own, other) in [(0, 1), (1, 0)] {
+        let (me, you) = (own + 1, other + 1);
+        let netns = cluster.node_netns(&format!("node{me}"))?;
+        let mut links = Links::open(netns)?;
+        links.add_wireguard("wg0")?;
+        let pods = [format!("10.244.{you}.0/24"), format!("fd00:10:244:{you}::/64")];
+        let peer = [format!("10.9.0.{you}/32"), format!("fd00:9::{you}/128")];
+        let prefixes = |texts: &[String]| {
+            texts
+                .iter()
+                .map(|text| parse_prefix(text))
+                .collect::<Result<Vec<_>>>()
+        };
+        let pods = prefixes(&pods)?;
+        let allowed = [pods.as_slice(), &prefixes(&peer)?].concat();
+        let at = format!("192.168.77.1{you}:51820").parse()?;
+        wireguard::configure(netns, "wg0", KEYS[own].0, (KEYS[other].1, at), &allowed)?;
+        links.set_up("wg0")?;
+        links.add_address("wg0", (format!("10.9.0.{me}").parse()?, 24))?;
+        links.add_address("wg0", (format!("fd00:9::{me}").parse()?, 64))?;
+        for pods in pods {
+            let route = Route {
+                device: Some("wg0"),
+                ..Route::default()
+            };
+            // The ordinary one names a gateway, and IPv6 would add this one to it.
+            if let Some(via) = cluster.shape().nodes[other].address(pods.0) {
+                let ordinary = Route {
+                    via: Some(via),
+                    ..Route::default()
+                };
+                links.delete_route(pods, ordinary)?;
+            }
+            links.add_route(pods, route)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_behind_wireguard() -> Result<()> {
+    let agent = match agent() {
+        Ok(agent) => agent,
+        Err(why) => {
+            println!("skipped: {why}");
+            return Ok(());
+        }
+    };
+    if lacking()?.contains(&"wireguard") {
+        println!("skipped: this kernel has no wireguard");
+        return Ok(());
+    }
+    let flags = ["--socket-lb", "off", "--datapath", "xdp"];
+    let mut bed = Bed::build(
+        "wireguard",
+        agent,
+        &flags,
+        (Network::Routed, Uplink::Card),
+        tunnel,
+    )?;
+    let result = all_transfers(&bed, |way, done| {
+        let narrow = !way.is_local && way.direction == Direction::Upload;
+        ensure!(
+            !narrow || done.path_mtu == 1420,
+            "the sender thinks that the path MTU is {}",
+            done.path_mtu
+        );
+        Ok(())
+    });
+    bed.hold();
+    result
+}
+
+#[test]
+fn a_bond_has_xdp() -> Result<()> {
+    transfers("bond", Uplink::Bond, &[], true)
+}
+
+/// A port that is named stands for its bond.
+#[test]
+fn a_bond_by_the_name_of_a_port() -> Result<()> {
+    transfers("port", Uplink::Bond, &["card1"], true)
+}
+
+#[test]
+fn a_vlan_is_left_to_tc() -> Result<()> {
+    transfers("vlan", Uplink::Vlan, &[], false)
+}
+
+/// The card sees every packet first, with a tag.
+#[test]
+fn a_vlan_and_its_card() -> Result<()> {
+    transfers("vlan-card", Uplink::Vlan, &["eth0", "under0"], false)
+}
+
+#[test]
+fn a_vlan_on_a_bond() -> Result<()> {
+    transfers("vlan-bond", Uplink::VlanOnBond, &["eth0", "under0"], false)
+}

@@ -1,0 +1,273 @@
+//! `cargo xtask test --kernel SERIES`: the programs and the links tests on another kernel, in an emulated machine.
+//!
+//! The kernel is the distribution's package, downloaded and unpacked into `target/kernels`, never installed. The machine has
+//! its modules for networks, a shell, and our programs at the paths that they were built to; what it prints ends with a line
+//! that says how it went. [`SERIES`] is the one list of kernels.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::guest::{self, Guest};
+use crate::{paths, process, progress};
+
+/// A kernel series that is tested.
+#[derive(Debug)]
+struct Series {
+    name: &'static str,
+    /// What a package of this series begins with.
+    package: &'static str,
+}
+
+const SERIES: [Series; 2] = [
+    Series {
+        name: "6.1",
+        package: "linux-image-6.1.",
+    },
+    Series {
+        name: "6.12",
+        package: "linux-image-6.12.",
+    },
+];
+
+/// How long an emulated machine may take; tens of times as long as a real one does.
+const TIMEOUT: Duration = Duration::from_mins(40);
+
+/// Tests on one series, or on `all`.
+pub fn run(wanted: &str, filters: &[String]) -> Result<()> {
+    let chosen: Vec<&Series> = SERIES
+        .iter()
+        .filter(|series| wanted == "all" || wanted == series.name)
+        .collect();
+    if chosen.is_empty() {
+        let known: Vec<&str> = SERIES.iter().map(|series| series.name).collect();
+        bail!(
+            "no kernel series {wanted}: there are {} and all",
+            known.join(", ")
+        );
+    }
+    if let Some(lack) = guest::lacking()? {
+        println!("skipped: {lack}");
+        return Ok(());
+    }
+    let programs = programs()?;
+    let mut failed = Vec::new();
+    for series in chosen {
+        let Some(kernel) = unpacked(series)? else {
+            println!(
+                "skipped: kernel {}: the configured package sources have no {}*",
+                series.name, series.package
+            );
+            continue;
+        };
+        let passed = test(series, &kernel, &programs, filters)?;
+        println!(
+            "kernel {}: {}",
+            series.name,
+            if passed { "passed" } else { "failed" }
+        );
+        if !passed {
+            failed.push(series.name);
+        }
+    }
+    ensure!(failed.is_empty(), "failed on kernel {}", failed.join(", "));
+    Ok(())
+}
+
+/// What is run there.
+#[derive(Debug)]
+struct Programs {
+    agent: PathBuf,
+    helper: PathBuf,
+    tests: Vec<PathBuf>,
+}
+
+/// Builds the programs; the tests' paths are in what cargo says.
+fn programs() -> Result<Programs> {
+    crate::ebpf::run(&crate::ebpf::Args::default())?;
+    let mut build = process::cargo("build");
+    build.args(["--quiet", "--package", "dataplane-agent"]);
+    progress::step("building the agent", || process::run(&mut build))?;
+    let mut command = process::cargo("test");
+    command.args(["--no-run", "--message-format", "json", "--quiet"]);
+    command.args([
+        "--package",
+        "dataplane-tests",
+        "--test",
+        "links",
+        "--test",
+        "equivalence",
+    ]);
+    let text = progress::step("building the tests", || process::stdout_of(&mut command))?;
+    let tests: Vec<PathBuf> = text.lines().filter_map(executable).collect();
+    ensure!(
+        tests.len() == 2,
+        "cargo named {} test programs instead of 2",
+        tests.len()
+    );
+    let debug = |name| paths::target().join("debug").join(name);
+    Ok(Programs {
+        agent: debug("dataplane-agent"),
+        helper: debug("dataplane-scenarios"),
+        tests,
+    })
+}
+
+/// The test program that a line of cargo's names: one whose name has a hash, unlike that of a plain program.
+fn executable(line: &str) -> Option<PathBuf> {
+    let (_, rest) = line.split_once("\"executable\":\"")?;
+    let path = PathBuf::from(rest.split('"').next()?);
+    (path.parent()?.file_name()? == "deps").then_some(path)
+}
+
+/// The newest kernel of a series, unpacked; none if the configured sources have none.
+fn unpacked(series: &Series) -> Result<Option<PathBuf>> {
+    let Some(package) = newest(series)? else {
+        return Ok(None);
+    };
+    let dir = paths::root().join("target/kernels").join(&package);
+    if dir.join("boot").is_dir() {
+        return Ok(Some(dir));
+    }
+    let parent = paths::root().join("target/kernels");
+    fs::create_dir_all(&parent).with_context(|| format!("failed to create {}", parent.display()))?;
+    progress::step(&format!("downloading {package}"), || {
+        let mut command = Command::new("apt-get");
+        command.args(["download", &package]).current_dir(&parent);
+        process::run_captured(&mut command)
+    })?;
+    let archive = fs::read_dir(&parent)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&format!("{package}_")) && path.extension().is_some_and(|is| is == "deb")
+        })
+        .with_context(|| format!("apt-get left no {package}"))?;
+    let partial = parent.join(format!("{package}.partial"));
+    process::run_captured(Command::new("dpkg").arg("-x").arg(&archive).arg(&partial))?;
+    fs::rename(&partial, &dir).with_context(|| format!("failed to rename {}", partial.display()))?;
+    fs::remove_file(&archive).with_context(|| format!("failed to remove {}", archive.display()))?;
+    Ok(Some(dir))
+}
+
+fn newest(series: &Series) -> Result<Option<String>> {
+    let listed = process::stdout_of(Command::new("apt-cache").args(["pkgnames", series.package]))?;
+    Ok(listed
+        .lines()
+        .filter(|name| is_image(name))
+        .max_by_key(|name| numbers(name))
+        .map(str::to_owned))
+}
+
+/// Signed images of ordinary kernels: `linux-image-6.1.0-56-amd64`.
+fn is_image(name: &str) -> bool {
+    name.ends_with("-amd64") && !["-rt-", "-cloud-", "bpo"].iter().any(|part| name.contains(part))
+}
+
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit())
+        .filter_map(|part| part.parse().ok())
+        .collect()
+}
+
+fn test(series: &Series, kernel: &Path, programs: &Programs, filters: &[String]) -> Result<bool> {
+    let work = paths::root()
+        .join("target/kernels")
+        .join(format!("{}.root", series.name));
+    let guest = Guest::create(kernel, &work)?;
+    guest.add_program(&programs.agent)?;
+    guest.add_program(&programs.helper)?;
+    guest.add_file(&paths::ebpf_object())?;
+    let mut script = format!(
+        "export DATAPLANE_AGENT={} DATAPLANE_EBPF_OBJECT={}\n\
+         export DATAPLANE_TEST_PATIENCE=20 DATAPLANE_TRANSFER_BYTES=1000000\n\
+         export DATAPLANE_EQUIVALENCE_PACKETS=20000 RUST_BACKTRACE=0\n",
+        programs.agent.display(),
+        paths::ebpf_object().display()
+    );
+    for program in &programs.tests {
+        guest.add_program(program)?;
+        let filters = if filters.is_empty() {
+            DEFAULT_TESTS.join(" ")
+        } else {
+            filters.join(" ")
+        };
+        writeln!(
+            script,
+            "run {} {filters} --nocapture --test-threads=1",
+            program.display()
+        )?;
+    }
+    let image = guest.pack(&script)?;
+    let log = paths::root()
+        .join("target/kernels")
+        .join(format!("{}.log", series.name));
+    progress::note(&format!(
+        "kernel {}: all output in {}",
+        series.name,
+        log.display()
+    ));
+    let output = File::create(&log).with_context(|| format!("failed to create {}", log.display()))?;
+    let mut machine = guest::machine(kernel, &image)?;
+    machine
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output);
+    progress::step(&format!("running tests on kernel {}", series.name), || {
+        guest::run_bounded(&mut machine, TIMEOUT)
+    })?;
+    let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
+    for line in text.lines().map(str::trim_end).filter(|line| is_told(line)) {
+        println!("  {line}");
+    }
+    // The machine has what these tests need: one that is left out is a failure.
+    let skipped = text.contains("skipped:");
+    Ok(!skipped && text.lines().any(|line| line.trim_end() == guest::PASSED))
+}
+
+/// What runs without filters: every program through the verifier and over random packets, and uplinks that few machines
+/// have modules for.
+const DEFAULT_TESTS: [&str; 3] = ["host_and_kernel_build_agree", "uplinks", "super_packets"];
+
+fn is_told(line: &str) -> bool {
+    line.contains("skipped:")
+        || ["test ", "FAILED", "Error:", "Linux version", "lacks the module"]
+            .iter()
+            .any(|start| line.starts_with(start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_signed_image_is_taken() {
+        assert!(is_image("linux-image-6.1.0-56-amd64"));
+        assert!(is_image("linux-image-6.12.117+deb12-amd64"));
+        for other in [
+            "linux-image-6.1.0-56-cloud-amd64",
+            "linux-image-6.1.0-56-amd64-unsigned",
+            "linux-image-6.1.0-56-rt-amd64",
+        ] {
+            assert!(!is_image(other), "{other}");
+        }
+        assert!(numbers("linux-image-6.1.0-56-amd64") > numbers("linux-image-6.1.0-9-amd64"));
+    }
+
+    #[test]
+    fn test_programs_are_found_in_what_cargo_says() {
+        let line =
+            r#"{"reason":"compiler-artifact","executable":"/x/target/debug/deps/links-0a1b","fresh":true}"#;
+        assert_eq!(executable(line), Some("/x/target/debug/deps/links-0a1b".into()));
+        assert_eq!(
+            executable(r#"{"executable":"/x/target/debug/dataplane-agent"}"#),
+            None
+        );
+        assert_eq!(executable(r#"{"executable":null}"#), None);
+    }
+}

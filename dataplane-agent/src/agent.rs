@@ -2,6 +2,7 @@
 
 mod machine;
 mod reports;
+mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -17,6 +18,7 @@ use tokio::{
     time,
 };
 
+use self::sockets::HostSockets;
 use crate::{
     attach,
     compile::{Compiler, Options},
@@ -55,7 +57,11 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let prepared = attach::start::prepare(&config)?;
     let socket = health::bind_unix(&config.socket)?;
     let (wanted, wanted_seen) = watch::channel(WantedPods::default());
-    let Kernel { store, mut host } = attach::start::start(prepared, &config, wanted_seen)?;
+    let Kernel {
+        store,
+        mut host,
+        given_sockets,
+    } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
     let (asks, mut asked) = mpsc::unbounded_channel();
@@ -76,6 +82,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut audit = time::interval_at(time::Instant::now() + AUDIT, AUDIT);
     let mut batches = source.batches;
     let mut agent = Agent::new(&config, store, syncer, wanted, progress, health_checks);
+    agent.sockets = given_sockets.and_then(sockets::open);
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
     loop {
         let reclaim_at = agent.reclaim_at;
@@ -118,6 +125,7 @@ struct Agent {
     compiler: Compiler,
     syncer: Syncer,
     store: Box<dyn Store + Send>,
+    sockets: Option<HostSockets>,
     host: Option<HostState>,
     wanted: watch::Sender<WantedPods>,
     progress: watch::Sender<Progress>,
@@ -158,6 +166,7 @@ impl Agent {
             }),
             syncer,
             store,
+            sockets: None,
             host: None,
             wanted,
             progress,
@@ -283,6 +292,7 @@ impl Agent {
         self.syncer.update(updates);
         self.syncer.set_host(tables);
         let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
+        self.end_sockets(&report);
         if report.writes > 0 {
             tracing::debug!(revision = self.taken, writes = report.writes, "programmed");
         }
@@ -311,6 +321,9 @@ impl Agent {
         if let Err(error) = tokio::task::block_in_place(|| self.syncer.reclaim(&mut *self.store)) {
             tracing::warn!("failed to wait for a grace period: {error}");
             self.reclaim_at = Some(Instant::now() + RETRY_AT_MOST);
+        }
+        if let Some(sockets) = &mut self.sockets {
+            tokio::task::block_in_place(|| sockets.end_late_ones(&self.syncer));
         }
     }
 

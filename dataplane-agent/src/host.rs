@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr};
 use dataplane_common::{addr::Mac, device::Device};
 use tokio::sync::watch;
 
-use crate::store::Store;
+use crate::store::{Store, sockets::GivenSockets};
 
 /// One observation of the machine, complete in itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,6 +85,8 @@ pub struct Kernel {
     pub store: Box<dyn Store + Send>,
     /// `None` until the first observation.
     pub host: watch::Receiver<Option<HostState>>,
+    /// `None` without socket hooks.
+    pub given_sockets: Option<GivenSockets>,
 }
 
 impl fmt::Debug for Kernel {

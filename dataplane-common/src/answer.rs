@@ -20,18 +20,19 @@ const TTL: u8 = 64;
 /// Layer 4 bytes that an ICMP error quotes (RFC 792 asks for 8).
 const QUOTED_L4: usize = 8;
 
-/// Refuses a TCP or UDP packet for a service without endpoints, as a host with a closed port does.
+/// Refuses a TCP or UDP packet that nobody is there for, as a host with a closed port does. `reason` is counted.
 #[inline(never)]
 pub fn refuse<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,
     headers: &Headers<F::Addr>,
+    reason: u32,
 ) -> Verdict {
     if headers.has_flags(tcp::RST) {
         return Verdict::drop(Reason::NoEndpoints);
     }
-    world.count(Reason::NoEndpoints as u32);
+    world.count(reason);
     if !world.take_refusal() {
         return Verdict::drop(Reason::RefusalRateLimited);
     }

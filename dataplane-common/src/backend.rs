@@ -1,7 +1,8 @@
 //! `BACKENDS`, an array by backend id.
 //!
 //! Ids never move and are reused oldest first, under a new generation; a flow that remembers (id, generation) is
-//! never sent to whoever got the id after its own backend.
+//! never sent to whoever got the id after its own backend. An endpoint that several Services share has an id for each:
+//! when one of them loses it, the others' flows stay.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -11,7 +12,7 @@ use crate::addr::{AnyAddr, Mac};
 pub mod backend_state {
     /// Nobody. No flow may use it.
     pub const GONE: u8 = 0;
-    /// Chosen for new flows by at least one service.
+    /// Chosen for new flows by its Service.
     pub const ACTIVE: u8 = 1;
     /// Not chosen any more and not serving: TCP flows stay, also after it has left its slices; UDP flows move.
     pub const DRAINING: u8 = 2;
@@ -57,7 +58,10 @@ pub struct Backend {
     pub pod_mac: Mac,
     /// The link-layer address from which the pod expects its packets: that of its host-side interface or bridge.
     pub host_mac: Mac,
+    /// Whose endpoint it is. For the agent, as [`crate::service::Frontend::owner`].
+    pub owner: u32,
+    pub unused: u32,
 }
 
 const _: () = assert!(size_of::<BackendHead>() == 8);
-const _: () = assert!(size_of::<Backend>() == 40);
+const _: () = assert!(size_of::<Backend>() == 48);

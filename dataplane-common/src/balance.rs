@@ -3,7 +3,7 @@
 use crate::{
     addr::{Family, Tuple},
     pipeline::{Work, World},
-    service::{Affinity, Scope, ServiceHead, TABLE_SIZES, port_set_index},
+    service::{Affinity, Scope, ServiceHead, TABLE_SIZES, port_set_index, service_flags},
     tables::{Env, Tables},
 };
 
@@ -104,18 +104,27 @@ fn has_backend<T: Env>(tables: &T, head: ServiceHead, id: u32) -> bool {
 /// In place of a backend id: none.
 pub(crate) const NO_BACKEND: u32 = u32::MAX;
 
-/// The backend of a client of a service with affinity: the one that it had, if it came back in time and that is still
+/// The backend of a client of a service with affinity: the one that it had, by whichever frontend of the service port, if it came back in time and that is still
 /// chosen from, else a new one, which is remembered. A client that nobody remembers is led by its address alone, to the
 /// same backend on every node; one that comes too late by its flow, so that it may meet another than before.
 /// [`NO_BACKEND`] when the slice is out of range.
 #[inline(always)]
 pub(crate) fn choose_for_client<F: Family, W: World<F>>(world: &W, work: &Work<F>, head: ServiceHead) -> u32 {
     let mut tuple = work.headers.tuple;
-    let key = F::affinity_key(work.service, head.generation, tuple.src);
+    let mut owner = work.service;
+    let mut generation = head.generation;
+    if head.flags & service_flags::AFFINITY_SHARED != 0 {
+        owner = world.service_affinity(work.service);
+        let Some(head) = world.service_head(owner) else {
+            return NO_BACKEND;
+        };
+        generation = head.generation;
+    }
+    let key = F::affinity_key(owner, generation, tuple.src);
     let now = world.now_eighths();
     let known = world.affinity(&key);
-    let is_late = known
-        .is_some_and(|known| now.wrapping_sub(known.seen_eighths) > world.affinity_eighths(work.service));
+    let is_late =
+        known.is_some_and(|known| now.wrapping_sub(known.seen_eighths) > world.service_affinity(owner));
     if !is_late
         && let Some(known) = known
         && let Some(backend) = world.backend_head(known.backend)

@@ -2,6 +2,7 @@
 
 use crate::{
     addr::{Family, Rewrite, Tuple, proto},
+    backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
     flow::{FlowMeta, Side, flow_flags, flow_state},
     packet::Packet,
@@ -11,14 +12,16 @@ use crate::{
     reason::Reason,
     rewrite::RewriteIp,
     service::{ServiceHead, service_flags},
-    tables::{Entry, InsertError},
+    tables::{Entry, Env, InsertError},
     verdict::{Hook, Verdict},
 };
 
-/// The first answer of a backend: both directions enter `FLOWS`, and `work.forward` is the answer's entry.
+/// The first answer of a backend: both directions enter `FLOWS`, and `work.forward` is the answer's entry. Another
+/// datagram of a flow that nobody has answered yet: its backend is in `work.backend`, else [`NO_BACKEND`].
 #[inline(never)]
 pub(crate) fn first_answer<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
     let now = world.now_ticks();
+    work.backend = NO_BACKEND;
     work.key = F::flow_key(&work.headers.tuple, work.headers.proto, at.side());
     if !may_be_first_answer(world, &work.headers) {
         return Verdict::NEXT;
@@ -29,6 +32,12 @@ pub(crate) fn first_answer<F: Family, W: World<F>>(world: &W, at: &Context, work
     work.forward = *entry.flow();
     let meta = F::meta_mut(&mut work.forward);
     if now.wrapping_sub(meta.seen_ticks) > world.config(|c| &c.half_open_ticks) {
+        return Verdict::NEXT;
+    }
+    if meta.flags & flow_flags::REPLY == 0 {
+        if still_serves(world, meta, work.service) {
+            work.backend = meta.backend;
+        }
         return Verdict::NEXT;
     }
     if at.hook == Hook::Xdp && !xdp_finishes(meta) {
@@ -68,6 +77,18 @@ pub(crate) fn first_answer<F: Family, W: World<F>>(world: &W, at: &Context, work
     }
 }
 
+/// Whether the backend that a flow has had without an answer is still its service's.
+#[inline(always)]
+fn still_serves<W: Env>(world: &W, meta: &FlowMeta, service: u32) -> bool {
+    let (Some(backend), Some(head)) = (world.backend_head(meta.backend), world.service_head(service)) else {
+        return false;
+    };
+    meta.service == service
+        && meta.service_generation == head.generation
+        && meta.backend_generation == backend.generation
+        && (backend.state == backend_state::ACTIVE || backend.state == backend_state::SERVING)
+}
+
 /// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
 #[inline(never)]
 pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
@@ -76,6 +97,9 @@ pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut
         Err(verdict) => return verdict,
     };
     work.service_generation = head.generation;
+    if work.backend != NO_BACKEND {
+        return Verdict::NEXT;
+    }
     work.backend = if head.flags & service_flags::AFFINITY == 0 {
         let hash = flow_hash::<F>(&work.headers.tuple, work.headers.proto);
         choose(world, head, hash).unwrap_or(NO_BACKEND)
@@ -162,7 +186,7 @@ fn usable<F: Family, W: World<F>>(world: &W, at: &Context, work: &Work<F>) -> Re
         } else if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
             Verdict::drop(Reason::NoLocalEndpoints)
         } else {
-            Verdict::REFUSE
+            Verdict::refuse(Reason::NoEndpoints)
         });
     }
     Ok(head)
@@ -235,7 +259,11 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
             if meta.seen_ticks != now {
                 occupant.touch(now, flow_state::OPEN);
             }
-            return Verdict::TRANSLATE;
+            return if is_tcp {
+                Verdict::TRANSLATE
+            } else {
+                stay::<F, W>(world, work, now)
+            };
         }
         if !same && now.wrapping_sub(meta.seen_ticks) <= world.config(|c| &c.half_open_ticks) {
             return Verdict::NEXT;
@@ -244,6 +272,45 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
     match world.put_half_open(&work.key, &work.reply, true) {
         Ok(()) => Verdict::TRANSLATE,
         Err(_) => Verdict::drop(Reason::FlowInsertFailed),
+    }
+}
+
+/// Remembers the backend of a datagram that is not its flow's first, though nobody has answered: flows that never are
+/// (syslog, sFlow) stay where they are while others come and go. One-datagram floods enter no second entry.
+#[inline(never)]
+fn stay<F: Family, W: World<F>>(world: &W, work: &mut Work<F>, now: u32) -> Verdict {
+    let side = side_of(F::meta(&work.forward));
+    work.key = F::flow_key(&work.headers.tuple, work.headers.proto, side);
+    if let Some(entry) = world.half_open(&work.key) {
+        let (meta, forward) = (F::meta(entry.flow()), F::meta(&work.forward));
+        if same_plan(meta, forward) {
+            if meta.seen_ticks != now {
+                entry.touch(now, flow_state::OPEN);
+            }
+            return Verdict::TRANSLATE;
+        }
+    }
+    // Without the entry, the flow moves with its service's table.
+    let _ = world.put_half_open(&work.key, &work.forward, true);
+    Verdict::TRANSLATE
+}
+
+/// A pod's datagram that is not for a service: its connected socket may have been given a backend that is gone. The
+/// refusal tells the process, and whoever has got that address since is spared what is not meant for it.
+#[inline(never)]
+pub(crate) fn given<F: Family, W: World<F>>(world: &W, work: &Work<F>) -> Verdict {
+    let tuple = &work.headers.tuple;
+    let Some(given) = world.given(&tuple.dst, tuple.dport_be) else {
+        return Verdict::PASS;
+    };
+    let Some(backend) = world.backend_head(given.backend) else {
+        return Verdict::PASS;
+    };
+    let serves = backend.state == backend_state::ACTIVE || backend.state == backend_state::SERVING;
+    if serves && backend.generation == given.backend_generation {
+        Verdict::PASS
+    } else {
+        Verdict::refuse(Reason::EndpointGone)
     }
 }
 

@@ -16,6 +16,8 @@ pub mod config_flags {
     pub const FAST_PATH: u32 = 4;
     /// Socket hooks translate for host processes only.
     pub const SOCKET_HOST_ONLY: u32 = 8;
+    /// Socket hooks translate for pods too: what a pod sends may be a datagram of a socket that was given a backend.
+    pub const SOCKET_PODS: u32 = 16;
 }
 
 /// Constants for one load of the object.

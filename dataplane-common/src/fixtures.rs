@@ -2,6 +2,9 @@
 
 extern crate std;
 
+mod datagrams;
+mod endings;
+
 use std::{vec, vec::Vec};
 
 use crate::{
@@ -486,7 +489,7 @@ fn sticky(backends: u8) -> Memory {
     let addrs: Vec<[u8; 4]> = (0..backends).map(|last| [10, 244, 1, last]).collect();
     let mut world = world(&addrs);
     world.services[0].head.flags = service_flags::AFFINITY;
-    world.services[0].affinity_eighths = 16;
+    world.services[0].affinity = 16;
     world
 }
 
@@ -578,6 +581,53 @@ fn a_client_that_comes_too_late_may_meet_another_backend() {
     met.sort_unstable();
     met.dedup();
     assert_eq!(met, [0, 1, 2]);
+}
+
+/// Service 1, at the node port: another frontend of the same service port.
+fn shared(world: &mut Memory, flags: u8) {
+    let mut second = world.services[0];
+    second.head.flags |= flags;
+    second.head.generation = 7;
+    second.affinity = if flags == 0 { 16 } else { 0 };
+    world.services.push(second);
+    let key = V4::frontend_key(0, 30080u16.to_be(), proto::TCP, Scope::Internal);
+    world.v4.frontends.insert(key, 1);
+}
+
+#[test]
+fn a_client_is_known_by_every_frontend_of_its_service_port() {
+    for flags in [service_flags::AFFINITY_SHARED, 0] {
+        let mut world = sticky(9);
+        shared(&mut world, flags);
+        let at = |world: &Memory, sport: u16| {
+            let syn = tcp_packet((POD, sport), (NODE, 30080), tcp::SYN);
+            ends(&run(world, &FROM_POD, &syn).1).1.0
+        };
+        let first = chosen(&world, POD, 4000);
+        let addr = world.backends[first as usize].addr_be[0].to_ne_bytes();
+        // What its address alone would lead to is another one from now on, at both.
+        let offset = world.services[0].head.slots_offset as usize;
+        for word in &mut world.maglev[offset..] {
+            *word = u64::from((first + 1) % 9) * 0x0001_0001_0001_0001;
+        }
+        assert_eq!(at(&world, 4001) == addr, flags != 0);
+        // Each renews what the other remembers.
+        for sport in 4002..4010 {
+            world.now_ticks += 2;
+            let (verdict, _) = run(
+                &world,
+                &FROM_POD,
+                &tcp_packet((POD, sport), (NODE, 30080), tcp::SYN),
+            );
+            assert_eq!(verdict, Verdict::PASS);
+        }
+        if flags != 0 {
+            assert_eq!(chosen(&world, POD, 4011), first);
+            // Whoever gets the entry that they share does not inherit its clients.
+            world.services[0].head.generation += 1;
+            assert_ne!(at(&world, 4012), addr);
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! `FLOWS_V4`, `FLOWS_V6`, `HALF_OPEN_V4` and `HALF_OPEN_V6`: what is remembered of a translated flow.
 //!
 //! A flow has two entries, one for each direction, each keyed by the packet as its hook sees it before translation.
-//! A first packet enters only the reply's entry, into `HALF_OPEN`; the reply enters both into `FLOWS`.
+//! A first packet enters only the reply's entry, into `HALF_OPEN`; the reply enters both into `FLOWS`. A second datagram
+//! without an answer enters its own into `HALF_OPEN` too, so that flows which are never answered stay with their backend.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -22,6 +22,7 @@ use crate::{
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
+    sock::SockBackend,
     tables::{Entry, Env, InsertError, Route, Router, Tables},
     verdict::{Hook, Verdict},
 };
@@ -36,6 +37,8 @@ pub struct FamilyTables<F: Family> {
     pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
     pub datagrams: RefCell<HashMap<F::DatagramKey, F::Datagram>>,
     pub ranges: Vec<MemoryRange>,
+    /// What socket hooks have given the socket that sends, by address and port.
+    pub given: HashMap<(F::Addr, u16), SockBackend>,
 }
 
 impl<F: Family> Default for FamilyTables<F> {
@@ -48,6 +51,7 @@ impl<F: Family> Default for FamilyTables<F> {
             affinity: RefCell::default(),
             datagrams: RefCell::default(),
             ranges: Vec::new(),
+            given: HashMap::new(),
         }
     }
 }
@@ -442,6 +446,10 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
     }
 
+    fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend> {
+        F::tables(self).given.get(&(*addr, port_be)).copied()
+    }
+
     fn in_source_range(&self, service: u32, client: &F::Addr) -> bool {
         let client = F::to_any(*client);
         let mut ranges = F::tables(self).ranges.iter();
@@ -480,9 +488,9 @@ impl Env for Memory {
         self.services.get(index as usize).map(|service| service.head)
     }
 
-    fn affinity_eighths(&self, index: u32) -> u32 {
+    fn service_affinity(&self, index: u32) -> u32 {
         let service = self.services.get(index as usize);
-        service.map_or(0, |service| service.affinity_eighths)
+        service.map_or(0, |service| service.affinity)
     }
 
     fn backend_head(&self, id: u32) -> Option<BackendHead> {

@@ -14,6 +14,7 @@ use crate::{
     backend::backend_state,
     balance::find_service,
     begin,
+    config::config_flags,
     device::own_flags,
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
@@ -216,9 +217,11 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
         if verdict.action() == Action::Next {
             verdict = icmp::process::<F, P, W>(packet, world, at, work);
         }
+    } else if verdict.action() == Action::Given {
+        verdict = begin::given::<F, W>(world, work);
     }
     if verdict.action() == Action::Refuse {
-        verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers);
+        verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers, verdict.value());
     } else if verdict.action() == Action::TooBig {
         let mtu = verdict.value() as u16;
         verdict = answer::too_big::<F, P, W>(packet, world, at, &work.headers, mtu);
@@ -335,6 +338,12 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
     }
     if service != NO_SERVICE || may_be_first_answer(world, headers) && world.half_open(&key).is_some() {
         return Verdict::to(Action::Miss, service);
+    }
+    if at.hook == Hook::FromPod
+        && headers.proto == proto::UDP
+        && world.config(|c| &c.flags) & config_flags::SOCKET_PODS != 0
+    {
+        return Verdict::to(Action::Given, 0);
     }
     Verdict::PASS
 }

@@ -47,6 +47,8 @@ reasons! {
     FragmentTooLarge = "fragment-too-large",
     /// Refused: the service has no endpoint (RST or ICMP unreachable sent).
     NoEndpoints = "no-endpoints",
+    /// Refused: the endpoint that a pod's connected socket was given is gone (ICMP unreachable sent).
+    EndpointGone = "endpoint-gone",
     /// Dropped: the service has no endpoint here and its traffic policy is Local.
     NoLocalEndpoints = "no-local-endpoints",
     /// Dropped: the client is in none of the service's source ranges.

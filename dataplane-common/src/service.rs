@@ -76,6 +76,8 @@ pub mod service_flags {
     pub const DROP_WHEN_EMPTY: u8 = 2;
     /// `ClientIP` session affinity: what a client was given is in `AFFINITY_V4` or `AFFINITY_V6`.
     pub const AFFINITY: u8 = 4;
+    /// With [`AFFINITY`]: its clients are those of another entry, see [`super::Service::affinity`].
+    pub const AFFINITY_SHARED: u8 = 16;
     /// Flows begin only from the source ranges that `RANGES_V4` or `RANGES_V6` has for the service.
     pub const RANGES: u8 = 8;
 }
@@ -97,17 +99,19 @@ pub struct Service {
     pub proto: u8,
     /// 4 or 6.
     pub family: u8,
-    /// How long a client keeps its backend after its last connection began, in eighths of a tick (2^27 ns).
-    pub affinity_eighths: u32,
+    /// How long a client keeps its backend after its last connection began, in eighths of a tick (2^27 ns). With
+    /// [`service_flags::AFFINITY_SHARED`] the index of the entry that says so: of the same service port and family,
+    /// whose frontends remember a client together.
+    pub affinity: u32,
 }
 
 /// Key of `AFFINITY_V4`: a client of a service with [`service_flags::AFFINITY`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct AffinityKey4 {
-    /// Index into `SERVICES`.
+    /// Index into `SERVICES`, of the entry under which the service port's clients are remembered.
     pub service: u32,
-    /// The service's, so that who gets its index later does not inherit its clients.
+    /// That entry's, so that who gets its index later does not inherit its clients.
     pub service_generation: u32,
     /// The client's own address.
     pub addr_be: u32,

@@ -1,5 +1,6 @@
 //! `SOCK_CHOSEN`: which backend an unconnected UDP socket was given, so that its datagrams stay together.
-//! `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`: which service address a socket asked for, by the backend it was given.
+//! `SOCK_REVERSE_V4` and `SOCK_REVERSE_V6`: which service address a socket asked for, by the backend it was given; and
+//! which backend that is, so that a connected UDP socket can be told when it is gone.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -14,7 +15,7 @@ pub struct SockService {
     pub service_generation: u32,
 }
 
-/// Value of `SOCK_CHOSEN`; it holds while the backend has this generation.
+/// A backend that a socket was given; it is that one while the backend has this generation. Value of `SOCK_CHOSEN`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockBackend {
@@ -47,6 +48,18 @@ pub struct SockKey6 {
     pub unused: [u8; 6],
 }
 
+impl SockKey4 {
+    #[inline(always)]
+    pub fn new(cookie: u64, addr_be: u32, port_be: u16) -> Self {
+        Self {
+            cookie,
+            addr_be,
+            port_be,
+            unused: [0; 2],
+        }
+    }
+}
+
 impl SockKey6 {
     /// Made of whole words: the compiler would clear the last six bytes by stores that are not aligned, which the
     /// verifier does not allow on the stack.
@@ -57,26 +70,30 @@ impl SockKey6 {
     }
 }
 
-/// Value of `SOCK_REVERSE_V4`: the service's address.
+/// Value of `SOCK_REVERSE_V4`: the service's address, and the backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockAddr4 {
     pub addr_be: u32,
     pub port_be: u16,
-    pub unused: [u8; 2],
+    /// 1 where it was asked for by connect, and the socket sends nowhere else; 0 where by a single datagram.
+    pub connected: u16,
+    pub given: SockBackend,
 }
 
-/// Value of `SOCK_REVERSE_V6`: the service's address.
+/// Value of `SOCK_REVERSE_V6`: the service's address, and the backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct SockAddr6 {
     pub addr_be: [u32; 4],
     pub port_be: u16,
-    pub unused: [u8; 2],
+    /// 1 where it was asked for by connect, and the socket sends nowhere else; 0 where by a single datagram.
+    pub connected: u16,
+    pub given: SockBackend,
 }
 
 const _: () = assert!(size_of::<SockService>() == 16);
 const _: () = assert!(size_of::<SockKey4>() == 16);
 const _: () = assert!(size_of::<SockKey6>() == 32);
-const _: () = assert!(size_of::<SockAddr4>() == 8);
-const _: () = assert!(size_of::<SockAddr6>() == 20);
+const _: () = assert!(size_of::<SockAddr4>() == 16);
+const _: () = assert!(size_of::<SockAddr6>() == 28);

@@ -6,6 +6,7 @@ use crate::{
     config::Config,
     device::Device,
     service::{Affinity, PortSet, ServiceHead},
+    sock::SockBackend,
 };
 
 /// An entry of a flow table, in place.
@@ -39,6 +40,8 @@ pub trait Tables<F: Family> {
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
     fn own_address(&self, addr: F::Addr) -> u32;
 
+    /// The backend with this address and port that the socket which sends the packet was given when it was connected.
+    fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend>;
     /// Whether a client is in one of the source ranges of a service.
     fn in_source_range(&self, service: u32, client: &F::Addr) -> bool;
     fn affinity(&self, key: &F::AffinityKey) -> Option<Affinity>;
@@ -58,8 +61,8 @@ pub trait Env {
     fn now_eighths(&self) -> u32;
 
     fn service_head(&self, index: u32) -> Option<ServiceHead>;
-    /// How long a client of a service with affinity is remembered, in eighths of a tick.
-    fn affinity_eighths(&self, index: u32) -> u32;
+    /// [`Service::affinity`](crate::service::Service::affinity).
+    fn service_affinity(&self, index: u32) -> u32;
     fn backend_head(&self, id: u32) -> Option<BackendHead>;
     fn backend(&self, id: u32) -> Option<Backend>;
     fn maglev(&self, index: u32) -> Option<u64>;

@@ -23,7 +23,9 @@ pub enum Action {
     Miss,
     /// Not decided yet: ICMP.
     Icmp,
-    /// Not decided yet: to be refused, its service has no endpoint.
+    /// Not decided yet: not for a service, but perhaps of a socket that was given a backend.
+    Given,
+    /// Not decided yet: to be refused, for the [`Reason`] in `value`.
     Refuse,
     /// Not decided yet: to be answered, it is larger than the MTU in `value`.
     TooBig,
@@ -46,13 +48,17 @@ pub struct Verdict(u64);
 impl Verdict {
     pub const PASS: Self = Self::to(Action::Pass, 0);
     pub const ANSWER: Self = Self::to(Action::Answer, 0);
-    pub(crate) const REFUSE: Self = Self::to(Action::Refuse, 0);
     pub(crate) const NEXT: Self = Self::to(Action::Next, 0);
     pub(crate) const TRANSLATE: Self = Self::to(Action::Translate, 0);
 
     #[inline(always)]
     pub const fn drop(reason: Reason) -> Self {
         Self::to(Action::Drop, reason as u32)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn refuse(reason: Reason) -> Self {
+        Self::to(Action::Refuse, reason as u32)
     }
 
     #[inline(always)]
@@ -72,10 +78,11 @@ impl Verdict {
             6 => Action::Answer,
             7 => Action::Miss,
             8 => Action::Icmp,
-            9 => Action::Refuse,
-            10 => Action::TooBig,
-            11 => Action::Next,
-            12 => Action::Translate,
+            9 => Action::Given,
+            10 => Action::Refuse,
+            11 => Action::TooBig,
+            12 => Action::Next,
+            13 => Action::Translate,
             _ => Action::Fragment,
         }
     }

@@ -45,19 +45,19 @@ enum Destination {
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    forward(ctx.sock_addr, false)
+    forward(ctx.sock_addr, false, true)
 }
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    forward(ctx.sock_addr, true)
+    forward(ctx.sock_addr, true, true)
 }
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
-    forward(ctx.sock_addr, false)
+    forward(ctx.sock_addr, false, false)
 }
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
-    forward(ctx.sock_addr, true)
+    forward(ctx.sock_addr, true, false)
 }
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
@@ -132,7 +132,7 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
 
 /// connect and sendmsg: service address → backend.
 #[inline(always)]
-fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
+fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let (l4_proto, port) = unsafe {
         (
@@ -143,45 +143,48 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
     if (l4_proto != proto::TCP && l4_proto != proto::UDP) || !concerns(ctx) {
         return PROCEED;
     }
-    let chosen = match destination(ctx, v6) {
+    let destination = destination(ctx, v6);
+    let chosen = match destination {
         Destination::V4(addr) => pick::<V4>(ctx, addr, port, l4_proto).map(|found| {
-            found.map(|(backend, backend_port, cookie)| {
-                let key = SockKey4 {
-                    cookie,
-                    addr_be: backend,
-                    port_be: backend_port,
-                    unused: [0; 2],
-                };
+            found.map(|picked| {
+                let key = SockKey4::new(picked.cookie, picked.addr, picked.port_be);
                 remember(
                     &SOCK_REVERSE_V4,
                     &key,
                     &SockAddr4 {
                         addr_be: addr,
                         port_be: port,
-                        unused: [0; 2],
+                        connected: u16::from(connects),
+                        given: picked.backend,
                     },
                 );
-                (Destination::V4(backend), backend_port)
+                (Destination::V4(picked.addr), picked.port_be)
             })
         }),
         Destination::V6(addr) => pick::<V6>(ctx, addr, port, l4_proto).map(|found| {
-            found.map(|(backend, backend_port, cookie)| {
-                let key = SockKey6::new(cookie, backend, backend_port);
+            found.map(|picked| {
+                let key = SockKey6::new(picked.cookie, picked.addr, picked.port_be);
                 remember(
                     &SOCK_REVERSE_V6,
                     &key,
                     &SockAddr6 {
                         addr_be: addr,
                         port_be: port,
-                        unused: [0; 2],
+                        connected: u16::from(connects),
+                        given: picked.backend,
                     },
                 );
-                (Destination::V6(backend), backend_port)
+                (Destination::V6(picked.addr), picked.port_be)
             })
         }),
     };
     match chosen {
-        Ok(None) => PROCEED,
+        Ok(None) => {
+            if connects && l4_proto == proto::UDP {
+                forget(ctx, destination, port);
+            }
+            PROCEED
+        }
         Ok(Some((backend, backend_port))) => {
             set_destination(ctx, v6, backend, backend_port);
             PROCEED
@@ -194,6 +197,29 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
     }
 }
 
+/// What a socket is given in place of a service.
+struct Picked<A> {
+    addr: A,
+    port_be: u16,
+    cookie: u64,
+    backend: SockBackend,
+}
+
+impl<A> Picked<A> {
+    #[inline(always)]
+    fn new<F: Family<Addr = A>>(id: u32, backend: &Backend, cookie: u64) -> Self {
+        Self {
+            addr: F::from_any(backend.addr_be),
+            port_be: backend.head.port_be,
+            cookie,
+            backend: SockBackend {
+                backend: id,
+                backend_generation: backend.head.generation,
+            },
+        }
+    }
+}
+
 /// The backend for a socket that wants `addr`: `Ok(None)` if that is no service, an error number if it has none.
 #[inline(always)]
 fn pick<F: Family>(
@@ -201,7 +227,7 @@ fn pick<F: Family>(
     addr: F::Addr,
     port: u16,
     l4_proto: u8,
-) -> Result<Option<(F::Addr, u16, u64)>, i32>
+) -> Result<Option<Picked<F::Addr>>, i32>
 where
     World<bpf_sock_addr>: Tables<F> + Env,
 {
@@ -239,9 +265,9 @@ where
     };
     // A datagram goes where the socket's last one went, for as long as that backend serves.
     if l4_proto == proto::UDP
-        && let Some(backend) = chosen_before(&world, &key)
+        && let Some((id, backend)) = chosen_before(&world, &key)
     {
-        return Ok(Some((F::from_any(backend.addr_be), backend.head.port_be, cookie)));
+        return Ok(Some(Picked::new::<F>(id, &backend, cookie)));
     }
     // The cookie counts up; one multiplication spreads it over the table.
     let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
@@ -251,24 +277,21 @@ where
     let Some(backend) = world.backend(id) else {
         return Err(REFUSED);
     };
+    let picked = Picked::new::<F>(id, &backend, cookie);
     if l4_proto == proto::UDP {
-        let value = SockBackend {
-            backend: id,
-            backend_generation: backend.head.generation,
-        };
-        remember(&SOCK_CHOSEN, &key, &value);
+        remember(&SOCK_CHOSEN, &key, &picked.backend);
     }
-    Ok(Some((F::from_any(backend.addr_be), backend.head.port_be, cookie)))
+    Ok(Some(picked))
 }
 
 /// The backend that a UDP socket was given before, if it still serves.
 #[inline(always)]
-fn chosen_before<W: Env>(world: &W, key: &SockService) -> Option<Backend> {
+fn chosen_before<W: Env>(world: &W, key: &SockService) -> Option<(u32, Backend)> {
     // SAFETY: the value is checked against the backend's generation, so a torn one is not believed.
     let chosen = unsafe { SOCK_CHOSEN.get(key) }?;
     let backend = world.backend(chosen.backend)?;
     let serves = matches!(backend.head.state, backend_state::ACTIVE | backend_state::SERVING);
-    (serves && backend.head.generation == chosen.backend_generation).then_some(backend)
+    (serves && backend.head.generation == chosen.backend_generation).then_some((chosen.backend, backend))
 }
 
 #[inline(always)]
@@ -280,6 +303,22 @@ fn remember<K: Copy, V: Copy, const M: usize, const F: usize>(
     let (key, value) = (Aligned(*key), Aligned(*value));
     // A full LRU map evicts; without the entry only the name of the peer is the backend's.
     let _ = map.insert(key.in_place(), value.in_place(), 0);
+}
+
+/// A socket that is connected to an address by itself is not told that a service has lost that one.
+#[inline(always)]
+fn forget(ctx: *mut bpf_sock_addr, destination: Destination, port_be: u16) {
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    // Hardly ever is there an entry.
+    match destination {
+        Destination::V4(addr) => {
+            let _ = SOCK_REVERSE_V4.remove(SockKey4::new(cookie, addr, port_be));
+        }
+        Destination::V6(addr) => {
+            let _ = SOCK_REVERSE_V6.remove(SockKey6::new(cookie, addr, port_be));
+        }
+    }
 }
 
 /// recvmsg and getpeername: backend → the service address that the socket asked for.
@@ -297,13 +336,8 @@ fn reverse(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
     };
     match destination(ctx, v6) {
         Destination::V4(addr) => {
-            let key = SockKey4 {
-                cookie,
-                addr_be: addr,
-                port_be: port,
-                unused: [0; 2],
-            };
-            // SAFETY: values of this map are only replaced by equal ones.
+            let key = SockKey4::new(cookie, addr, port);
+            // SAFETY: an address of this map is hardly ever replaced by another one.
             if let Some(asked) = unsafe { SOCK_REVERSE_V4.get(key) } {
                 set_destination(ctx, v6, Destination::V4(asked.addr_be), asked.port_be);
             }

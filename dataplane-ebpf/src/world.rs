@@ -5,10 +5,12 @@ use core::{ffi::c_void, marker::PhantomData, ptr};
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST,
-        bpf_fib_lookup,
+        __sk_buff, bpf_fib_lookup, bpf_sock_addr, xdp_md,
     },
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
-    helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64, bpf_ktime_get_coarse_ns},
+    helpers::generated::{
+        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_coarse_ns,
+    },
 };
 use dataplane_common::{
     addr::{Family, Mac, V4, V6},
@@ -21,6 +23,7 @@ use dataplane_common::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
     },
+    sock::{SockBackend, SockKey4, SockKey6},
     tables::{Entry, Env, InsertError, Route, Router, Tables},
 };
 
@@ -60,6 +63,38 @@ impl<C> World<C> {
     }
 }
 
+/// What a program's context tells of the socket that sends.
+pub trait Sender {
+    /// `bpf_get_socket_cookie`, 0 where there is no socket. A packet keeps that of a pod's process up to the first hook
+    /// outside.
+    ///
+    /// # Safety
+    /// `ctx` is the program's context.
+    unsafe fn cookie(ctx: *mut Self) -> u64;
+}
+
+impl Sender for __sk_buff {
+    #[inline(always)]
+    unsafe fn cookie(ctx: *mut Self) -> u64 {
+        // SAFETY: the caller's.
+        unsafe { bpf_get_socket_cookie(ctx.cast()) }
+    }
+}
+
+impl Sender for xdp_md {
+    #[inline(always)]
+    unsafe fn cookie(_: *mut Self) -> u64 {
+        0
+    }
+}
+
+impl Sender for bpf_sock_addr {
+    #[inline(always)]
+    unsafe fn cookie(_: *mut Self) -> u64 {
+        0
+    }
+}
+
 /// A key or value on the stack. The compiler joins stores to words as packets and maps allow it, at any address; the stack is
 /// where the verifier insists on alignment.
 #[repr(C, align(8))]
@@ -77,7 +112,7 @@ pub struct MapEntry<V>(*mut V);
 
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
-     $affinity:ident, $range:ident, $ranges:ident) => {
+     $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -96,7 +131,7 @@ macro_rules! family_tables {
             }
         }
 
-        impl<C> Tables<$family> for World<C> {
+        impl<C: Sender> Tables<$family> for World<C> {
             type Entry<'a>
                 = MapEntry<$flow>
             where
@@ -132,6 +167,18 @@ macro_rules! family_tables {
             #[inline(always)]
             fn own_address(&self, addr: <$family as Family>::Addr) -> u32 {
                 value(&$own, &addr).unwrap_or(0)
+            }
+            #[inline(always)]
+            fn given(&self, addr: &<$family as Family>::Addr, port_be: u16) -> Option<SockBackend> {
+                // SAFETY: the context is the program's.
+                let cookie = unsafe { C::cookie(self.ctx.cast()) };
+                if cookie == 0 {
+                    return None;
+                }
+                let key = Aligned($sock_key(cookie, *addr, port_be));
+                // SAFETY: what a torn value names is checked before it is believed.
+                let asked = unsafe { $reverse.get(key.in_place()) }?;
+                (asked.connected != 0).then_some(asked.given)
             }
             #[inline(always)]
             fn in_source_range(&self, service: u32, client: &<$family as Family>::Addr) -> bool {
@@ -173,7 +220,9 @@ family_tables!(
     OWN_ADDRS_V4,
     AFFINITY_V4,
     SourceRange4,
-    RANGES_V4
+    RANGES_V4,
+    SOCK_REVERSE_V4,
+    SockKey4::new
 );
 family_tables!(
     V6,
@@ -187,7 +236,9 @@ family_tables!(
     OWN_ADDRS_V6,
     AFFINITY_V6,
     SourceRange6,
-    RANGES_V6
+    RANGES_V6,
+    SOCK_REVERSE_V6,
+    SockKey6::new
 );
 
 /// `EEXIST`, as helpers return it.
@@ -248,12 +299,12 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
-    fn affinity_eighths(&self, index: u32) -> u32 {
+    fn service_affinity(&self, index: u32) -> u32 {
         let Some(service) = SERVICES.get_ptr(index) else {
             return 0;
         };
         // SAFETY: the element exists; a single load of an aligned field.
-        unsafe { ptr::read_volatile(&raw const (*service.cast::<Service>()).affinity_eighths) }
+        unsafe { ptr::read_volatile(&raw const (*service.cast::<Service>()).affinity) }
     }
 
     #[inline(always)]

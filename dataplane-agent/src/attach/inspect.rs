@@ -22,6 +22,7 @@ use crate::{
     netlink::{
         filters,
         socket::RequestSocket,
+        sockets,
         tables::{Link, Tables},
     },
     store::{Store, bpf::BpfStore},
@@ -120,7 +121,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         installed: pins.exists(),
         bpffs: bpffs.display().to_string(),
         tc: if tcx { "tcx" } else { "clsact" },
-        warnings: warnings(&tables, &attachments),
+        warnings: warnings(&tables, &attachments, state.record.cgroup.is_some()),
         attachments,
         xdp_fallbacks: fallbacks(&state, &tables),
         tables: table_use(&pins),
@@ -265,7 +266,7 @@ fn fallbacks(state: &State, tables: &Tables) -> Vec<Fallback> {
         .collect()
 }
 
-fn warnings(tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
+fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut before: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
     for attachment in attachments {
@@ -294,6 +295,10 @@ fn warnings(tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
                 format!("{} has a route by a gateway and is not covered: replies that leave by it are not translated back; name it with --device", link.name)
             })
         }));
+    }
+    if socket_hooks {
+        let able = RequestSocket::open_sock_diag().and_then(|mut socket| sockets::probe(&mut socket));
+        warnings.extend(able.err().map(|error| sockets::unable(&error)));
     }
     warnings
 }

@@ -23,7 +23,7 @@ use crate::{
     config::{Config, DatapathMode, FastPath, PortRange, SocketLb},
     host::{HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
-    store::bpf::BpfStore,
+    store::{bpf::BpfStore, sockets::GivenSockets},
 };
 
 /// What was found out before anything is made, and the lock that keeps a second agent away.
@@ -95,13 +95,18 @@ fn load_and_watch(
     })?;
     let options = LoadOptions {
         sizes: config.sizes,
-        config: datapath_config(config, version, cookie),
+        config: datapath_config(config, version, cookie, cgroup.is_some()),
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks: cgroup.is_some(),
         debug_log: config.debug_log,
     };
     let mut loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
+    let given_sockets = options
+        .socket_hooks
+        .then(|| GivenSockets::open(&loaded.pins))
+        .transpose()
+        .context("failed to open the tables of the socket hooks")?;
     if let Some(lines) = loaded.debug_log.take() {
         tracing::info!("debug lines of the datapath are on: every packet that it touches costs one");
         lines
@@ -140,6 +145,7 @@ fn load_and_watch(
     Ok(Kernel {
         store: Box::new(store),
         host,
+        given_sockets,
     })
 }
 
@@ -162,12 +168,21 @@ fn spawn(
     Ok(())
 }
 
-fn datapath_config(config: &Config, version: (u32, u32), host_netns_cookie: u64) -> datapath::Config {
+fn datapath_config(
+    config: &Config,
+    version: (u32, u32),
+    host_netns_cookie: u64,
+    socket_hooks: bool,
+) -> datapath::Config {
     let mut flags = kernel::config_flags(version);
     for (flag, on) in [
         // Whether a pod takes part is told by its backend, and may change.
         (config_flags::FAST_PATH, config.fast_path != FastPath::Off),
         (config_flags::SOCKET_HOST_ONLY, config.socket_lb != SocketLb::All),
+        (
+            config_flags::SOCKET_PODS,
+            socket_hooks && config.socket_lb == SocketLb::All,
+        ),
     ] {
         if on {
             flags |= flag;

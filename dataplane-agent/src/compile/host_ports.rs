@@ -9,9 +9,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use super::{
-    BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, Policy, claims::Claims, services::describe,
-};
+use super::{BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, claims::Claims, services::describe};
 use crate::model::{HostIp, HostPort, Kind, ObjectRef, Pod, Problem};
 
 /// This node's addresses, and whether node ports answer there.
@@ -95,13 +93,13 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
         compiled.endpoints.insert(backend, info);
         compiled.balancers.push(Balancer {
             frontend,
-            policy: Policy::Cluster,
             internal: true,
             // Nobody outside may name this machine's loopback address.
             external: !addr.is_loopback(),
             backends: [backend].into(),
             drop_when_empty: false,
             affinity_s: None,
+            affinity_of: None,
             source_ranges: [].into(),
             echo: false,
         });

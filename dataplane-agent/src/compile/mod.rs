@@ -44,19 +44,21 @@ pub struct FrontendAddr {
 }
 
 /// Which endpoints a balancer has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     Cluster,
     /// Those of this node.
     Local,
 }
 
-/// Identifies a balancer for as long as its owner has it.
+/// Identifies a balancer for as long as its owner has it. Traffic policies are no part of it: flows outlive their
+/// change.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BalancerKey {
     pub owner: ObjectRef,
     pub frontend: FrontendAddr,
-    pub policy: Policy,
+    /// Of the two balancers that a frontend may have, that for clients outside alone.
+    pub outside: bool,
 }
 
 /// One entry of `SERVICES` and the frontends that lead to it.
@@ -64,7 +66,6 @@ pub struct BalancerKey {
 #[expect(clippy::struct_excessive_bools, reason = "each is asked by somebody else")]
 pub struct Balancer {
     pub frontend: FrontendAddr,
-    pub policy: Policy,
     /// Used by pods and host processes.
     pub internal: bool,
     /// Used by clients outside.
@@ -75,6 +76,8 @@ pub struct Balancer {
     pub drop_when_empty: bool,
     /// How long a client keeps its backend, in seconds; `None`: each connection is on its own.
     pub affinity_s: Option<u32>,
+    /// Whose clients these are: of this frontend, of the same port and family; `None`: its own.
+    pub affinity_of: Option<FrontendAddr>,
     /// Who may begin connections, sorted; empty: everybody.
     pub source_ranges: Arc<[IpNet]>,
     /// Echo requests to the address are answered.

@@ -92,6 +92,8 @@ pub fn compile(
     }
     let this = ObjectRef::service(&service.name);
     let mut chosen: BTreeMap<(usize, bool), Chosen> = BTreeMap::new();
+    // The first frontend of each port and family, where its clients are remembered: the cluster IP's.
+    let mut first: BTreeMap<(usize, bool), FrontendAddr> = BTreeMap::new();
     let mut taken: Vec<FrontendAddr> = Vec::new();
     for (frontend, port, reached, field) in frontends(service, options) {
         if taken.contains(&frontend) {
@@ -110,9 +112,9 @@ pub fn compile(
             .entry((port.place, ipv4))
             .or_insert_with(|| choose(index, service, port, ipv4, &mut compiled.endpoints));
         let source_ranges = source_ranges(index, service, options, &frontend, reached);
+        let first = *first.entry((port.place, ipv4)).or_insert(frontend);
         let balancer = |policy, internal, external| Balancer {
             frontend,
-            policy,
             internal,
             external,
             backends: match policy {
@@ -121,6 +123,7 @@ pub fn compile(
             },
             drop_when_empty: policy == Policy::Local && chosen.drop_local,
             affinity_s: service.affinity_s,
+            affinity_of: (first != frontend || !internal).then_some(first),
             source_ranges: source_ranges.clone(),
             // Who is in no source range is to hear nothing, and an echo is for all or none.
             echo: options.service_echo == ServiceEcho::Answer

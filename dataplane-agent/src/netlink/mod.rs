@@ -6,4 +6,5 @@ pub mod firewall;
 pub mod pods;
 pub mod select;
 pub mod socket;
+pub mod sockets;
 pub mod tables;

@@ -6,7 +6,7 @@ use std::io;
 
 use netlink_sys::{
     Socket, SocketAddr,
-    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_SOCK_DIAG},
 };
 
 pub const NLM_F_REQUEST: u16 = 1;
@@ -45,6 +45,10 @@ impl RequestSocket {
 
     pub fn open_netfilter() -> io::Result<Self> {
         Self::open_family(NETLINK_NETFILTER)
+    }
+
+    pub fn open_sock_diag() -> io::Result<Self> {
+        Self::open_family(NETLINK_SOCK_DIAG)
     }
 
     fn open_family(family: isize) -> io::Result<Self> {

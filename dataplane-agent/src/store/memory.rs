@@ -117,7 +117,15 @@ impl Memory {
         }
         if head.flags & service_flags::AFFINITY != 0 {
             // Writing to a string cannot fail.
-            let _ok = write!(text, "affinity={} ", self.services[&index].affinity_eighths);
+            let service = self.services[&index];
+            let _ok = if head.flags & service_flags::AFFINITY_SHARED == 0 {
+                write!(text, "affinity={} ", service.affinity)
+            } else {
+                let first = self.services.get(&service.affinity).copied().unwrap_or_default();
+                let (addr, port) = (first.addr_be[0].to_ne_bytes(), u16::from_be(first.port_be));
+                let known = first.head.flags & (service_flags::AFFINITY | service_flags::AFFINITY_SHARED);
+                write!(text, "affinity={} of {addr:?}:{port} {known} ", first.affinity)
+            };
         }
         if head.flags & service_flags::RANGES != 0 {
             text.push_str("from");

@@ -8,6 +8,7 @@ pub mod bpf;
 #[cfg(test)]
 pub mod faulty;
 pub mod memory;
+pub mod sockets;
 
 use std::net::IpAddr;
 

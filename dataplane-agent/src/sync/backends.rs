@@ -1,5 +1,7 @@
 //! Entries of `BACKENDS`: promoted before any table chooses them, demoted when none does any more.
 
+use std::net::SocketAddr;
+
 use dataplane_common::backend::backend_state;
 
 use super::{
@@ -8,7 +10,16 @@ use super::{
     encode::{self, Whereabouts},
     ids::Given,
 };
-use crate::{compile::BackendKey, store::Store};
+use crate::{compile::BackendKey, model::Protocol, store::Store};
+
+/// An endpoint as one Service or Pod has it. Each of them has an id of its own for it, so that the flows of one that
+/// loses the endpoint move, and the others' stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OwnedBackend {
+    pub key: BackendKey,
+    /// [`encode::owner`].
+    pub owner: u32,
+}
 
 impl Syncer {
     /// Numbers new backends, and writes what makes a backend more usable or changes where it is.
@@ -19,7 +30,7 @@ impl Syncer {
             };
             let Some(given) = self.programmed.backend_ids.give(&key) else {
                 let limit = self.limits.backends;
-                report.not_tried(describe(&key), &NoRoom::Backends { limit });
+                report.not_tried(describe(&key.key), &NoRoom::Backends { limit });
                 continue;
             };
             // A demotion waits until no table chooses the backend any more.
@@ -63,7 +74,7 @@ impl Syncer {
         &mut self,
         store: &mut dyn Store,
         report: &mut Report,
-        key: &BackendKey,
+        key: &OwnedBackend,
         given: Given,
         state: u8,
         uses: &Uses,
@@ -73,14 +84,15 @@ impl Syncer {
             Given::New(id) => (id, true),
         };
         let before = self.programmed.backend(id);
-        let generation = if encode::backend_key(&before) == Some(*key) {
+        let generation = if encode::owned_backend(&before) == Some(*key) {
             before.head.generation
         } else {
             before.head.generation.wrapping_add(1).max(1)
         };
-        let place = if self.host.own_addresses.contains_key(&key.addr) {
+        let addr = &key.key.addr;
+        let place = if self.host.own_addresses.contains_key(addr) {
             Whereabouts::Host
-        } else if let Some(interface) = self.host.pod_interfaces.get(&key.addr) {
+        } else if let Some(interface) = self.host.pod_interfaces.get(addr) {
             Whereabouts::Local(Some(interface))
         } else if uses.local > 0 {
             Whereabouts::Local(None)
@@ -91,14 +103,25 @@ impl Syncer {
         if backend == before {
             return true;
         }
-        let done = report.note(describe(key), store.write_backend(id, &backend));
+        let done = report.note(describe(&key.key), store.write_backend(id, &backend));
         if done {
             self.programmed.set_backend(id, backend);
+            if key.key.proto == Protocol::Udp
+                && serves_datagrams(before.head.state)
+                && !serves_datagrams(state)
+            {
+                report.lost.insert(SocketAddr::new(*addr, key.key.port));
+            }
         } else if is_new {
             self.programmed.backend_ids.take_back(key);
         }
         done
     }
+}
+
+/// Whether UDP flows stay with a backend in this state.
+pub fn serves_datagrams(state: u8) -> bool {
+    matches!(state, backend_state::ACTIVE | backend_state::SERVING)
 }
 
 /// The state in which a backend belongs.

@@ -10,14 +10,14 @@ use ipnet::IpNet;
 
 use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 
-use super::encode;
+use super::{backends::OwnedBackend, encode};
 use crate::{
     compile::{BackendKey, Balancer, BalancerKey, Compiled, FrontendAddr},
     model::ObjectRef,
     store::FrontendKey,
 };
 
-/// How a backend is used, counted over balancers and Services.
+/// How a backend is used, counted over balancers. Owners whose names hash alike share one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Uses {
     pub chosen: u32,
@@ -33,6 +33,8 @@ pub struct Wanted {
     pub drop_when_empty: bool,
     /// See [`Balancer::affinity_s`].
     pub affinity_s: Option<u32>,
+    /// See [`Balancer::affinity_of`].
+    pub affinity_of: Option<BalancerKey>,
     /// See [`Balancer::source_ranges`].
     pub source_ranges: Arc<[IpNet]>,
 }
@@ -42,7 +44,7 @@ pub struct Wanted {
 pub struct Touched {
     pub balancers: BTreeSet<BalancerKey>,
     pub frontends: BTreeSet<FrontendKey>,
-    pub backends: BTreeSet<BackendKey>,
+    pub backends: BTreeSet<OwnedBackend>,
     pub ports: BTreeSet<u32>,
 }
 
@@ -66,7 +68,7 @@ pub struct Desired {
     pub frontends: HashMap<FrontendKey, BalancerKey>,
     /// Addresses whose echo requests are answered, and how many frontends want it.
     pub echoes: HashMap<FrontendKey, (IpAddr, u32)>,
-    pub backends: BTreeMap<BackendKey, Uses>,
+    pub backends: BTreeMap<OwnedBackend, Uses>,
     pub ports: Vec<PortSet>,
     /// Frontends of a port, and how many of these are on the unspecified address.
     port_uses: HashMap<(u8, u16), (u32, u32)>,
@@ -115,16 +117,18 @@ impl Desired {
     }
 
     fn add(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
+        let known_as = owned_by(owner);
         for (backend, info) in &compiled.endpoints {
-            let uses = self.backends.entry(*backend).or_default();
+            let backend = known_as(backend);
+            let uses = self.backends.entry(backend).or_default();
             uses.total += 1;
             uses.serving += u32::from(info.serving);
             uses.local += u32::from(info.local);
-            touched.backends.insert(*backend);
+            touched.backends.insert(backend);
         }
         for balancer in &compiled.balancers {
             for backend in balancer.backends.iter() {
-                self.backends.entry(*backend).or_default().chosen += 1;
+                self.backends.entry(known_as(backend)).or_default().chosen += 1;
             }
             let key = key(owner, balancer);
             for scope in scopes(balancer) {
@@ -144,6 +148,11 @@ impl Desired {
                 backends: balancer.backends.clone(),
                 drop_when_empty: balancer.drop_when_empty,
                 affinity_s: balancer.affinity_s,
+                affinity_of: balancer.affinity_of.map(|frontend| BalancerKey {
+                    owner: owner.clone(),
+                    frontend,
+                    outside: false,
+                }),
                 source_ranges: balancer.source_ranges.clone(),
             };
             self.balancers.insert(key, wanted);
@@ -151,9 +160,10 @@ impl Desired {
     }
 
     fn remove(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
+        let known_as = owned_by(owner);
         for balancer in &compiled.balancers {
             for backend in balancer.backends.iter() {
-                if let Some(uses) = self.backends.get_mut(backend) {
+                if let Some(uses) = self.backends.get_mut(&known_as(backend)) {
                     uses.chosen -= 1;
                 }
             }
@@ -180,15 +190,16 @@ impl Desired {
             touched.balancers.insert(key);
         }
         for (backend, info) in &compiled.endpoints {
-            if let Some(uses) = self.backends.get_mut(backend) {
+            let backend = known_as(backend);
+            if let Some(uses) = self.backends.get_mut(&backend) {
                 uses.total -= 1;
                 uses.serving -= u32::from(info.serving);
                 uses.local -= u32::from(info.local);
                 if uses.total == 0 {
-                    self.backends.remove(backend);
+                    self.backends.remove(&backend);
                 }
             }
-            touched.backends.insert(*backend);
+            touched.backends.insert(backend);
         }
     }
 
@@ -216,11 +227,17 @@ impl Desired {
     }
 }
 
+/// What an owner's backends are called.
+fn owned_by(owner: &ObjectRef) -> impl Fn(&BackendKey) -> OwnedBackend {
+    let owner = encode::owner(owner);
+    move |key| OwnedBackend { key: *key, owner }
+}
+
 fn key(owner: &ObjectRef, balancer: &Balancer) -> BalancerKey {
     BalancerKey {
         owner: owner.clone(),
         frontend: balancer.frontend,
-        policy: balancer.policy,
+        outside: !balancer.internal,
     }
 }
 

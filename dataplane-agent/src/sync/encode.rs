@@ -5,12 +5,14 @@ use std::{hash::Hasher, net::IpAddr};
 use dataplane_common::{
     addr::{AnyAddr, proto},
     backend::{Backend, BackendHead, backend_flags},
-    service::{ECHO_PORT, FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES},
+    service::{
+        ECHO_PORT, FrontendKey4, FrontendKey6, Scope, Service, ServiceHead, TABLE_SIZES, service_flags,
+    },
 };
 
 use siphasher::sip::SipHasher24;
 
-use super::arena::Slice;
+use super::{arena::Slice, backends::OwnedBackend};
 use crate::{
     compile::{BackendKey, FrontendAddr},
     host::PodInterface,
@@ -75,7 +77,7 @@ pub fn echo_key(addr: IpAddr, scope: Scope) -> FrontendKey {
     }
 }
 
-/// What a frontend's value says of its owner: the same in every version and after every restart.
+/// What the values of frontends and backends say of their owner: the same in every version and after every restart.
 pub fn owner(owner: &ObjectRef) -> u32 {
     let ObjectRef { kind, name } = owner;
     let mut hasher = SipHasher24::new();
@@ -89,8 +91,28 @@ pub fn owner(owner: &ObjectRef) -> u32 {
     hasher.finish() as u32
 }
 
+/// How the clients of a service with affinity are remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Affinity {
+    /// Under its own index, for so many seconds.
+    Own(u32),
+    /// As those of another one.
+    Of { index: u32 },
+}
+
+impl Affinity {
+    /// Bits of `service_flags`.
+    pub fn flags(affinity: Option<Self>) -> u8 {
+        match affinity {
+            None => 0,
+            Some(Affinity::Own(_)) => service_flags::AFFINITY,
+            Some(Affinity::Of { .. }) => service_flags::AFFINITY | service_flags::AFFINITY_SHARED,
+        }
+    }
+}
+
 /// A service's entry around its head.
-pub fn service(frontend: &FrontendAddr, head: ServiceHead, affinity_s: Option<u32>) -> Service {
+pub fn service(frontend: &FrontendAddr, head: ServiceHead, affinity: Option<Affinity>) -> Service {
     let FrontendAddr { addr, port, proto } = frontend;
     Service {
         head,
@@ -98,7 +120,11 @@ pub fn service(frontend: &FrontendAddr, head: ServiceHead, affinity_s: Option<u3
         port_be: port.to_be(),
         proto: proto.number(),
         family: if addr.is_ipv4() { 4 } else { 6 },
-        affinity_eighths: affinity_s.map_or(0, eighths),
+        affinity: match affinity {
+            None => 0,
+            Some(Affinity::Own(seconds)) => eighths(seconds),
+            Some(Affinity::Of { index }) => index,
+        },
     }
 }
 
@@ -116,17 +142,20 @@ pub fn service_frontend(service: &Service) -> Option<FrontendAddr> {
     })
 }
 
-/// The address and port that a backend's entry is about; `None` for an entry that was never used.
-pub fn backend_key(backend: &Backend) -> Option<BackendKey> {
+/// Whose backend an entry is, and its address and port; `None` for an entry that was never used.
+pub fn owned_backend(backend: &Backend) -> Option<OwnedBackend> {
     let flags = backend.head.flags;
-    (backend.head.generation != 0).then(|| BackendKey {
-        addr: ip(backend.addr_be, flags & backend_flags::IPV6 != 0),
-        port: u16::from_be(backend.head.port_be),
-        proto: if flags & backend_flags::UDP != 0 {
-            Protocol::Udp
-        } else {
-            Protocol::Tcp
+    (backend.head.generation != 0).then(|| OwnedBackend {
+        key: BackendKey {
+            addr: ip(backend.addr_be, flags & backend_flags::IPV6 != 0),
+            port: u16::from_be(backend.head.port_be),
+            proto: if flags & backend_flags::UDP != 0 {
+                Protocol::Udp
+            } else {
+                Protocol::Tcp
+            },
         },
+        owner: backend.owner,
     })
 }
 
@@ -148,7 +177,8 @@ pub enum Whereabouts<'a> {
     Remote,
 }
 
-pub fn backend(key: &BackendKey, generation: u32, state: u8, place: Whereabouts<'_>) -> Backend {
+pub fn backend(backend: &OwnedBackend, generation: u32, state: u8, place: Whereabouts<'_>) -> Backend {
+    let OwnedBackend { key, owner } = backend;
     let mut flags = 0;
     if key.addr.is_ipv6() {
         flags |= backend_flags::IPV6;
@@ -181,6 +211,8 @@ pub fn backend(key: &BackendKey, generation: u32, state: u8, place: Whereabouts<
         ifindex: interface.map_or(0, |interface| interface.ifindex),
         pod_mac: interface.map_or_else(Default::default, |interface| interface.pod_mac),
         host_mac: interface.map_or_else(Default::default, |interface| interface.host_mac),
+        owner: *owner,
+        unused: 0,
     }
 }
 

@@ -19,12 +19,13 @@ mod tests;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
-use dataplane_common::{device::Device, service::Frontend};
+use dataplane_common::{device::Device, service::Frontend, sock::SockBackend};
 
 use self::{
+    backends::OwnedBackend,
     desired::{Desired, Touched},
     programmed::Programmed,
 };
@@ -81,6 +82,8 @@ pub struct Report {
     pub writes: usize,
     /// What is not as desired, by what it is about. Tried again by the next run.
     pub failed: BTreeMap<Subject, Failure>,
+    /// UDP endpoints that a Service has lost: a socket that knows one of them alone does not find another.
+    pub lost: BTreeSet<SocketAddr>,
 }
 
 impl Report {
@@ -187,16 +190,25 @@ impl Syncer {
             }
         }
         for addr in moved {
-            let first = BackendKey {
-                addr,
-                port: 0,
-                proto: crate::model::Protocol::Tcp,
+            let first = OwnedBackend {
+                key: BackendKey {
+                    addr,
+                    port: 0,
+                    proto: crate::model::Protocol::Tcp,
+                },
+                owner: 0,
             };
             let backends = self.desired.backends.range(first..).map(|(key, _)| *key);
             self.touched
                 .backends
-                .extend(backends.take_while(|key| key.addr == addr));
+                .extend(backends.take_while(|backend| backend.key.addr == addr));
         }
+    }
+
+    /// Whether a backend that a socket was given serves its Service still.
+    pub fn serves(&self, given: SockBackend) -> bool {
+        let head = self.programmed.backend(given.backend).head;
+        head.generation == given.backend_generation && backends::serves_datagrams(head.state)
     }
 
     /// Whether there is nothing left to write.

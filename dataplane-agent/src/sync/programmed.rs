@@ -15,12 +15,13 @@ use dataplane_common::{
 
 use super::{
     arena::{Arena, Slice},
+    backends::OwnedBackend,
     desired::Desired,
     encode,
     ids::Ids,
 };
 use crate::{
-    compile::{BackendKey, BalancerKey, FrontendAddr},
+    compile::{BalancerKey, FrontendAddr},
     store::FrontendKey,
 };
 
@@ -50,8 +51,10 @@ pub struct Programmed {
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
-    pub backend_ids: Ids<BackendKey>,
+    pub backend_ids: Ids<OwnedBackend>,
     pub service_ids: Ids<ServiceId>,
+    /// Balancers that are gone because a policy has changed. Their entries stay for the flows that they began.
+    pub kept: BTreeSet<BalancerKey>,
     pub arena: Arena,
     backends: HashMap<u32, Backend>,
     slots: HashMap<u32, Slot>,
@@ -59,7 +62,7 @@ pub struct Programmed {
     pub found: BTreeSet<u32>,
     /// Their slices, until they have been compared.
     pub found_words: HashMap<u32, Vec<u64>>,
-    pub backend_garbage: Vec<BackendKey>,
+    pub backend_garbage: Vec<OwnedBackend>,
     pub slice_garbage: Vec<Slice>,
     service_garbage: Vec<ServiceId>,
 }
@@ -74,6 +77,7 @@ impl Programmed {
             devices: BTreeMap::new(),
             backend_ids: Ids::new(backends),
             service_ids: Ids::new(services),
+            kept: BTreeSet::new(),
             arena: Arena::new(maglev),
             backends: HashMap::new(),
             slots: HashMap::new(),
@@ -87,7 +91,7 @@ impl Programmed {
 
     pub fn usage(&self) -> (usize, usize, u32) {
         (
-            self.service_ids.used(),
+            self.service_ids.used() - self.kept.len(),
             self.backend_ids.used(),
             self.arena.used(),
         )
@@ -103,11 +107,11 @@ impl Programmed {
     }
 
     /// The id of a backend whose entry is in the table and active.
-    pub fn active_backend(&self, key: &BackendKey) -> Option<u32> {
+    pub fn active_backend(&self, key: &OwnedBackend) -> Option<u32> {
         let id = self.backend_ids.get(key)?;
         let backend = self.backends.get(&id)?;
         let is_active = backend.head.state == backend_state::ACTIVE;
-        (is_active && encode::backend_key(backend) == Some(*key)).then_some(id)
+        (is_active && encode::owned_backend(backend) == Some(*key)).then_some(id)
     }
 
     pub fn slot(&self, index: u32) -> Slot {

@@ -47,7 +47,7 @@ fn backends(
     let mut idle = Vec::new();
     for id in 1..limit {
         let backend = store.read_backend(id)?;
-        let Some(key) = encode::backend_key(&backend) else {
+        let Some(key) = encode::owned_backend(&backend) else {
             continue;
         };
         programmed.set_backend(id, backend);

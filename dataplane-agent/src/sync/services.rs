@@ -8,9 +8,9 @@ use dataplane_common::service::{Service, ServiceHead, service_flags, size_class}
 use super::{
     NoRoom, Report, Subject, Syncer,
     arena::Slice,
-    backends,
+    backends::{self, OwnedBackend},
     desired::Wanted,
-    encode,
+    encode::{self, Affinity},
     ids::Given,
     programmed::{ServiceId, Slot},
 };
@@ -36,11 +36,20 @@ impl Syncer {
     /// Writes the services that are desired.
     pub(super) fn put_services(&mut self, store: &mut dyn Store, report: &mut Report) {
         let mut last = LastTable::default();
-        for key in self.touched.balancers.clone() {
-            let Some(wanted) = self.desired.balancers.get(&key).cloned() else {
-                continue;
-            };
+        let desired = &self.desired.balancers;
+        let mut touched: Vec<(BalancerKey, Wanted)> = self
+            .touched
+            .balancers
+            .iter()
+            .filter_map(|key| Some((key.clone(), desired.get(key)?.clone())))
+            .collect();
+        // Those that others name have their index before these are written.
+        touched.sort_by_key(|(_, wanted)| wanted.affinity_of.is_some());
+        for (key, wanted) in touched {
             let mut outcome = self.put_service(store, report, &key, &wanted, &mut last);
+            if let Err(NotPut::NoRoom(NoRoom::Services { .. })) = outcome {
+                self.delete_kept(store, report);
+            }
             if let Err(NotPut::NoRoom(NoRoom::Maglev { .. } | NoRoom::Services { .. })) = outcome
                 && self.has_garbage()
                 && self.reclaim(store).is_ok()
@@ -53,9 +62,11 @@ impl Syncer {
                 outcome = self.put_service(store, report, &key, &wanted, &mut last);
             }
             match outcome {
-                Ok(()) => {
+                Ok(()) if self.affinity(&wanted).is_some() || wanted.affinity_s.is_none() => {
                     self.touched.balancers.remove(&key);
                 }
+                // With clients of its own, until the one that it shares them with finds room.
+                Ok(()) => {}
                 Err(NotPut::NoRoom(error)) => report.not_tried(describe(&key), &error),
                 Err(NotPut::Store(error)) => report.failed(describe(&key), &error),
             }
@@ -76,13 +87,17 @@ impl Syncer {
             backends,
             drop_when_empty,
             affinity_s,
+            affinity_of: _,
             source_ranges,
         } = wanted;
+        let affinity = self.affinity(wanted).or(affinity_s.map(Affinity::Own));
         if backends.len() > maglev::MAX_BACKENDS {
             let backends = backends.len();
             return Err(NoRoom::TooMany { backends }.into());
         }
-        let numbered = |backend: &BackendKey| Some((*backend, self.programmed.active_backend(backend)?));
+        let owner = encode::owner(&key.owner);
+        let id = |key: BackendKey| self.programmed.active_backend(&OwnedBackend { key, owner });
+        let numbered = |backend: &BackendKey| Some((*backend, id(*backend)?));
         let (active, ids): (Vec<BackendKey>, Vec<u32>) = backends.iter().filter_map(numbered).unzip();
         let missing = backends.len() - ids.len();
         let mut listed = ids.clone();
@@ -139,10 +154,10 @@ impl Syncer {
             },
             size_class: class,
             flags: flag(*drop_when_empty || missing > 0, service_flags::DROP_WHEN_EMPTY)
-                | flag(affinity_s.is_some(), service_flags::AFFINITY)
+                | Affinity::flags(affinity)
                 | flag(!source_ranges.is_empty(), service_flags::RANGES),
         };
-        let value = encode::service(&key.frontend, head, *affinity_s);
+        let value = encode::service(&key.frontend, head, affinity);
         if value != before.value {
             if let Err(error) = store.write_service(index, &value) {
                 undo(self, slice.filter(|_| !keep));
@@ -159,6 +174,7 @@ impl Syncer {
             ids: listed,
         };
         self.programmed.set_slot(index, slot);
+        self.programmed.kept.remove(key);
         self.trim_ranges(store, report, index, source_ranges)?;
         if ranges.is_err() {
             self.put_ranges(store, report, index, source_ranges)?;
@@ -167,6 +183,18 @@ impl Syncer {
             return Err(incomplete.into());
         }
         Ok(())
+    }
+
+    /// How a service's clients are to be remembered; `None` too where that needs an entry which is not written.
+    fn affinity(&self, wanted: &Wanted) -> Option<Affinity> {
+        let seconds = wanted.affinity_s?;
+        match &wanted.affinity_of {
+            None => Some(Affinity::Own(seconds)),
+            Some(first) => {
+                let index = self.programmed.written_service(first)?;
+                Some(Affinity::Of { index })
+            }
+        }
     }
 
     /// Whether a service goes on with these endpoints alone. Not where the kernel refused a write, which will soon be
@@ -281,12 +309,20 @@ impl Syncer {
     pub(super) fn delete_services(&mut self, store: &mut dyn Store, report: &mut Report) {
         let mut gone: Vec<ServiceId> = self.programmed.orphans();
         for key in &self.touched.balancers {
-            if !self.desired.balancers.contains_key(key) {
-                gone.push(ServiceId::Known(key.clone()));
+            if self.desired.balancers.contains_key(key) {
+                continue;
             }
+            let twin = twin(key);
+            if self.programmed.kept.contains(&twin) {
+                gone.push(ServiceId::Known(twin));
+            }
+            gone.push(ServiceId::Known(key.clone()));
         }
         for id in gone {
-            if self.delete_service(store, report, &id)
+            // Where the owner still has the frontend, only a policy has changed: that ends no flow.
+            let keep =
+                matches!(&id, ServiceId::Known(key) if self.desired.balancers.contains_key(&twin(key)));
+            if self.delete_service(store, report, &id, keep)
                 && let ServiceId::Known(key) = &id
             {
                 self.touched.balancers.remove(key);
@@ -294,7 +330,23 @@ impl Syncer {
         }
     }
 
-    fn delete_service(&mut self, store: &mut dyn Store, report: &mut Report, id: &ServiceId) -> bool {
+    /// Deletes what was kept for the flows that it had: others need the room.
+    fn delete_kept(&mut self, store: &mut dyn Store, report: &mut Report) {
+        for key in std::mem::take(&mut self.programmed.kept) {
+            if !self.delete_service(store, report, &ServiceId::Known(key.clone()), false) {
+                self.programmed.kept.insert(key);
+            }
+        }
+    }
+
+    /// Marks a service as deleted. With `keep`, its flows go on, and it begins none.
+    fn delete_service(
+        &mut self,
+        store: &mut dyn Store,
+        report: &mut Report,
+        id: &ServiceId,
+        keep: bool,
+    ) -> bool {
         let Some(index) = self.programmed.service_ids.get(id) else {
             return true;
         };
@@ -306,7 +358,11 @@ impl Syncer {
         let head = ServiceHead {
             slots_offset: 0,
             size_class: 0,
-            flags: service_flags::DELETED,
+            flags: if keep {
+                service_flags::DROP_WHEN_EMPTY
+            } else {
+                service_flags::DELETED
+            },
             generation: before.value.head.generation,
         };
         let value = Service { head, ..before.value };
@@ -328,6 +384,13 @@ impl Syncer {
         if let Err(error) = self.trim_ranges(store, report, index, &[]) {
             report.failed(format!("service index {index}"), &error);
             return false;
+        }
+        if let ServiceId::Known(key) = id {
+            if keep {
+                self.programmed.kept.insert(key.clone());
+                return true;
+            }
+            self.programmed.kept.remove(key);
         }
         self.programmed.discard(id.clone());
         true
@@ -352,6 +415,14 @@ impl From<StoreError> for NotPut {
     }
 }
 
+/// The other balancer that a frontend may have.
+fn twin(key: &BalancerKey) -> BalancerKey {
+    BalancerKey {
+        outside: !key.outside,
+        ..key.clone()
+    }
+}
+
 /// A flag, if it is set.
 fn flag(is_set: bool, flag: u8) -> u8 {
     if is_set { flag } else { 0 }
@@ -362,7 +433,7 @@ pub fn describe(key: &BalancerKey) -> Subject {
     let BalancerKey {
         owner,
         frontend,
-        policy: _,
+        outside: _,
     } = key;
     let proto = frontend.proto.as_str();
     let entry = if frontend.addr.is_unspecified() {

@@ -4,7 +4,10 @@ mod full;
 
 use std::net::IpAddr;
 
-use dataplane_common::service::{Frontend, service_flags};
+use dataplane_common::{
+    backend::backend_state,
+    service::{Frontend, service_flags},
+};
 use ipnet::IpNet;
 use proptest::{prelude::*, strategy::ValueTree};
 
@@ -391,5 +394,90 @@ fn a_restart_tells_whose_an_address_is() {
     assert_ne!(number(&memory), first);
     assert_eq!(memory.services[&first].head.flags, service_flags::DELETED);
     agent.syncer.reclaim(&mut memory).unwrap();
+    assert!(agent.syncer.is_settled());
+}
+
+/// An endpoint that one of two Services loses: its flows there have to move, and those of the other stay.
+#[test]
+fn an_endpoint_leaves_each_service_by_itself() {
+    let states = |memory: &Memory| {
+        let mut states: Vec<u8> = memory
+            .backends
+            .values()
+            .map(|backend| backend.head.state)
+            .collect();
+        states.sort_unstable();
+        states
+    };
+    let shared = |number| {
+        let mut objects = object(number, number);
+        if let Object::EndpointSlice(slice) = &mut objects[1] {
+            slice.endpoints[0].addr = IpAddr::from([10, 244, 0, 9]);
+        }
+        objects
+    };
+    let mut memory = Memory::new(LIMITS);
+    let mut agent = Agent::new(&memory);
+    agent.take(shared(1).into_iter().chain(shared(2)));
+    agent.syncer.run(&mut memory);
+    assert_eq!(states(&memory), [backend_state::ACTIVE; 2]);
+    let before = memory.backends.clone();
+    let dirty = agent.index.delete(&key(&shared(1)[1]));
+    agent.update(&dirty);
+    agent.syncer.run(&mut memory);
+    assert_eq!(states(&memory), [backend_state::ACTIVE, backend_state::DRAINING]);
+
+    // It comes back, across a restart: both go on under their own numbers.
+    agent.syncer.reclaim(&mut memory).unwrap();
+    let mut agent = Agent::new(&memory);
+    agent.take(shared(1).into_iter().chain(shared(2)));
+    agent.syncer.run(&mut memory);
+    assert_eq!(memory.backends, before);
+}
+
+/// Traffic policies come and go; the flows that a service began stay its own until it is gone.
+#[test]
+fn a_policy_that_changes_ends_no_flow() {
+    let with = |external_local, internal_local| {
+        let mut service = plain(1, 1);
+        service.ports[0].node_port = Some(30000);
+        service.external_local = external_local;
+        service.internal_local = internal_local;
+        [Object::Service(Box::new(service)), object(1, 1)[1].clone()]
+    };
+    let entries = |memory: &Memory| {
+        let mut entries: Vec<(u32, u16, bool)> = memory
+            .services
+            .iter()
+            .map(|(index, service)| {
+                let head = service.head;
+                (*index, head.generation, head.flags & service_flags::DELETED != 0)
+            })
+            .collect();
+        entries.sort_unstable();
+        entries
+    };
+    let mut memory = Memory::new(LIMITS);
+    let mut agent = Agent::new(&memory);
+    agent.take(with(true, false));
+    agent.syncer.run(&mut memory);
+    let first = entries(&memory);
+    assert_eq!(first.len(), 3, "the cluster IP's, and two of the node port");
+    for (external_local, internal_local) in [(false, true), (true, true), (false, false), (true, false)] {
+        agent.take(with(external_local, internal_local));
+        agent.syncer.run(&mut memory);
+        agent.syncer.reclaim(&mut memory).unwrap();
+        assert_eq!(entries(&memory), first);
+        let usage = agent.syncer.usage().0;
+        assert_eq!(usage, if external_local { 3 } else { 2 });
+    }
+    agent.take(with(false, false));
+    agent.syncer.run(&mut memory);
+    let dirty = agent.index.delete(&key(&with(false, false)[0]));
+    agent.update(&dirty);
+    agent.syncer.run(&mut memory);
+    agent.syncer.reclaim(&mut memory).unwrap();
+    assert!(entries(&memory).iter().all(|(.., deleted)| *deleted));
+    assert_eq!(agent.syncer.usage().0, 0);
     assert!(agent.syncer.is_settled());
 }

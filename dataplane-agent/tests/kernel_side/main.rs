@@ -347,7 +347,7 @@ fn tables_hold_what_is_written() -> Result<()> {
         port_be: 80,
         proto: 6,
         family: 4,
-        affinity_eighths: 9,
+        affinity: 9,
     };
     store.write_service(1023, &service)?;
     assert_eq!(store.read_service(1023)?, service);

@@ -24,7 +24,7 @@ use dataplane_common::{
 
 use crate::{
     access::{SkbPacket, XdpPacket},
-    world::{World, work},
+    world::{Sender, World, work},
 };
 
 #[path = "../access.rs"]
@@ -143,7 +143,7 @@ fn port_in_use<W: Env>(world: &W, headers: &Headers<u32>) -> bool {
 
 /// Whether the frontend is missed, after the flow has been.
 #[inline(always)]
-fn is_frontend<C>(world: &World<C>, headers: &Headers<u32>, scope: Scope) -> bool {
+fn is_frontend<C: Sender>(world: &World<C>, headers: &Headers<u32>, scope: Scope) -> bool {
     let key = V4::frontend_key(headers.tuple.dst, headers.tuple.dport_be, headers.proto, scope);
     Tables::<V4>::frontend(world, &key).is_some()
 }
@@ -190,7 +190,7 @@ pub fn floor_established_tc(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn established<P: Packet, C>(packet: &mut P, world: &World<C>) -> Option<()> {
+fn established<P: Packet, C: Sender>(packet: &mut P, world: &World<C>) -> Option<()> {
     let headers = parse(packet)?;
     let key = V4::flow_key(&headers.tuple, headers.proto, Side::Ingress);
     let entry = Tables::<V4>::flow(world, &key)?;

@@ -7,6 +7,7 @@ pub mod probe;
 pub mod protocol;
 mod responder;
 mod serve;
+mod stream;
 mod transfer;
 
 pub use handle::Worker;

@@ -56,6 +56,14 @@ pub enum Request {
     TransferListen { port: u16 },
     /// Make a bulk transfer.
     Transfer(Transfer),
+    /// Numbered datagrams at a steady rate from one connected socket.
+    StreamStart {
+        name: String,
+        to: SocketAddr,
+        per_second: u32,
+    },
+    /// Which of them were answered.
+    StreamReport { name: String, stop: bool },
 }
 
 /// New connections to one destination.
@@ -107,9 +115,20 @@ pub struct Transferred {
 pub enum Response {
     Done,
     Attempts(Vec<Attempt>),
-    Http { status: u16, body: String },
-    History { next: u64, datagrams: Vec<Datagram> },
+    Http {
+        status: u16,
+        body: String,
+    },
+    History {
+        next: u64,
+        datagrams: Vec<Datagram>,
+    },
     Transferred(Transferred),
+    /// By number, who answered; and why sockets were opened anew.
+    Stream {
+        answered: Vec<Option<String>>,
+        reopened: Vec<String>,
+    },
     Failed(String),
 }
 

@@ -21,6 +21,8 @@ use super::protocol::{Identity, Proto, Reply, plain};
 
 /// How long a responder waits for the next line of a connection.
 const IDLE: Duration = Duration::from_mins(10);
+/// Bytes of a datagram socket's receive buffer.
+pub const RECEIVE_BUFFER: usize = 8 << 20;
 
 /// Answers at `port` of every address, both families, until the process ends.
 pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
@@ -30,6 +32,8 @@ pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
         match proto {
             Proto::Udp => {
                 let socket: UdpSocket = bind(addr, Type::DGRAM, Protocol::UDP)?.into();
+                // A busy machine does not lose what arrives in a quarter of a second.
+                setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
                 setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)
                     .or_else(|error| if any.is_ipv6() { Ok(()) } else { Err(error) })?;
                 if any.is_ipv6() {

@@ -8,18 +8,19 @@ use anyhow::Result;
 
 use super::flow::Flows;
 use super::protocol::{Answer, Call, Request, Response};
+use super::stream::Streams;
 use super::{probe, responder, transfer};
 
 /// Serves until the driver closes the input or dies.
 pub fn serve(name: &str) -> Result<()> {
     let name: Arc<str> = Arc::from(name);
-    let flows = Arc::new(Flows::default());
+    let flows = Arc::new((Flows::default(), Streams::default()));
     for line in stdin().lines() {
         let Call { id, request } = serde_json::from_str(&line?)?;
         let (name, flows) = (Arc::clone(&name), Arc::clone(&flows));
         thread::spawn(move || {
-            let response =
-                handle(&name, &flows, request).unwrap_or_else(|error| Response::Failed(format!("{error:#}")));
+            let response = handle(&name, &flows.0, &flows.1, request)
+                .unwrap_or_else(|error| Response::Failed(format!("{error:#}")));
             if let Ok(mut line) = serde_json::to_string(&Answer { id, response }) {
                 line.push('\n');
                 // A driver that is gone has closed the input too.
@@ -30,7 +31,7 @@ pub fn serve(name: &str) -> Result<()> {
     Ok(())
 }
 
-fn handle(name: &Arc<str>, flows: &Flows, request: Request) -> Result<Response> {
+fn handle(name: &Arc<str>, flows: &Flows, streams: &Streams, request: Request) -> Result<Response> {
     match request {
         Request::Listen { proto, port } => responder::listen(name, proto, port).map(|()| Response::Done),
         Request::Probe(probe) => Ok(Response::Attempts(probe::run(&probe))),
@@ -46,5 +47,7 @@ fn handle(name: &Arc<str>, flows: &Flows, request: Request) -> Result<Response> 
         Request::FlowHistory { name, from } => flows.history(&name, from),
         Request::TransferListen { port } => transfer::listen(name, port).map(|()| Response::Done),
         Request::Transfer(transfer) => transfer::run(&transfer),
+        Request::StreamStart { name, to, per_second } => streams.start(name, to, per_second),
+        Request::StreamReport { name, stop } => streams.report(&name, stop),
     }
 }

@@ -122,7 +122,7 @@ fn number(name: &str) -> Result<Option<u64>> {
 /// The tables that packets do not change.
 fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
     kernel.set_array::<_, 32>("SERVICES", &memory.services)?;
-    kernel.set_array::<_, 40>("BACKENDS", &memory.backends)?;
+    kernel.set_array::<_, 48>("BACKENDS", &memory.backends)?;
     kernel.set_array::<_, 8>("MAGLEV", &memory.maglev)?;
     kernel.set_array::<_, 16>("PORTS", &memory.ports)?;
     kernel.insert::<_, _, 4, 32>("DEVICES", memory.devices.iter())?;
@@ -310,7 +310,7 @@ impl Run {
             backend_state::SERVING,
         ]);
         self.kernel
-            .set_element::<_, 40>("BACKENDS", id as u32, &memory.backends[id])?;
+            .set_element::<_, 48>("BACKENDS", id as u32, &memory.backends[id])?;
         let index = random.below(memory.services.len());
         let head = &mut memory.services[index].head;
         if random.percent(30) {

@@ -321,6 +321,7 @@ impl Setting {
                 ifindex,
                 pod_mac: Mac([2, 0, 0, 0, 1, ifindex as u8]),
                 host_mac: Mac([2, 0, 0, 0, 2, ifindex as u8]),
+                ..Backend::default()
             });
         }
         (first..self.memory.backends.len() as u32).collect()
@@ -336,6 +337,7 @@ impl Setting {
         } else {
             [0u16; 8].into()
         };
+        let mut with_affinity = 0;
         for (addr, port, slots, flags) in [
             (cluster_ip(version, 1), 80, Some(pods), 0),
             (cluster_ip(version, 1), 81, Some(all), 0),
@@ -354,11 +356,19 @@ impl Setting {
             // A Pod's host port there.
             (localhost(version), 81, Some(pods), 0),
             (any_address, 30080, Some(all), 0),
-            (any_address, 30081, Some(remote), service_flags::AFFINITY),
+            (
+                any_address,
+                30081,
+                Some(remote),
+                service_flags::AFFINITY | service_flags::AFFINITY_SHARED,
+            ),
             (any_address, 84, None, service_flags::RANGES),
             (cluster_ip(version, 2), 83, Some(remote), service_flags::RANGES),
         ] {
             let service = self.memory.services.len() as u32;
+            if flags == service_flags::AFFINITY {
+                with_affinity = service;
+            }
             self.memory.services.push(Service {
                 head: ServiceHead {
                     slots_offset: slots.unwrap_or(0),
@@ -369,7 +379,11 @@ impl Setting {
                 family: version,
                 proto: l4,
                 // Longer than a run, because the host build's clock stands still.
-                affinity_eighths: 1 << 24,
+                affinity: if flags & service_flags::AFFINITY_SHARED == 0 {
+                    1 << 24
+                } else {
+                    with_affinity
+                },
                 ..Service::default()
             });
             self.add_ranges(version, service);

@@ -81,7 +81,9 @@ pub fn decode(value: &Value) -> Decoded {
     let name = key.name.clone();
     let object = match kind {
         Kind::Node => parse(value).map(|node| Object::Node(self::node(name, node, &mut problems))),
-        Kind::Namespace => parse(value).map(|namespace| Object::Namespace(self::namespace(name, namespace))),
+        Kind::Namespace => {
+            parse(value).map(|namespace| Object::Namespace(self::namespace(name, namespace, &mut problems)))
+        }
         Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems))),
         Kind::Service => parse(value)
             .and_then(|service| service::decode(name, service, &mut problems))
@@ -179,10 +181,16 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
     }
 }
 
-fn namespace(name: Name, namespace: core::Namespace) -> Namespace {
+fn namespace(name: Name, namespace: core::Namespace, problems: &mut Vec<Problem>) -> Namespace {
     let mut labels = namespace.metadata.labels.unwrap_or_default();
     labels.insert(Namespace::NAME_LABEL.to_owned(), name.name.to_string());
-    Namespace { name, labels }
+    let annotations = namespace.metadata.annotations.as_ref();
+    let dry_run = annotations.and_then(|annotations| annotations.get(policy::DRY_RUN));
+    Namespace {
+        name,
+        labels,
+        dry_run: policy::dry_run(dry_run.map(String::as_str), problems),
+    }
 }
 
 /// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal, and an IPv4 address

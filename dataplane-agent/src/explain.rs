@@ -14,11 +14,12 @@ use ends::{Found, Target};
 
 use crate::{
     compile::policy::{
-        PolicyCompiler, Subjects,
+        PodPolicy, PolicyCompiler, Subjects,
+        sets::SetId,
         tables::{Tables, judge},
     },
     model::{
-        Index, Kind, Name, Pod, PolicyDirty,
+        Index, Kind, Name, ObjectRef, Pod, PolicyDirty, Problem,
         policy::{Action, Direction},
     },
 };
@@ -56,6 +57,9 @@ pub struct Step {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<Decision>,
     pub reason: String,
+    /// What would be decided if no policy were a dry run, where that is something else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<String>,
     /// The policies that have a say about the pod in this direction, first those of higher precedence.
     pub selected_by: Vec<String>,
 }
@@ -146,6 +150,7 @@ impl Judge<'_> {
             allowed,
             rule,
             reason: reason.to_owned(),
+            dry_run: None,
             selected_by: Vec::new(),
         };
         if pod.host_network {
@@ -166,18 +171,55 @@ impl Judge<'_> {
             (None, IpAddr::V4(_)) => proto::ICMP,
             (None, IpAddr::V6(_)) => proto::ICMPV6,
         };
-        let set = self.compiler.set_of(&pod.name, direction);
-        let judgement = judge(&self.tables, set, peer, number, port.number);
+        let flow = (peer, number, port.number);
+        let none = PodPolicy::default();
+        let of_pod = self.compiler.pods().get(&pod.name).unwrap_or(&none);
+        let policies = &of_pod.policies[direction as usize];
+        let namespace = self.index.namespace(&pod.name.namespace);
+        let is_dry_run = |key: &&ObjectRef| {
+            let policy = self.index.policies().get(key);
+            policy.is_some_and(|policy| policy.is_dry_run(namespace))
+        };
+        let in_earnest: Vec<&ObjectRef> = policies.iter().filter(|key| !is_dry_run(key)).collect();
+        let problem = of_pod.problems.first();
+        let (allowed, rule, reason) = self.verdict(
+            direction,
+            of_pod.sets[direction as usize],
+            flow,
+            &in_earnest,
+            problem,
+        );
+        let all: Vec<&ObjectRef> = policies.iter().collect();
+        let audit = self.verdict(direction, of_pod.audit[direction as usize], flow, &all, problem);
+        let describe = |key: &ObjectRef| {
+            let suffix = if is_dry_run(&key) { " (dry run)" } else { "" };
+            format!("{key}{suffix}")
+        };
+        Step {
+            selected_by: policies.iter().map(describe).collect(),
+            dry_run: (audit.0 != allowed).then(|| {
+                let verdict = if audit.0 { "allowed" } else { "denied" };
+                format!("{verdict}: {}", audit.2)
+            }),
+            ..step(allowed, rule, &reason)
+        }
+    }
+
+    /// What a set says of a flow with a peer, a protocol and a port, and why; `policies`: those that made the set.
+    fn verdict(
+        &self,
+        direction: Direction,
+        set: SetId,
+        (peer, proto, port): (IpAddr, u8, u16),
+        policies: &[&ObjectRef],
+        problem: Option<&Problem>,
+    ) -> (bool, Option<Decision>, String) {
+        let judgement = judge(&self.tables, set, peer, proto, port);
         let rule = judgement.rule().and_then(|rule| self.decision(direction, rule));
-        let of_pod = self.compiler.pods().get(&pod.name);
-        let selected_by = of_pod.map_or(&[][..], |of_pod| &of_pod.policies[direction as usize]);
-        let problem = of_pod.and_then(|of_pod| of_pod.problems.first());
-        let isolated = selected_by
-            .iter()
-            .any(|policy| policy.kind == Kind::NetworkPolicy);
+        let isolated = policies.iter().any(|policy| policy.kind == Kind::NetworkPolicy);
         let reason = match (&rule, judgement.is_allowed()) {
             (Some(rule), _) => format!("{} {} of {}: {}", rule.tier, rule.field, rule.policy, rule.action),
-            (None, true) if selected_by.is_empty() => "no policy selects it in this direction".to_owned(),
+            (None, true) if policies.is_empty() => "no policy selects it in this direction".to_owned(),
             (None, true) => "no rule decides, and no NetworkPolicy selects it in this direction".to_owned(),
             (None, false) => match problem {
                 Some(problem) => problem.reason.clone(),
@@ -187,10 +229,7 @@ impl Judge<'_> {
                 None => "its policies cannot be honoured".to_owned(),
             },
         };
-        Step {
-            selected_by: selected_by.iter().map(ToString::to_string).collect(),
-            ..step(judgement.is_allowed(), rule, &reason)
-        }
+        (judgement.is_allowed(), rule, reason)
     }
 
     fn decision(&self, direction: Direction, rule: u32) -> Option<Decision> {

@@ -51,6 +51,11 @@ kind: NetworkPolicy
 metadata: {name: odd, namespace: shop}
 spec: {podSelector: {matchLabels: {app: back}}, ingress: [{when: night}]}
 ---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: trial, namespace: shop, annotations: {dataplane/dry-run: "true"}}
+spec: {podSelector: {matchLabels: {app: front}}, policyTypes: [Egress], egress: [{to: [{podSelector: {}}]}]}
+---
 apiVersion: policy.networking.k8s.io/v1alpha2
 kind: ClusterNetworkPolicy
 metadata: {name: guard}
@@ -146,6 +151,17 @@ fn policy_verdicts_are_explained() {
             &[
                 "egress of shop/front (10.244.1.11): denied",
                 "admin spec.egress[0] of ClusterNetworkPolicy guard: deny",
+            ],
+        ),
+        (
+            "shop/front",
+            "192.0.2.1",
+            "80",
+            0,
+            &[
+                "egress of shop/front (10.244.1.11): allowed",
+                "without dry run denied: a NetworkPolicy selects it in this direction, and no rule allows this",
+                "selected by ClusterNetworkPolicy guard, NetworkPolicy shop/trial (dry run)",
             ],
         ),
         (

@@ -75,6 +75,9 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             let at = describe(&step.at);
             let _infallible = writeln!(text, "  {} of {at}: {}", step.direction, verdict(step.allowed));
             let _infallible = writeln!(text, "    {}", step.reason);
+            if let Some(dry_run) = &step.dry_run {
+                let _infallible = writeln!(text, "    without dry run {dry_run}");
+            }
             if !step.selected_by.is_empty() {
                 let _infallible = writeln!(text, "    selected by {}", step.selected_by.join(", "));
             }

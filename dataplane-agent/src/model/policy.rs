@@ -29,6 +29,8 @@ pub struct Policy {
     pub subject: PodSet,
     /// By [`Direction`]; `None`: it has nothing to say about the direction.
     pub rules: [Option<Vec<Rule>>; 2],
+    /// It reports what it would do, and does nothing.
+    pub dry_run: bool,
 }
 
 /// When a policy has its say.
@@ -184,6 +186,13 @@ impl IpBlock {
 impl Policy {
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         self.rules[direction as usize].as_deref()
+    }
+
+    /// Whether it only reports: on its own, or because its namespace's policies do.
+    pub fn is_dry_run(&self, namespace: Option<&Namespace>) -> bool {
+        let of_namespace =
+            self.tier == Tier::Namespace && namespace.is_some_and(|namespace| namespace.dry_run);
+        self.dry_run || of_namespace
     }
 
     /// Its place among all policies. Of equal priorities, which the API leaves open, `ClusterNetworkPolicy` comes first, and

@@ -216,6 +216,8 @@ pub struct Namespace {
     pub name: Name,
     /// With [`Namespace::NAME_LABEL`].
     pub labels: BTreeMap<String, String>,
+    /// Its `NetworkPolicy` objects report what they would do, and do nothing.
+    pub dry_run: bool,
 }
 
 impl Namespace {

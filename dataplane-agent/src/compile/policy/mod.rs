@@ -58,6 +58,8 @@ pub enum Subjects {
 pub struct PodPolicy {
     /// By [`Direction`]; [`SET_NONE`]: no policy has a say.
     pub sets: [SetId; 2],
+    /// What they would be if no policy were a dry run; the same where none is.
+    pub audit: [SetId; 2],
     /// The policies that have one, in the order of precedence.
     pub policies: [Vec<ObjectRef>; 2],
     pub problems: Vec<Problem>,
@@ -270,7 +272,11 @@ impl PolicyCompiler {
         for key in now.iter().flat_map(|now| now.policies.iter().flatten()) {
             self.selected.entry(key.clone()).or_default().insert(name.clone());
         }
-        for set in before.iter().flat_map(|before| before.sets) {
+        for set in before
+            .iter()
+            .flat_map(|before| [before.sets, before.audit])
+            .flatten()
+        {
             self.sets.release(set);
         }
         let changed = before.as_ref() != now.as_ref();

@@ -86,8 +86,18 @@ impl Random {
         selector
     }
 
+    fn dry_run(&mut self) -> Value {
+        match self.below(6) {
+            0 => json!({"dataplane/dry-run": "true"}),
+            1 => json!({"dataplane/dry-run": "false"}),
+            _ => json!({}),
+        }
+    }
+
     pub fn namespace(&mut self, name: &str) -> Value {
-        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": self.labels()}})
+        let annotations = self.dry_run();
+        let metadata = json!({"name": name, "labels": self.labels(), "annotations": annotations});
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
     }
 
     pub fn node(&mut self, number: usize) -> Value {
@@ -197,7 +207,7 @@ impl Random {
         let namespace = ["x", "y", "z"][number % 3];
         json!({
             "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": format!("np{number}"), "namespace": namespace},
+            "metadata": {"name": format!("np{number}"), "namespace": namespace, "annotations": self.dry_run()},
             "spec": spec,
         })
     }
@@ -283,7 +293,7 @@ impl Random {
         }
         json!({
             "apiVersion": format!("policy.networking.k8s.io/{version}"), "kind": kind,
-            "metadata": {"name": name}, "spec": spec,
+            "metadata": {"name": name, "annotations": self.dry_run()}, "spec": spec,
         })
     }
 }

@@ -80,6 +80,22 @@ struct Flow<'a> {
 }
 
 impl World {
+    /// Without the policies that only report.
+    pub fn in_earnest(&self) -> World {
+        let is_dry_run = |object: &Value| object["metadata"]["annotations"]["dataplane/dry-run"] == "true";
+        let of_namespace = |policy: &Value| {
+            let mut namespaces = self.namespaces.iter();
+            policy["kind"] == "NetworkPolicy"
+                && namespaces
+                    .any(|one| one["metadata"]["name"] == policy["metadata"]["namespace"] && is_dry_run(one))
+        };
+        let mut world = self.clone();
+        world
+            .policies
+            .retain(|policy| !is_dry_run(policy) && !of_namespace(policy));
+        world
+    }
+
     fn pod_at(&self, addr: IpAddr) -> Option<&Value> {
         self.pods.iter().find(|pod| {
             pod["spec"]["hostNetwork"] != true

@@ -58,7 +58,19 @@ impl PolicyCompiler {
                 .copied()
                 .filter(|policy| policy.rules(direction).is_some())
                 .collect();
-            let made = self.make(index, pod, direction, &with_say, memo);
+            let audit = self.make(index, pod, direction, &with_say, memo);
+            let in_earnest: Vec<&Policy> = with_say
+                .iter()
+                .copied()
+                .filter(|policy| !policy.is_dry_run(namespace))
+                .collect();
+            let made = if in_earnest.len() == with_say.len() {
+                self.sets.retain(audit.set);
+                audit.clone()
+            } else {
+                self.make(index, pod, direction, &in_earnest, memo)
+            };
+            resolved.audit[direction as usize] = audit.set;
             resolved.sets[direction as usize] = made.set;
             resolved.policies[direction as usize] =
                 with_say.iter().map(|policy| policy.key.clone()).collect();

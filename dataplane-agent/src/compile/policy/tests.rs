@@ -23,7 +23,7 @@ use crate::{
     model::{Dirty, Index, Name, Object, ObjectRef, policy::Direction},
 };
 
-/// Histories that are run: each has some four thousand verdicts. `DATAPLANE_POLICY_CASES` for more.
+/// Histories that are run: each has some eight thousand verdicts. `DATAPLANE_POLICY_CASES` for more.
 const CASES: u64 = 20;
 
 struct Cluster {
@@ -77,11 +77,16 @@ impl Cluster {
     fn dump(&self) -> BTreeMap<String, String> {
         let mut dump = BTreeMap::new();
         for (name, pod) in self.compiler.pods() {
-            for direction in Direction::ALL {
-                let id = pod.sets[direction as usize];
+            let sets = [("in earnest", pod.sets), ("audit", pod.audit)];
+            let sets = sets.iter().flat_map(|(kind, sets)| {
+                let of_direction = |direction: Direction| (kind, direction, sets[direction as usize]);
+                Direction::ALL.map(of_direction)
+            });
+            for (kind, direction, id) in sets {
+                let key = format!("{name} {} {kind}", direction.as_str());
                 let Some(set) = self.compiler.sets().get(id) else {
                     assert_eq!(id, SET_NONE);
-                    dump.insert(format!("{name} {}", direction.as_str()), "open".to_owned());
+                    dump.insert(key, "open".to_owned());
                     continue;
                 };
                 let rules: Vec<_> = set
@@ -100,7 +105,7 @@ impl Cluster {
                     "{} {rules:?} {:?} {places:?}",
                     set.key.deny_by_default, set.by_port
                 );
-                dump.insert(format!("{name} {}", direction.as_str()), text);
+                dump.insert(key, text);
             }
         }
         dump
@@ -125,7 +130,7 @@ fn object_of(value: &Value) -> (ObjectRef, Object) {
 }
 
 /// Compares every verdict; returns how many.
-fn compare(world: &World, cluster: &Cluster, context: &str) -> usize {
+fn compare(world: &World, cluster: &Cluster, is_audit: bool, context: &str) -> usize {
     let tables = Tables::of(&cluster.compiler);
     let mut addrs: Vec<IpAddr> = OUTSIDE.iter().map(|addr| addr.parse().unwrap()).collect();
     for pod in &world.pods {
@@ -141,7 +146,8 @@ fn compare(world: &World, cluster: &Cluster, context: &str) -> usize {
         }
         let name = object_of(pod).0.name;
         for direction in Direction::ALL {
-            let set = cluster.compiler.set_of(&name, direction);
+            let of_pod = &cluster.compiler.pods()[&name];
+            let set = if is_audit { of_pod.audit } else { of_pod.sets }[direction as usize];
             for addr in &addrs {
                 for (proto, number) in PROTOCOLS {
                     let ports = if proto == "ICMP" { &[0][..] } else { &PORTS };
@@ -177,7 +183,9 @@ fn policy_tables_say_what_the_api_reference_says_after_any_history() {
                 cluster.compiler.drop_unused();
             }
             if step % 20 == 19 {
-                judged += compare(&world, &cluster, &format!("seed {seed}, step {step}"));
+                let context = format!("seed {seed}, step {step}");
+                judged += compare(&world.in_earnest(), &cluster, false, &context);
+                judged += compare(&world, &cluster, true, &context);
             }
         }
         cluster.compiler.drop_unused();

@@ -108,6 +108,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
         priority,
         subject,
         rules,
+        dry_run: false,
     })
 }
 

@@ -35,15 +35,35 @@ use crate::model::{
 };
 use unknown::Unknown;
 
+/// The annotation of a policy, or of a Namespace for its `NetworkPolicy` objects, that makes it report and not enforce.
+pub const DRY_RUN: &str = "dataplane/dry-run";
+
+/// What the annotation says; a value that is not understood leaves policies enforced.
+pub fn dry_run(annotation: Option<&str>, problems: &mut Vec<Problem>) -> bool {
+    match annotation {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            let reason = format!("`{other}` is neither `true` nor `false`: policies are meant in earnest");
+            problems.push(Problem::new(format!("metadata.annotations[{DRY_RUN}]"), reason));
+            false
+        }
+    }
+}
+
 pub fn decode(key: &ObjectRef, value: &Value, problems: &mut Vec<Problem>) -> Result<Policy, Refused> {
     let mut findings = Findings {
         refused: Vec::new(),
         problems,
     };
-    let policy = match key.kind {
+    let mut policy = match key.kind {
         Kind::NetworkPolicy => namespaced::decode(key, value, &mut findings)?,
         _ => cluster::decode(key, value, &mut findings)?,
     };
+    let annotation = value
+        .pointer("/metadata/annotations")
+        .and_then(|all| all.get(DRY_RUN));
+    policy.dry_run = dry_run(annotation.and_then(Value::as_str), findings.problems);
     let Findings { refused, .. } = findings;
     if refused.is_empty() {
         Ok(policy)

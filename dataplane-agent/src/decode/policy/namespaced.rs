@@ -94,6 +94,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
         priority: 0,
         subject,
         rules: [rules(applies[0], ingress), rules(applies[1], egress)],
+        dry_run: false,
     })
 }
 

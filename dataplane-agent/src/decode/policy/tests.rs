@@ -353,3 +353,23 @@ fn policy_tiers_refuse_what_their_api_does() {
         ["spec.egress[0].action"]
     );
 }
+
+#[test]
+fn policy_dry_run_is_meant_only_when_it_is_said_plainly() {
+    let decoded = |value: &str| {
+        let mut object = object("NetworkPolicy", &json!({}));
+        object["metadata"]["annotations"] = json!({"dataplane/dry-run": value});
+        match decode(&object) {
+            Decoded::Object {
+                object: Object::Policy(policy),
+                problems,
+                ..
+            } => (policy.dry_run, problems.len()),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(
+        ["true", "false", "yes"].map(decoded),
+        [(true, 0), (false, 0), (false, 1)]
+    );
+}

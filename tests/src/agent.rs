@@ -11,10 +11,10 @@ use anyhow::{Context, Result};
 use crate::cluster::Cluster;
 
 /// How long an agent may take to open its socket.
-const START: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_mins(1);
 /// How long the agent may take to program what was written. Its socket is there before its programs are loaded, which
 /// takes seconds on a busy machine.
-const SETTLE: Duration = Duration::from_secs(30);
+const SETTLE: Duration = Duration::from_mins(2);
 const STEP: Duration = Duration::from_millis(20);
 
 /// A time that a machine of ordinary speed needs at most, made longer as `DATAPLANE_TEST_PATIENCE` says: emulated machines

@@ -81,7 +81,7 @@ fn udp_probe(to: SocketAddr) -> Probe {
     Probe {
         proto: Proto::Udp,
         to,
-        source_port: None,
+        from: dataplane_tests::worker::protocol::any(to, 0),
         connections: 2,
         parallel: false,
         interval_ms: 0,

@@ -234,8 +234,9 @@ pub struct Expect {
     pub strict_kind: bool,
     pub sticky: Option<bool>,
     pub undefined: Option<String>,
+    /// Backends that are the client itself; known by their names anyway.
     #[serde(default)]
-    pub hairpin_backend: Vec<String>,
+    pub hairpin_backend: Value,
     pub status: Option<u16>,
     #[serde(rename = "localEndpoints")]
     pub local_endpoints: Option<u64>,

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::file::{FlowAction, Outcome, Probe};
 use super::judge::Observation;
+use super::plan;
 use crate::cluster::Cluster;
 use crate::worker::Worker;
 use crate::worker::protocol::{Attempt, Datagram, Proto, Request, Response};
@@ -34,13 +35,7 @@ impl Flows {
             FlowAction::Start => {
                 let to = probe.to.context("a flow needs a destination")?;
                 let client = &probe.from.name;
-                if self
-                    .0
-                    .insert(name.to_owned(), (client.clone(), to.proto))
-                    .is_some()
-                {
-                    bail!("flow {name} was started before");
-                }
+                self.0.insert(name.to_owned(), (client.clone(), to.proto));
                 let timeout = if probe.expect.outcome == Outcome::Reach {
                     within.min(WITHIN)
                 } else {
@@ -49,7 +44,7 @@ impl Flows {
                 let request = Request::FlowStart {
                     name: name.to_owned(),
                     proto: to.proto,
-                    source_port: probe.from.source_port,
+                    from: plan::source(cluster.shape(), probe, to.addr()),
                     to: to.addr(),
                     timeout_ms: millis(timeout),
                 };

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::file::{Outcome, Probe, Repeat, Scenario};
+use crate::shape::Shape;
 use crate::worker::protocol;
 
 /// Enough connections that a random choice meets every backend.
@@ -19,9 +20,16 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(3);
 const FAIL_TIMEOUT: Duration = Duration::from_millis(1500);
 /// After so many unanswered connections the verdict is clear.
 const FAILURES: u32 = 2;
+/// What a connection may take on a busy machine, on the average of many.
+const EACH_MS: u64 = 20;
 
 /// The worker's part of a probe.
-pub fn request(probe: &Probe, to: super::file::To, first_backend: Option<String>) -> protocol::Probe {
+pub fn request(
+    shape: &Shape,
+    probe: &Probe,
+    to: super::file::To,
+    first_backend: Option<String>,
+) -> protocol::Probe {
     let reach = probe.expect.outcome == Outcome::Reach;
     let backends = u32::try_from(probe.expect.backends.len())
         .unwrap_or(u32::MAX)
@@ -40,7 +48,7 @@ pub fn request(probe: &Probe, to: super::file::To, first_backend: Option<String>
     protocol::Probe {
         proto: to.proto,
         to: to.addr(),
-        source_port: probe.from.source_port,
+        from: source(shape, probe, to.addr()),
         connections: asked.unwrap_or(if reach { usual } else { TO_FAIL }),
         parallel: !reach && probe.from.source_port.is_none() && probe.interval_seconds.is_none(),
         interval_ms: millis(Duration::from_secs_f64(
@@ -51,6 +59,20 @@ pub fn request(probe: &Probe, to: super::file::To, first_backend: Option<String>
         until_backend_changes: changing,
         first_backend,
     }
+}
+
+/// Where a probe's packets come from: the kernel chooses, unless the file names a port, or one of the client's addresses
+/// that the kernel would not choose.
+pub fn source(shape: &Shape, probe: &Probe, to: SocketAddr) -> SocketAddr {
+    let mut source = protocol::any(to, probe.from.source_port.unwrap_or(0));
+    let node = shape.nodes.iter().find(|node| node.name == probe.from.name);
+    let named = probe.from.ip.filter(|ip| {
+        ip.is_ipv4() == to.is_ipv4() && node.is_some_and(|node| node.extra_addresses.contains(ip))
+    });
+    if let Some(ip) = named {
+        source.set_ip(ip);
+    }
+    source
 }
 
 /// Whether a probe goes on until another backend answers.
@@ -71,7 +93,8 @@ pub fn timeout(probe: &Probe) -> Duration {
 
 /// An upper bound for all connections of a request.
 pub fn bound(request: &protocol::Probe) -> Duration {
-    let interval = Duration::from_millis(request.interval_ms) * request.connections;
+    let each = Duration::from_millis(request.interval_ms.saturating_add(EACH_MS));
+    let interval = each.saturating_mul(request.connections);
     let waiting = Duration::from_millis(request.timeout_ms) * (request.stop_after_failures + 1);
     // Answered connections may each be slow up to their timeout, but a run that slow has failed anyway.
     interval + waiting * 2 + Duration::from_secs(30)

@@ -86,6 +86,7 @@ fn observe(cluster: &Cluster, probe: &Probe, history: &History) -> Result<Observ
     }
     let to = probe.to.context("a probe needs a destination")?;
     let request = plan::request(
+        cluster.shape(),
         probe,
         to,
         history

@@ -1,7 +1,9 @@
 //! New connections: who answers, or how it fails.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,22 +12,18 @@ use nix::errno::Errno;
 use nix::libc;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::protocol::{Attempt, Probe, Proto, Reply, Response};
+use super::protocol::{Attempt, Probe, Proto, Reply, Response, any};
 
 const LINE: &str = "who are you";
+/// As many connections are tried at once.
+const AT_ONCE: u32 = 64;
+/// How many ports are tried for one that was not used before.
+const TRIES: usize = 256;
 
 /// Makes the connections of a probe, in order or all at once.
 pub fn run(probe: &Probe) -> Vec<Attempt> {
     if probe.parallel {
-        return thread::scope(|scope| {
-            let threads: Vec<_> = (0..probe.connections)
-                .map(|_| scope.spawn(|| connect_once(probe)))
-                .collect();
-            threads
-                .into_iter()
-                .filter_map(|thread| thread.join().ok())
-                .collect()
-        });
+        return side_by_side(probe);
     }
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut failures = 0;
@@ -48,12 +46,26 @@ pub fn run(probe: &Probe) -> Vec<Attempt> {
     attempts
 }
 
+fn side_by_side(probe: &Probe) -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    let mut left = probe.connections;
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        left -= now;
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..now).map(|_| scope.spawn(|| connect_once(probe))).collect();
+            attempts.extend(threads.into_iter().filter_map(|thread| thread.join().ok()));
+        });
+    }
+    attempts
+}
+
 fn connect_once(probe: &Probe) -> Attempt {
     let start = Instant::now();
     let timeout = Duration::from_millis(probe.timeout_ms);
     match probe.proto {
         Proto::Udp => datagram(probe, timeout, start),
-        proto => match connect(proto, probe.source_port, probe.to, timeout) {
+        proto => match connect(proto, probe.from, probe.to, timeout) {
             Ok(stream) => {
                 // The port is free again at once: a probe may use it for its next connection.
                 let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
@@ -64,10 +76,10 @@ fn connect_once(probe: &Probe) -> Attempt {
     }
 }
 
-/// Opens a connection, from a fixed port if one is given.
+/// Opens a connection, from a fixed address or port if one is given.
 pub fn connect(
     proto: Proto,
-    port: Option<u16>,
+    from: SocketAddr,
     to: SocketAddr,
     timeout: Duration,
 ) -> std::io::Result<TcpStream> {
@@ -77,25 +89,15 @@ pub fn connect(
         Protocol::TCP
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
-    if let Some(port) = port {
+    if !from.ip().is_unspecified() || from.port() != 0 {
         socket.set_reuse_address(true)?;
-        socket.bind(&any(to, port).into())?;
+        socket.bind(&from.into())?;
     }
     socket.connect_timeout(&to.into(), timeout)?;
     socket
         .set_tcp_nodelay(true)
         .or_else(|error| if proto == Proto::Sctp { Ok(()) } else { Err(error) })?;
     Ok(socket.into())
-}
-
-/// The unspecified address of the family of `like`.
-pub fn any(like: SocketAddr, port: u16) -> SocketAddr {
-    let ip: IpAddr = if like.is_ipv4() {
-        Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        Ipv6Addr::UNSPECIFIED.into()
-    };
-    SocketAddr::new(ip, port)
 }
 
 /// One question and its answer on an open connection.
@@ -138,9 +140,29 @@ pub fn identify(answer: &[u8], line: &str, start: Instant) -> Attempt {
     }
 }
 
+/// A socket whose port this process has not asked the destination from before: a datagram from a port of earlier belongs
+/// to the flow of then, which goes on with its backend as long as that serves.
+fn fresh_socket(probe: &Probe) -> std::io::Result<UdpSocket> {
+    static USED: Mutex<BTreeSet<(SocketAddr, u16)>> = Mutex::new(BTreeSet::new());
+    let mut held = Vec::new();
+    loop {
+        let socket = UdpSocket::bind(probe.from)?;
+        let port = socket.local_addr()?.port();
+        let is_new = USED
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert((probe.to, port));
+        if is_new || probe.from.port() != 0 || held.len() >= TRIES {
+            return Ok(socket);
+        }
+        // Kept until another is found, so that the kernel does not choose it again.
+        held.push(socket);
+    }
+}
+
 fn datagram(probe: &Probe, timeout: Duration, start: Instant) -> Attempt {
     let talk = || -> std::io::Result<Vec<u8>> {
-        let socket = UdpSocket::bind(any(probe.to, probe.source_port.unwrap_or(0)))?;
+        let socket = fresh_socket(probe)?;
         socket.connect(probe.to)?;
         socket.set_read_timeout(Some(timeout))?;
         socket.send(LINE.as_bytes())?;
@@ -182,7 +204,7 @@ fn elapsed(start: Instant) -> u64 {
 pub fn http_get(to: SocketAddr, path: &str, timeout_ms: u64) -> Result<Response> {
     let start = Instant::now();
     let timeout = Duration::from_millis(timeout_ms);
-    let stream = match connect(Proto::Tcp, None, to, timeout) {
+    let stream = match connect(Proto::Tcp, any(to, 0), to, timeout) {
         Ok(stream) => stream,
         Err(error) => return Ok(Response::Attempts(vec![failure(&error, start, true)])),
     };

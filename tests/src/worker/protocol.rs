@@ -1,6 +1,6 @@
 //! What is said between a [`super::Worker`] handle and its process, and between clients and responders.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +44,7 @@ pub enum Request {
     FlowStart {
         name: String,
         proto: Proto,
-        source_port: Option<u16>,
+        from: SocketAddr,
         to: SocketAddr,
         timeout_ms: u64,
     },
@@ -71,7 +71,8 @@ pub enum Request {
 pub struct Probe {
     pub proto: Proto,
     pub to: SocketAddr,
-    pub source_port: Option<u16>,
+    /// Unspecified parts are the kernel's to choose.
+    pub from: SocketAddr,
     pub connections: u32,
     /// All at once instead of one after the other.
     pub parallel: bool,
@@ -201,4 +202,14 @@ pub struct Reply {
 pub fn plain(addr: SocketAddr) -> SocketAddr {
     let ip: IpAddr = addr.ip().to_canonical();
     SocketAddr::new(ip, addr.port())
+}
+
+/// The unspecified address of the family of `like`.
+pub fn any(like: SocketAddr, port: u16) -> SocketAddr {
+    let ip: IpAddr = if like.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    SocketAddr::new(ip, port)
 }

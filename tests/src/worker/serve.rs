@@ -6,7 +6,7 @@ use std::thread;
 
 use anyhow::Result;
 
-use super::flow::Flows;
+use super::flow::{Flows, Route};
 use super::protocol::{Answer, Call, Request, Response};
 use super::stream::Streams;
 use super::{probe, responder, transfer};
@@ -39,10 +39,10 @@ fn handle(name: &Arc<str>, flows: &Flows, streams: &Streams, request: Request) -
         Request::FlowStart {
             name,
             proto,
-            source_port,
+            from,
             to,
             timeout_ms,
-        } => flows.start(name, proto, source_port, to, timeout_ms),
+        } => flows.start(name, Route { proto, from, to }, timeout_ms),
         Request::FlowExchange { name, timeout_ms } => flows.exchange(&name, timeout_ms),
         Request::FlowHistory { name, from } => flows.history(&name, from),
         Request::TransferListen { port } => transfer::listen(name, port).map(|()| Response::Done),

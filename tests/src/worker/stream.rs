@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::probe::any;
-use super::protocol::{Reply, Response};
+use super::protocol::{Reply, Response, any};
 use super::responder::RECEIVE_BUFFER;
 
 /// What is sent again by a new socket: so many of the last datagrams, if nobody has answered them.

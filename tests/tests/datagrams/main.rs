@@ -90,7 +90,7 @@ fn every_endpoint_is_replaced(socket_lb: &str, datapath: &str) -> Result<()> {
     let open = Request::FlowStart {
         name: "tcp".to_owned(),
         proto: Proto::Tcp,
-        source_port: None,
+        from: "0.0.0.0:0".parse()?,
         to: "10.96.0.41:80".parse()?,
         timeout_ms: 5000,
     };

@@ -14,16 +14,13 @@ use crate::{build, paths, process, progress, setup};
 /// Options of the runner that no value follows.
 const WITHOUT_VALUE: [&str; 3] = ["--hold", "--help", "-h"];
 
-/// The tag of what this version promises; `--rotate` runs these.
-const PROMISED: &str = "first-light";
-
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Run with every combination of socket load balancing, datapath and network
     #[arg(long, conflicts_with = "rotate")]
     matrix: bool,
 
-    /// Run each scenario tagged first-light once, with the combination rotated by its place in the order of ids
+    /// Run each scenario once, with the combination rotated by its place in the order of ids
     #[arg(long)]
     rotate: bool,
 
@@ -169,15 +166,15 @@ fn runner(args: &[String]) -> Result<std::process::Command> {
     Ok(command)
 }
 
-/// Each promised scenario once: as many runs as there are configurations, each with its share of the ids.
+/// Each scenario once: as many runs as there are configurations, each with its share of the ids.
 fn rotated(args: &[String]) -> Result<Counts> {
     let (folders, options) = places_and_options(args);
     if options.iter().any(|arg| arg.starts_with("--filter")) {
-        bail!("--rotate chooses the scenarios by the tag {PROMISED}: leave --filter out");
+        bail!("--rotate runs every scenario of the folders: leave --filter out");
     }
-    let ids = ids_with_tag(&folders, PROMISED)?;
+    let ids = ids(&folders)?;
     if ids.is_empty() {
-        bail!("no scenario of {} has the tag {PROMISED}", folders.join(" "));
+        bail!("there is no scenario in {}", folders.join(" "));
     }
     let configurations = Configuration::all();
     let mut total = Counts::default();
@@ -272,8 +269,8 @@ fn summary_line(line: &str) -> Option<Counts> {
     })
 }
 
-/// Ids, sorted, of the scenario files that carry a tag.
-fn ids_with_tag(folders: &[String], tag: &str) -> Result<Vec<String>> {
+/// Ids, sorted, of the scenario files.
+fn ids(folders: &[String]) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for folder in folders {
         collect(Path::new(folder), &mut files)?;
@@ -283,12 +280,7 @@ fn ids_with_tag(folders: &[String], tag: &str) -> Result<Vec<String>> {
         let text = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
         let scenario: serde_json::Value =
             serde_json::from_slice(&text).with_context(|| format!("failed to decode {}", file.display()))?;
-        let tagged = scenario["tags"]
-            .as_array()
-            .is_some_and(|tags| tags.iter().any(|each| each == tag));
-        if let (true, Some(id)) = (tagged, scenario["id"].as_str()) {
-            ids.push(id.to_owned());
-        }
+        ids.extend(scenario["id"].as_str().map(str::to_owned));
     }
     ids.sort();
     Ok(ids)

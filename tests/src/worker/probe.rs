@@ -189,6 +189,8 @@ pub fn failure(error: &Error, start: Instant, refusable: bool) -> Attempt {
                 ms: elapsed(start),
             }
         }
+        // A socket hook that drops: it has no other word for it, and nothing comes back from anywhere.
+        Some(Errno::EPERM) if refusable => Attempt::Silent,
         Some(Errno::EPROTONOSUPPORT | Errno::ESOCKTNOSUPPORT) => Attempt::Unsupported,
         _ => Attempt::Broken {
             how: error.to_string(),

@@ -6,6 +6,7 @@ mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
     time::{Duration, Instant},
 };
 
@@ -21,11 +22,14 @@ use tokio::{
 use self::sockets::HostSockets;
 use crate::{
     attach,
+    bpf::sys,
     compile::{Compiler, Options},
     config::{Config, NodePortAddresses},
+    events::Recorder,
     health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
-    model::{Dirty, Index, Kind, ObjectRef, Origin, Rejected},
+    metrics::{Metrics, kernel_side::KernelSide},
+    model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Rejected},
     source::{self, Batch, Change},
     store::Store,
     sync::{Failure, Subject, Syncer},
@@ -38,6 +42,8 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(30);
 const RECLAIM_AFTER: Duration = Duration::from_millis(100);
 /// Between comparisons of the tables with what we believe is in them.
 const AUDIT: Duration = Duration::from_mins(1);
+/// A run of so many writes leaves much free memory behind.
+const MANY_WRITES: usize = 10_000;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -81,7 +87,18 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut alive = time::interval(SIGN_OF_LIFE);
     let mut audit = time::interval_at(time::Instant::now() + AUDIT, AUDIT);
     let mut batches = source.batches;
-    let mut agent = Agent::new(&config, store, syncer, wanted, progress, health_checks);
+    let metrics = Metrics::new();
+    metrics.add(KernelSide::new(&config.bpffs))?;
+    if let Some(addr) = config.metrics_addr {
+        tokio::spawn(metrics.clone().serve(addr));
+    }
+    let outward = Outward {
+        wanted,
+        progress,
+        health_checks,
+        metrics,
+    };
+    let mut agent = Agent::new(&config, store, syncer, outward);
     agent.sockets = given_sockets.and_then(sockets::open);
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
     loop {
@@ -96,7 +113,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 agent.take_host(state);
             }
             Some(ask) = asked.recv() => agent.answer(ask),
-            () = at(retry_at), if retry_at.is_some() => agent.write(),
+            () = at(retry_at), if retry_at.is_some() => agent.retry(),
             () = at(listen_at), if listen_at.is_some() => agent.listen_again(),
             () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
             _ = audit.tick() => agent.audit(),
@@ -117,8 +134,17 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-/// The state of the loop.
-struct Agent {
+/// Where the loop tells what it knows.
+#[derive(Debug)]
+pub struct Outward {
+    pub wanted: watch::Sender<WantedPods>,
+    pub progress: watch::Sender<Progress>,
+    pub health_checks: node_ports::Servers,
+    pub metrics: Metrics,
+}
+
+/// The state of the loop, and what it does at each turn.
+pub struct Agent {
     node_port_addresses: NodePortAddresses,
     localhost_node_ports: bool,
     index: Index,
@@ -130,9 +156,15 @@ struct Agent {
     wanted: watch::Sender<WantedPods>,
     progress: watch::Sender<Progress>,
     health_checks: node_ports::Servers,
+    metrics: Metrics,
+    events: Recorder,
+    /// When endpoints changed that are not programmed yet, in nanoseconds since 1970.
+    triggers: Vec<i64>,
     origins: HashMap<ObjectRef, Origin>,
     /// The source has been read completely.
     complete: bool,
+    /// What is to be compiled once it has.
+    dirty: Dirty,
     taken: u64,
     source_rejected: Vec<Rejected>,
     rejected: BTreeSet<Rejected>,
@@ -146,15 +178,22 @@ struct Agent {
     reclaim_at: Option<Instant>,
 }
 
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent")
+            .field("taken", &self.taken)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Agent {
-    fn new(
-        config: &Config,
-        store: Box<dyn Store + Send>,
-        syncer: Syncer,
-        wanted: watch::Sender<WantedPods>,
-        progress: watch::Sender<Progress>,
-        health_checks: node_ports::Servers,
-    ) -> Self {
+    pub fn new(config: &Config, store: Box<dyn Store + Send>, syncer: Syncer, outward: Outward) -> Self {
+        let Outward {
+            wanted,
+            progress,
+            health_checks,
+            metrics,
+        } = outward;
         Self {
             node_port_addresses: config.node_port_addresses.clone(),
             localhost_node_ports: config.localhost_node_ports,
@@ -171,8 +210,12 @@ impl Agent {
             wanted,
             progress,
             health_checks,
+            events: Recorder::new(metrics.clone()),
+            metrics,
+            triggers: Vec::new(),
             origins: HashMap::new(),
             complete: false,
+            dirty: Dirty::default(),
             taken: 0,
             source_rejected: Vec::new(),
             rejected: BTreeSet::new(),
@@ -187,7 +230,8 @@ impl Agent {
         }
     }
 
-    fn take_batch(&mut self, batch: Batch) {
+    /// Takes in what the source has found, and writes what follows from it.
+    pub fn take_batch(&mut self, batch: Batch) {
         let Batch {
             revision,
             complete,
@@ -195,9 +239,11 @@ impl Agent {
             rejected,
             ignored,
         } = batch;
-        let mut dirty = Dirty::default();
+        let started = Instant::now();
+        self.metrics.queued();
         for change in changes {
-            dirty.merge(self.take_change(change));
+            let dirty = self.take_change(change);
+            self.dirty.merge(dirty);
         }
         let is_first = complete && !self.complete;
         self.complete |= complete;
@@ -209,13 +255,28 @@ impl Agent {
                 self.ignored.insert(kind);
             }
         }
-        let updates = self.compiler.update(&self.index, &dirty);
-        self.syncer.update(updates);
-        if dirty.local_pods || dirty.node || is_first {
+        if self.dirty.local_pods || self.dirty.node || is_first {
             self.publish_wanted(is_first);
         }
+        if self.complete {
+            let dirty = std::mem::take(&mut self.dirty);
+            let updates = self.compiler.update(&self.index, &dirty);
+            self.syncer.update(updates);
+        }
+        for kind in Kind::ALL {
+            self.metrics.count_objects(kind, self.index.count(kind));
+        }
         self.retry = RETRY;
-        self.write();
+        self.write(started);
+        if is_first {
+            // What loading the datapath and the first list took.
+            sys::give_memory_back();
+        }
+    }
+
+    /// How full the tables are: services, backends and elements of `MAGLEV`.
+    pub fn usage(&self) -> (usize, usize, u32) {
+        self.syncer.usage()
     }
 
     fn take_change(&mut self, change: Change) -> Dirty {
@@ -224,26 +285,47 @@ impl Agent {
                 if key.kind.is_policy() && self.ignored.insert(key.kind.as_str().to_owned()) {
                     tracing::warn!(kind = key.kind.as_str(), "policies are not enforced yet");
                 }
+                self.metrics.changed(key.kind);
+                self.note_trigger(&object);
                 if has_problems_later(key.kind) {
                     self.origins.extend(origin.map(|origin| (key, origin)));
                 }
                 self.index.apply(object)
             }
             Change::Delete(key) => {
+                self.metrics.changed(key.kind);
                 self.origins.remove(&key);
                 self.index.delete(&key)
             }
         }
     }
 
-    fn take_host(&mut self, state: Option<HostState>) {
+    /// Takes in an observation of the machine.
+    pub fn take_host(&mut self, state: Option<HostState>) {
         // Before it has seen the first list of pods and the node's addresses, what it does not name may still be there.
         let state = state.filter(|state| state.wanted_revision > 0);
         if state.is_some() {
             self.host = state;
             self.retry = RETRY;
-            self.write();
+            self.metrics.queued();
+            self.write(Instant::now());
         }
+    }
+
+    /// Endpoints that changed before the start say nothing of how long we take.
+    fn note_trigger(&mut self, object: &Object) {
+        if let Object::EndpointSlice(slice) = object
+            && self.progress.borrow().started
+            && let Some(changed_ns) = slice.changed_ns
+        {
+            self.triggers.push(changed_ns);
+        }
+    }
+
+    /// Tries again what has failed.
+    fn retry(&mut self) {
+        self.metrics.retries.inc();
+        self.write(Instant::now());
     }
 
     /// Whoever asked may have gone.
@@ -278,8 +360,9 @@ impl Agent {
         });
     }
 
-    /// Writes what differs, once everything is known that decides what may be deleted.
-    fn write(&mut self) {
+    /// Writes what differs, once everything is known that decides what may be deleted. `started`: when the work on it
+    /// began.
+    fn write(&mut self, started: Instant) {
         let (true, Some(host)) = (self.complete, &self.host) else {
             self.publish_progress();
             return;
@@ -293,21 +376,31 @@ impl Agent {
         self.syncer.set_host(tables);
         let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
         self.end_sockets(&report);
+        if report.writes >= MANY_WRITES {
+            sys::give_memory_back();
+        }
         if report.writes > 0 {
             tracing::debug!(revision = self.taken, writes = report.writes, "programmed");
         }
-        for (what, failure) in &report.failed {
-            if self.failed.get(what) != Some(failure) {
-                tracing::error!(%what, reason = failure.reason, "not programmed");
-            }
-        }
-        self.failed = report.failed;
+        self.metrics.writes.inc_by(report.writes as u64);
+        self.metrics.failed(report.failed.values());
+        self.report_failed(report.failed);
         if self.failed.values().any(|failure| failure.refused) {
             self.failing_since.get_or_insert_with(Instant::now);
         } else {
             self.failing_since = None;
             self.synced = Timestamp::now();
+            self.metrics.synced();
+            let now = self.synced.as_nanosecond();
+            for changed_ns in self.triggers.drain(..) {
+                let took = u64::try_from(now - i128::from(changed_ns)).unwrap_or(0);
+                let took = Duration::from_nanos(took).as_secs_f64();
+                self.metrics.programming_duration.observe(took);
+            }
         }
+        self.metrics
+            .sync_duration
+            .observe(started.elapsed().as_secs_f64());
         self.retry_at = (!self.failed.is_empty()).then(|| Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(RETRY_AT_MOST);
         if self.syncer.has_garbage() && self.reclaim_at.is_none() {
@@ -316,14 +409,15 @@ impl Agent {
         self.publish_progress();
     }
 
-    fn reclaim(&mut self) {
+    /// Frees what was replaced.
+    pub fn reclaim(&mut self) {
         self.reclaim_at = None;
         if let Err(error) = tokio::task::block_in_place(|| self.syncer.reclaim(&mut *self.store)) {
             tracing::warn!("failed to wait for a grace period: {error}");
             self.reclaim_at = Some(Instant::now() + RETRY_AT_MOST);
         }
         if let Some(sockets) = &mut self.sockets {
-            tokio::task::block_in_place(|| sockets.end_late_ones(&self.syncer));
+            tokio::task::block_in_place(|| sockets.end_late_ones(&*self.store));
         }
     }
 
@@ -335,7 +429,7 @@ impl Agent {
             Ok(0) => {}
             Ok(entries) => {
                 tracing::warn!(entries, "the tables were changed by somebody else");
-                self.write();
+                self.write(Instant::now());
             }
             Err(error) => tracing::warn!("failed to compare the tables: {error}"),
         }

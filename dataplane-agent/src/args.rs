@@ -2,7 +2,7 @@
 //! flag counts before the variable, the variable before the file, the file before the default.
 
 use std::{
-    net::{Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -127,7 +127,10 @@ struct Settings {
     cgroup: Option<PathBuf>,
     /// Where /healthz, /livez and /readyz are served, or `off` [default: [::]:10256, which means IPv4 too].
     #[arg(long, env = "DATAPLANE_HEALTH_ADDR")]
-    health_addr: Option<HealthAddr>,
+    health_addr: Option<ListenAddr>,
+    /// Where /metrics is served, or `off` [default: 127.0.0.1:10249].
+    #[arg(long, env = "DATAPLANE_METRICS_BIND_ADDRESS")]
+    metrics_bind_address: Option<ListenAddr>,
     /// The unix socket of `wait` [default: /run/dataplane/agent.sock].
     #[arg(long, env = "DATAPLANE_SOCKET")]
     socket: Option<PathBuf>,
@@ -164,28 +167,29 @@ struct Settings {
     /// Which addresses of a Service its `loadBalancerSourceRanges` guard [default: lb, which is what kube-proxy does].
     #[arg(long, env = "DATAPLANE_SOURCE_RANGES_FOR", value_enum)]
     source_ranges_for: Option<SourceRangesFor>,
-    /// Addresses and ports of Services, by family and scope [default: 131072].
+    /// Addresses and ports of Services, by family and scope; 176 bytes each [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
     max_frontends: Option<u32>,
-    /// Service entries: one for each address and port [default: 65536].
+    /// Service entries: one for each address and port; 32 bytes each [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_SERVICES")]
     max_services: Option<u32>,
-    /// Endpoints [default: 65536].
+    /// Endpoints, by port; 40 bytes each [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_BACKENDS")]
     max_backends: Option<u32>,
-    /// 8-byte elements of all Maglev tables together [default: 4194304].
+    /// 8-byte elements of all Maglev tables together, 26 to 50 for each endpoint of a Service entry [default: 4194304].
     #[arg(long, env = "DATAPLANE_MAX_MAGLEV")]
     max_maglev: Option<u32>,
-    /// Source ranges of all Services, by family and address and port that they guard [default: 65536].
+    /// Source ranges of all Services, by family and address and port that they guard; memory for those in use alone
+    /// [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_SOURCE_RANGES")]
     max_source_ranges: Option<u32>,
-    /// Clients that Services with affinity remember, by family and Service entry [default: 65536].
+    /// Clients that Services with affinity remember, by family and Service entry; 200 bytes each [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_AFFINITY")]
     max_affinity: Option<u32>,
-    /// Established flows, by family and direction [default: 262144].
+    /// Established flows, by family and direction; 320 bytes each [default: 262144].
     #[arg(long, env = "DATAPLANE_MAX_FLOWS")]
     max_flows: Option<u32>,
-    /// Flows that nobody has answered yet, by family [default: 65536].
+    /// Flows that nobody has answered yet, by family; 320 bytes each [default: 65536].
     #[arg(long, env = "DATAPLANE_MAX_HALF_OPEN")]
     max_half_open: Option<u32>,
     /// Datagrams whose fragments are on their way, by family and hook [default: 16384].
@@ -194,10 +198,10 @@ struct Settings {
     /// Fragments that are held until their datagram's first one comes, 2 KiB each [default: 2048].
     #[arg(long, env = "DATAPLANE_MAX_HELD_FRAGMENTS")]
     max_held_fragments: Option<u32>,
-    /// Connected or recently used sockets that are translated, by family [default: 131072].
+    /// Connected or recently used sockets that are translated, by family; 296 bytes each [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_SOCKETS")]
     max_sockets: Option<u32>,
-    /// Addresses of this node, by family [default: 4096].
+    /// Addresses of this node, by family; 168 bytes each [default: 4096].
     #[arg(long, env = "DATAPLANE_MAX_ADDRESSES")]
     max_addresses: Option<u32>,
     /// Uplinks and tunnel devices [default: 1024].
@@ -211,16 +215,20 @@ struct Settings {
 /// An address and port, or `off`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(try_from = "String")]
-struct HealthAddr(Option<SocketAddr>);
+struct ListenAddr(Option<SocketAddr>);
 
-impl Default for HealthAddr {
-    /// kube-proxy's, where load balancers ask.
-    fn default() -> Self {
-        Self(Some((Ipv6Addr::UNSPECIFIED, 10256).into()))
+/// Where load balancers ask kube-proxy.
+const HEALTH_ADDR: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
+/// Where kube-proxy serves its metrics.
+const METRICS_ADDR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+
+impl ListenAddr {
+    fn of(setting: Option<Self>, default: SocketAddr) -> Option<SocketAddr> {
+        setting.map_or(Some(default), |ListenAddr(addr)| addr)
     }
 }
 
-impl FromStr for HealthAddr {
+impl FromStr for ListenAddr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -233,7 +241,7 @@ impl FromStr for HealthAddr {
     }
 }
 
-impl TryFrom<String> for HealthAddr {
+impl TryFrom<String> for ListenAddr {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -251,7 +259,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, manifests, device, bpffs, cgroup, health_addr, socket, socket_lb, datapath, fast_path,
+            node_name, manifests, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices, debug_log,
         )
@@ -285,6 +293,7 @@ impl Settings {
             bpffs,
             cgroup,
             health_addr,
+            metrics_bind_address,
             socket,
             socket_lb,
             datapath,
@@ -321,7 +330,8 @@ impl Settings {
             devices: device.unwrap_or_default(),
             bpffs: bpffs.unwrap_or_else(|| BPFFS.into()),
             cgroup,
-            health_addr: health_addr.unwrap_or_default().0,
+            health_addr: ListenAddr::of(health_addr, HEALTH_ADDR),
+            metrics_addr: ListenAddr::of(metrics_bind_address, METRICS_ADDR),
             socket: socket.unwrap_or_else(|| SOCKET.into()),
             socket_lb: socket_lb.unwrap_or(SocketLb::Auto),
             datapath: datapath.unwrap_or(DatapathMode::Auto),
@@ -464,6 +474,7 @@ mod tests {
         .unwrap();
         let config = run(&["--config", file.path().to_str().unwrap(), "--health-addr", "off"]).unwrap();
         assert_eq!(config.health_addr, None);
+        assert_eq!(config.metrics_addr, Some("127.0.0.1:10249".parse().unwrap()));
         assert!(!config.external_ips);
     }
 

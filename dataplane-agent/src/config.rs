@@ -25,6 +25,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Where probes are answered; `None`: nowhere.
     pub health_addr: Option<SocketAddr>,
+    /// Where `/metrics` is served; `None`: nowhere.
+    pub metrics_addr: Option<SocketAddr>,
     /// The unix socket of `wait`.
     pub socket: PathBuf,
     pub socket_lb: SocketLb,

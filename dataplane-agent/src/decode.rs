@@ -15,7 +15,7 @@ use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::Obje
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::model::{Kind, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
+use crate::model::{Cause, Kind, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
 
 /// The cluster autoscaler's taint on a node that it is about to remove.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -74,23 +74,22 @@ pub fn decode(value: &Value) -> Decoded {
         let reason = format!("{api_version} is not read, only {}", kind.api_version());
         return Decoded::Failed {
             key: Some(key),
-            problems: vec![Problem::new("apiVersion", reason)],
+            problems: vec![Problem::new("apiVersion", reason).because(Cause::Unsupported)],
         };
     }
     let mut problems = Vec::new();
     let name = key.name.clone();
     let object = match kind {
-        Kind::Node => parse(value).map(|node| Object::Node(self::node(name, node, &mut problems))),
-        Kind::Namespace => {
-            parse(value).map(|namespace| Object::Namespace(self::namespace(name, namespace, &mut problems)))
-        }
-        Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems))),
+        Kind::Node => parse(value).map(|node| Object::Node(self::node(name, node, &mut problems).into())),
+        Kind::Namespace => parse(value)
+            .map(|namespace| Object::Namespace(self::namespace(name, namespace, &mut problems).into())),
+        Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems).into())),
         Kind::Service => parse(value)
             .and_then(|service| service::decode(name, service, &mut problems))
-            .map(|service| Object::Service(Box::new(service))),
+            .map(|service| Object::Service(service.into())),
         Kind::EndpointSlice => parse(value)
             .and_then(|slice| slice::decode(name, &slice, &mut problems))
-            .map(Object::EndpointSlice),
+            .map(|slice| Object::EndpointSlice(slice.into())),
         Kind::NetworkPolicy
         | Kind::ClusterNetworkPolicy
         | Kind::AdminNetworkPolicy
@@ -136,6 +135,12 @@ fn key(kind: Kind, value: &Value) -> Result<ObjectRef, Problem> {
         Some(Value::String(namespace)) => namespace,
         Some(_) => return Err(Problem::new("metadata.namespace", "not a string")),
     };
+    for (field, text) in [("metadata.name", &**name), ("metadata.namespace", namespace)] {
+        if text.contains(|c: char| c == '/' || c.is_control()) {
+            let reason = format!("{text:?} is no name: it contains `/` or a control character");
+            return Err(Problem::new(field, reason));
+        }
+    }
     Ok(ObjectRef {
         kind,
         name: Name::new(namespace, name),
@@ -183,7 +188,7 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
 
 fn namespace(name: Name, namespace: core::Namespace, problems: &mut Vec<Problem>) -> Namespace {
     let mut labels = namespace.metadata.labels.unwrap_or_default();
-    labels.insert(Namespace::NAME_LABEL.to_owned(), name.name.to_string());
+    labels.insert(Namespace::NAME_LABEL.to_owned(), name.name().to_owned());
     let annotations = namespace.metadata.annotations.as_ref();
     let dry_run = annotations.and_then(|annotations| annotations.get(policy::DRY_RUN));
     Namespace {
@@ -191,6 +196,16 @@ fn namespace(name: Name, namespace: core::Namespace, problems: &mut Vec<Problem>
         labels,
         dry_run: policy::dry_run(dry_run.map(String::as_str), problems),
     }
+}
+
+/// `metadata.creationTimestamp` in nanoseconds; 0 when unknown. Beyond the years 1677 to 2262 the nearest of them.
+fn created_ns(metadata: &ObjectMeta) -> i64 {
+    let nanoseconds = metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or(0, |time| time.0.as_nanosecond());
+    let (least, most) = (i128::from(i64::MIN), i128::from(i64::MAX));
+    i64::try_from(nanoseconds.clamp(least, most)).unwrap_or(0)
 }
 
 /// An address as Kubernetes has always read it: leading zeros in IPv4 are decimal, never octal, and an IPv4 address
@@ -245,7 +260,9 @@ fn parse_protocol(protocol: Option<&str>, field: impl FnOnce() -> String) -> Pro
     match protocol {
         None | Some("" | "TCP") => ProtocolField::Served(Protocol::Tcp),
         Some("UDP") => ProtocolField::Served(Protocol::Udp),
-        Some("SCTP") => ProtocolField::NotYet(Problem::new(field(), "SCTP is not supported yet")),
+        Some("SCTP") => ProtocolField::NotYet(
+            Problem::new(field(), "SCTP is not supported yet").because(Cause::Unsupported),
+        ),
         Some(other) => ProtocolField::Unknown(Problem::new(field(), format!("`{other}` is no protocol"))),
     }
 }

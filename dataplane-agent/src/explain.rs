@@ -175,7 +175,7 @@ impl Judge<'_> {
         let none = PodPolicy::default();
         let of_pod = self.compiler.pods().get(&pod.name).unwrap_or(&none);
         let policies = &of_pod.policies[direction as usize];
-        let namespace = self.index.namespace(&pod.name.namespace);
+        let namespace = self.index.namespace(pod.name.namespace());
         let is_dry_run = |key: &&ObjectRef| {
             let policy = self.index.policies().get(key);
             policy.is_some_and(|policy| policy.is_dry_run(namespace))

@@ -21,7 +21,10 @@ use tokio::{
 };
 
 use self::http::{Answer, Listener};
-use crate::{served::Served, source::Rescan};
+use crate::{
+    served::{Condition, Served},
+    source::Rescan,
+};
 
 /// How long `/wait` lasts unless it says.
 const WAIT: Duration = Duration::from_mins(1);
@@ -54,6 +57,7 @@ pub struct Progress {
     pub rejected: Vec<String>,
     /// What could not be programmed, and is tried again.
     pub failed: Vec<String>,
+    pub conditions: Vec<Condition>,
 }
 
 impl Default for Progress {
@@ -69,6 +73,7 @@ impl Default for Progress {
             leaving: false,
             rejected: Vec::new(),
             failed: Vec::new(),
+            conditions: Vec::new(),
         }
     }
 }
@@ -176,6 +181,7 @@ impl Health {
 
     async fn command(mut self, uri: &Uri) -> Answer {
         match uri.path() {
+            "/conditions" => Answer::of_health(true, to_json(&self.progress.borrow().conditions)),
             "/services" => {
                 let (reply, served) = oneshot::channel();
                 // A loop that has ended drops the question.
@@ -298,7 +304,7 @@ mod tests {
         assert_eq!(status(&progress), (200, 200));
         progress.leaving = true;
         assert_eq!(status(&progress), (503, 200));
-        let page: serde_json::Value = serde_json::from_str(&proxy_health(&progress, false).json).unwrap();
+        let page: serde_json::Value = serde_json::from_str(&proxy_health(&progress, false).body).unwrap();
         assert_eq!(page["nodeEligible"], false);
         assert_eq!(page["lastUpdated"], page["currentTime"]);
     }

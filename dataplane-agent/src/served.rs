@@ -1,10 +1,12 @@
 //! What is served and what is not, as the agent tells its commands.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
     compile::{Balancer, Compiled, services::describe},
-    model::{ObjectRef, Rejected},
+    model::{Cause, ObjectRef, Rejected},
     sync::{Failure, Subject},
 };
 
@@ -14,6 +16,93 @@ pub struct Served {
     /// Services, and Pods with host ports, that have at least one frontend; by kind and name.
     pub objects: Vec<ServedObject>,
     pub problems: Vec<Problem>,
+    pub conditions: Vec<Condition>,
+}
+
+/// A statement on the agent as a whole, in the shape of Kubernetes' conditions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    /// What is stated.
+    #[serde(rename = "type")]
+    pub kind: ConditionKind,
+    /// Whether it holds.
+    pub status: bool,
+    pub message: String,
+}
+
+/// What is stated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConditionKind {
+    /// Every object can be used in full.
+    ObjectsUsable,
+    /// All that is wanted fits into the tables.
+    TablesHaveRoom,
+    /// The kernel takes every write.
+    KernelAcceptsWrites,
+}
+
+impl ConditionKind {
+    pub const ALL: [ConditionKind; 3] = [
+        ConditionKind::ObjectsUsable,
+        ConditionKind::TablesHaveRoom,
+        ConditionKind::KernelAcceptsWrites,
+    ];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            ConditionKind::ObjectsUsable => "ObjectsUsable",
+            ConditionKind::TablesHaveRoom => "TablesHaveRoom",
+            ConditionKind::KernelAcceptsWrites => "KernelAcceptsWrites",
+        }
+    }
+
+    const fn concerns(self, cause: Cause) -> bool {
+        match cause {
+            Cause::TableFull => matches!(self, ConditionKind::TablesHaveRoom),
+            Cause::WriteRefused => matches!(self, ConditionKind::KernelAcceptsWrites),
+            Cause::Invalid | Cause::Unsupported | Cause::Conflict | Cause::Disabled | Cause::Unreadable => {
+                matches!(self, ConditionKind::ObjectsUsable)
+            }
+        }
+    }
+}
+
+/// A condition's message names so many of what it is about.
+const NAMED_AT_MOST: usize = 10;
+
+/// The conditions that follow from the problems.
+pub fn conditions(problems: &[Problem]) -> Vec<Condition> {
+    let condition = |kind: ConditionKind| {
+        let of_kind: Vec<&Problem> = problems
+            .iter()
+            .filter(|problem| kind.concerns(problem.cause))
+            .collect();
+        let mut parts: Vec<String> = of_kind
+            .iter()
+            .take(NAMED_AT_MOST)
+            .map(ToString::to_string)
+            .collect();
+        if of_kind.len() > NAMED_AT_MOST {
+            parts.push(format!("and {} more", of_kind.len() - NAMED_AT_MOST));
+        }
+        Condition {
+            kind,
+            status: of_kind.is_empty(),
+            message: parts.join("; "),
+        }
+    };
+    ConditionKind::ALL.map(condition).into()
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in [&self.object, &self.field] {
+            if !part.is_empty() {
+                write!(f, "{part}: ")?;
+            }
+        }
+        f.write_str(&self.reason)
+    }
 }
 
 /// A Service or Pod and where it is reached.
@@ -62,6 +151,7 @@ pub struct Problem {
     /// The path of the field; empty for the object as a whole.
     pub field: String,
     pub reason: String,
+    pub cause: Cause,
     /// The document that it comes from, if it is in one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
@@ -107,6 +197,7 @@ impl From<&Rejected> for Problem {
             object: object.clone(),
             field: problem.field.clone(),
             reason: problem.reason.clone(),
+            cause: problem.cause,
             file: origin.as_ref().map(ToString::to_string),
         }
     }
@@ -119,7 +210,41 @@ impl From<(&Subject, &Failure)> for Problem {
             object: object.as_ref().map_or_else(String::new, ToString::to_string),
             field: String::new(),
             reason: format!("{entry}: {}", failure.reason),
+            cause: failure.cause(),
             file: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_table_is_a_condition_that_names_what_is_not_served() {
+        let problem = |number: usize, cause| Problem {
+            object: format!("Service ns/s{number}"),
+            field: String::new(),
+            reason: "10.96.0.1:80/TCP: table FRONTENDS_V4 is full (2 entries)".to_owned(),
+            cause,
+            file: None,
+        };
+        let problems: Vec<Problem> = (0..12).map(|number| problem(number, Cause::TableFull)).collect();
+        let conditions = conditions(&problems);
+        let state = |kind| {
+            conditions
+                .iter()
+                .find(|condition| condition.kind == kind)
+                .unwrap()
+        };
+        let room = state(ConditionKind::TablesHaveRoom);
+        assert!(!room.status);
+        assert!(
+            room.message
+                .starts_with("Service ns/s0: 10.96.0.1:80/TCP: table FRONTENDS_V4 is full")
+        );
+        assert!(room.message.ends_with("; and 2 more"), "{}", room.message);
+        assert!(state(ConditionKind::ObjectsUsable).status);
+        assert!(state(ConditionKind::KernelAcceptsWrites).status);
     }
 }

@@ -27,8 +27,8 @@ fn describe(changes: Vec<Change>) -> Vec<String> {
     changes
         .into_iter()
         .map(|change| match change {
-            Change::Apply { key, .. } => format!("+{}", key.name.name),
-            Change::Delete(key) => format!("-{}", key.name.name),
+            Change::Apply { key, .. } => format!("+{}", key.name.name()),
+            Change::Delete(key) => format!("-{}", key.name.name()),
         })
         .collect()
 }

@@ -146,5 +146,5 @@ fn a_restart_removes_what_went_meanwhile() {
 }
 
 fn is_web(key: &ObjectRef) -> bool {
-    &*key.name.namespace == "shop"
+    key.name.namespace() == "shop"
 }

@@ -1,8 +1,10 @@
 //! `cargo xtask bench …`: builds in release, then hands over to the benchmark.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 
-use crate::{build, paths, process, setup};
+use crate::{build, ebpf, paths, process, progress, setup};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -18,6 +20,9 @@ enum What {
     #[command(disable_help_flag = true)]
     /// Connections/s and request/response, pod to `ClusterIP`, beside plain routing and kube-proxy's rules
     Net(PassedOn),
+    #[command(disable_help_flag = true)]
+    /// First sync, single changes and memory of the agent with 50,000 services and 250,000 endpoints
+    Control(PassedOn),
 }
 
 #[derive(Debug, clap::Args)]
@@ -32,6 +37,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (program, args, needs_agent) = match &args.what {
         What::Datapath(PassedOn { args }) => ("dataplane-bench-datapath", args, false),
         What::Net(PassedOn { args }) => ("dataplane-bench-net", args, true),
+        What::Control(PassedOn { args }) => return control(args),
     };
     setup::programs()?;
     build::run()?;
@@ -48,4 +54,44 @@ pub fn run(args: &Args) -> Result<()> {
         .status()
         .with_context(|| format!("failed to start {program}"))?;
     process::finish_with(status)
+}
+
+/// The agent's own benchmark, which cargo builds with the agent.
+fn control(args: &[String]) -> Result<()> {
+    setup::programs()?;
+    ebpf::run(&ebpf::Args::default())?;
+    let mut command = process::cargo("build");
+    command.args(["--release", "--package", "dataplane-agent", "--bench", "control"]);
+    let program = progress::step("building the agent's benchmark", || {
+        process::run(process::quiet_unless_watched(&mut command))?;
+        // Its name has a hash, which cargo tells.
+        let messages = process::stdout_of(command.arg("--message-format=json"))?;
+        built_program(&messages).context("cargo does not say where the benchmark is")
+    })?;
+    let status = process::as_root(&program)?
+        .args(args)
+        .status()
+        .with_context(|| format!("failed to start {}", program.display()))?;
+    process::finish_with(status)
+}
+
+/// The program that cargo's messages, a JSON object a line, say was built.
+fn built_program(messages: &str) -> Option<PathBuf> {
+    messages.lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(message.get("executable")?.as_str()?.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_says_where_a_program_is() {
+        let messages = r#"{"reason":"compiler-artifact","executable":null}
+{"reason":"compiler-artifact","executable":"/t/release/deps/control-1"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(built_program(messages), Some("/t/release/deps/control-1".into()));
+    }
 }

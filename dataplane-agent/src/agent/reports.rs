@@ -1,11 +1,17 @@
 //! What the agent tells of its work: progress, refused objects, what is served.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
 use super::Agent;
 use crate::{
-    model::{ObjectRef, Problem, Rejected},
+    events::{Event, Reason},
+    metrics,
+    model::{Cause, ObjectRef, Problem, Rejected},
     served::{self, Served, ServedObject},
+    sync::{Failure, Subject},
 };
 
 impl Agent {
@@ -14,6 +20,7 @@ impl Agent {
         let host_revision = self.host.as_ref().map_or(0, |host| host.wanted_revision);
         let started = self.complete && self.host.is_some();
         let settled = started && self.failed.is_empty() && self.syncer.is_settled();
+        let conditions = served::conditions(&self.problems());
         self.progress.send_modify(|progress| {
             progress.alive = Instant::now();
             progress.taken = self.taken;
@@ -26,6 +33,7 @@ impl Agent {
                 progress.revision = self.taken;
                 progress.host_revision = host_revision;
             }
+            progress.conditions = conditions;
             progress.rejected = self.rejected.iter().map(ToString::to_string).collect();
             progress.failed = self
                 .failed
@@ -35,7 +43,7 @@ impl Agent {
         });
     }
 
-    /// Logs what is newly rejected.
+    /// Tells what is newly rejected, and counts all that is not served.
     fn report_rejected(&mut self) {
         let origin = |object: &ObjectRef| self.origins.get(object).cloned();
         let of_health_checks = self.health_checks.refused().into_iter().map(|(service, reason)| {
@@ -43,32 +51,74 @@ impl Agent {
             Rejected {
                 origin: origin(&object),
                 object: object.to_string(),
-                problem: Problem::new("spec.healthCheckNodePort", reason),
+                problem: Problem::new("spec.healthCheckNodePort", reason).because(Cause::Conflict),
             }
         });
         let of_objects = self.compiler.rejected(origin).into_iter();
         let of_source = self.source_rejected.iter().cloned();
         let rejected: BTreeSet<Rejected> = of_source.chain(of_objects).chain(of_health_checks).collect();
-        for one in rejected.difference(&self.rejected) {
-            tracing::warn!("rejected: {one}");
-        }
-        for one in self.rejected.difference(&rejected) {
-            tracing::info!("no longer rejected: {one}");
-        }
+        let event = |reason, one: &Rejected| Event {
+            reason,
+            regarding: one.object.parse().ok(),
+            note: one.to_string(),
+        };
+        let new = rejected.difference(&self.rejected);
+        let gone = self.rejected.difference(&rejected);
+        let events: Vec<Event> = new
+            .map(|one| event(Reason::NotServed, one))
+            .chain(gone.map(|one| event(Reason::NoProblemAnyMore, one)))
+            .collect();
+        self.events.record(&events);
         self.rejected = rejected;
+        self.metrics
+            .count_problems(&metrics::count(self.rejected.iter(), self.failed.iter()));
+    }
+
+    /// Takes over what could not be programmed, and tells what is new of it.
+    pub(super) fn report_failed(&mut self, failed: BTreeMap<Subject, Failure>) {
+        let event = |reason, subject: &Subject, failure: &Failure| Event {
+            reason,
+            regarding: subject.object.clone(),
+            note: format!("{subject}: {}", failure.reason),
+        };
+        let mut events = Vec::new();
+        for (subject, failure) in &failed {
+            if self.failed.get(subject) != Some(failure) {
+                let reason = if failure.refused {
+                    Reason::WriteRefused
+                } else {
+                    Reason::TableFull
+                };
+                events.push(event(reason, subject, failure));
+            }
+        }
+        let gone = self
+            .failed
+            .iter()
+            .filter(|(subject, _)| !failed.contains_key(subject));
+        events.extend(gone.map(|(subject, failure)| event(Reason::NoProblemAnyMore, subject, failure)));
+        self.events.record(&events);
+        self.failed = failed;
+    }
+
+    /// Everything that is not served.
+    fn problems(&self) -> Vec<served::Problem> {
+        let rejected = self.rejected.iter().map(served::Problem::from);
+        let failed = self.failed.iter().map(served::Problem::from);
+        rejected.chain(failed).collect()
     }
 
     pub(super) fn served(&self) -> Served {
         let mut wanted: Vec<_> = self.syncer.wanted().collect();
         wanted.sort_unstable_by_key(|(object, _)| *object);
-        let rejected = self.rejected.iter().map(served::Problem::from);
-        let failed = self.failed.iter().map(served::Problem::from);
+        let problems = self.problems();
         Served {
+            conditions: served::conditions(&problems),
             objects: wanted
                 .into_iter()
                 .filter_map(|(object, compiled)| ServedObject::of(object, compiled))
                 .collect(),
-            problems: rejected.chain(failed).collect(),
+            problems,
         }
     }
 }

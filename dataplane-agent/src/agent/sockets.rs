@@ -11,8 +11,8 @@ use crate::{
         socket::RequestSocket,
         sockets::{connected, destroy, probe, unable},
     },
-    store::sockets::GivenSockets,
-    sync::{Report, Syncer},
+    store::{Store, sockets::GivenSockets},
+    sync::{self, Report},
 };
 
 use super::Agent;
@@ -39,29 +39,29 @@ impl HostSockets {
     }
 
     /// Ends the sockets that were given one of these endpoints, where it serves their Service no longer.
-    pub(super) fn end(&mut self, lost: BTreeSet<SocketAddr>, syncer: &Syncer) {
+    pub(super) fn end(&mut self, lost: BTreeSet<SocketAddr>, store: &dyn Store) {
         if !lost.is_empty() {
-            self.sweep(|peer| lost.contains(&peer), syncer);
+            self.sweep(|peer| lost.contains(&peer), store);
             self.again.extend(lost);
         }
     }
 
     /// The same for those that were being connected meanwhile. After a grace period.
-    pub(super) fn end_late_ones(&mut self, syncer: &Syncer) {
+    pub(super) fn end_late_ones(&mut self, store: &dyn Store) {
         let lost = std::mem::take(&mut self.again);
         if !lost.is_empty() {
-            self.sweep(|peer| lost.contains(&peer), syncer);
+            self.sweep(|peer| lost.contains(&peer), store);
         }
     }
 
     /// The same for all that were lost while no agent ran.
-    pub(super) fn end_all(&mut self, syncer: &Syncer) {
-        self.sweep(|_| true, syncer);
+    pub(super) fn end_all(&mut self, store: &dyn Store) {
+        self.sweep(|_| true, store);
     }
 
-    fn sweep(&mut self, is_meant: impl Fn(SocketAddr) -> bool, syncer: &Syncer) {
+    fn sweep(&mut self, is_meant: impl Fn(SocketAddr) -> bool, store: &dyn Store) {
         let mut ended = 0;
-        match self.try_sweep(is_meant, syncer, &mut ended) {
+        match self.try_sweep(is_meant, store, &mut ended) {
             Ok(()) if ended > 0 => {
                 tracing::info!(
                     sockets = ended,
@@ -76,14 +76,14 @@ impl HostSockets {
     fn try_sweep(
         &mut self,
         is_meant: impl Fn(SocketAddr) -> bool,
-        syncer: &Syncer,
+        store: &dyn Store,
         ended: &mut usize,
     ) -> io::Result<()> {
         for socket in connected(&mut self.netlink)? {
             let peer = socket.peer();
             if is_meant(peer)
                 && let Some(given) = self.given.backend(socket.cookie(), peer)?
-                && !syncer.serves(given)
+                && !sync::serves(store, given)
             {
                 *ended += usize::from(destroy(&mut self.netlink, &socket)?);
             }
@@ -103,14 +103,14 @@ impl Agent {
     /// Ends the sockets that a run has left without their endpoint.
     pub(super) fn end_sockets(&mut self, report: &Report) {
         let is_first = !self.progress.borrow().started;
-        let (Some(sockets), syncer) = (&mut self.sockets, &self.syncer) else {
+        let (Some(sockets), store) = (&mut self.sockets, &*self.store) else {
             return;
         };
         tokio::task::block_in_place(|| {
             if is_first {
-                sockets.end_all(syncer);
+                sockets.end_all(store);
             } else {
-                sockets.end(report.lost.clone(), syncer);
+                sockets.end(report.lost.clone(), store);
             }
         });
     }

@@ -5,9 +5,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
+use dataplane_common::service::ServiceHead;
 use serde::Serialize;
 
 use super::state::State;
@@ -25,7 +26,9 @@ use crate::{
         sockets,
         tables::{Link, Tables},
     },
+    served::Condition,
     store::{Store, bpf::BpfStore},
+    sync::encode,
 };
 
 /// Everything that `status` shows.
@@ -44,6 +47,11 @@ pub struct Status {
     /// Reasons that have occurred.
     pub counters: Vec<Counter>,
     pub warnings: Vec<String>,
+    /// What a running agent says of its work.
+    pub conditions: Vec<Condition>,
+    /// Where it is asked.
+    #[serde(skip)]
+    pub socket: Option<PathBuf>,
 }
 
 /// One program at one hook.
@@ -126,6 +134,8 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         xdp_fallbacks: fallbacks(&state, &tables),
         tables: table_use(&pins),
         counters: occurred(&pins),
+        conditions: Vec::new(),
+        socket: state.record.socket.clone(),
     })
 }
 
@@ -303,7 +313,8 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
     warnings
 }
 
-fn table_use(pins: &Pins) -> Vec<TableUse> {
+/// How full the tables are.
+pub fn table_use(pins: &Pins) -> Vec<TableUse> {
     let mut uses = Vec::new();
     for name in [
         names::FRONTENDS_V4,
@@ -338,12 +349,21 @@ fn table_use(pins: &Pins) -> Vec<TableUse> {
     }
     if let Ok(store) = BpfStore::open(pins) {
         let limits = store.limits();
-        let services = (0..limits.services)
-            .filter(|&index| store.read_service(index).is_ok_and(|service| service.family != 0));
+        let mut services = 0;
+        let mut elements = 0;
+        for service in (0..limits.services).filter_map(|index| store.read_service(index).ok()) {
+            services += usize::from(service.family != 0);
+            elements += slice_len(&store, service.head);
+        }
         uses.push(TableUse {
             name: names::SERVICES,
-            entries: services.count(),
+            entries: services,
             limit: limits.services,
+        });
+        uses.push(TableUse {
+            name: names::MAGLEV,
+            entries: elements,
+            limit: limits.maglev,
         });
         let backends = (0..limits.backends).filter(|&id| {
             store
@@ -357,6 +377,16 @@ fn table_use(pins: &Pins) -> Vec<TableUse> {
         });
     }
     uses
+}
+
+/// Elements of `MAGLEV` that a service has.
+fn slice_len(store: &BpfStore, head: ServiceHead) -> usize {
+    let mut ids = [0];
+    let is_read = head.slots_offset > 0 && store.read_maglev(head.slots_offset - 1, &mut ids).is_ok();
+    if head.size_class == 0 || !is_read {
+        return 0;
+    }
+    encode::slice_len(ids[0] as usize, head.size_class) as usize
 }
 
 fn occurred(pins: &Pins) -> Vec<Counter> {

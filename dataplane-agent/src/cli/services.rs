@@ -29,7 +29,11 @@ pub fn run(socket: &Path, problems: bool, output: Output) -> anyhow::Result<()> 
 }
 
 fn render(served: &Served, only_problems: bool) -> String {
-    let Served { objects, problems } = served;
+    let Served {
+        objects,
+        problems,
+        conditions: _,
+    } = served;
     let rows = problems.iter().map(|problem| {
         vec![
             problem.object.clone(),
@@ -76,8 +80,10 @@ mod tests {
                 object: "Service ns/b".to_owned(),
                 field: "spec.clusterIP".to_owned(),
                 reason: "missing".to_owned(),
+                cause: crate::model::Cause::Invalid,
                 file: None,
             }],
+            conditions: Vec::new(),
         };
         let problems = render(&served, true);
         assert!(problems.starts_with(" OBJECT"), "{problems}");

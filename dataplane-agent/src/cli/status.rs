@@ -1,14 +1,19 @@
 //! `status`: what is attached, by the kernel's own queries, and how full the tables are.
 
-use std::{io::Write, path::Path};
+use std::{io::Write, path::Path, time::Duration};
 
 use anyhow::Context;
 use comfy_table::{Table, presets};
 
+use super::ask::{Answer, ask};
 use crate::{
     attach::inspect::{self, Status},
     bpf::kernel,
+    served::Condition,
 };
+
+/// How long the agent may be silent.
+const WITHIN: Duration = Duration::from_secs(10);
 
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -20,7 +25,13 @@ pub enum Output {
 /// Prints the status of the datapath under `bpffs`.
 pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     kernel::check_capabilities()?;
-    let status = inspect::inspect(bpffs).context("failed to query what is attached")?;
+    let mut status = inspect::inspect(bpffs).context("failed to query what is attached")?;
+    if let Some(socket) = status.socket.as_ref().filter(|_| status.agent_running) {
+        match conditions(socket) {
+            Ok(conditions) => status.conditions = conditions,
+            Err(error) => status.warnings.push(format!("{error:#}")),
+        }
+    }
     let text = match output {
         Output::Json => serde_json::to_string_pretty(&status)? + "\n",
         Output::Table => render(&status),
@@ -28,6 +39,13 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     std::io::stdout()
         .write_all(text.as_bytes())
         .context("failed to print")
+}
+
+fn conditions(socket: &Path) -> anyhow::Result<Vec<Condition>> {
+    let Answer { status, body } = ask(socket, "/conditions", WITHIN)
+        .with_context(|| format!("failed to ask the agent at {}", socket.display()))?;
+    anyhow::ensure!(status == 200, "the agent answered with status {status}");
+    serde_json::from_str(&body).context("failed to read the agent's answer")
 }
 
 fn render(status: &Status) -> String {
@@ -45,6 +63,16 @@ fn render(status: &Status) -> String {
         "agent {agent}, datapath {datapath} under {}, tc by {}\n",
         status.bpffs, status.tc
     );
+
+    let rows = status.conditions.iter().map(|one| {
+        let holds = if one.status { "yes" } else { "no" };
+        vec![
+            one.kind.as_str().to_owned(),
+            holds.to_owned(),
+            one.message.clone(),
+        ]
+    });
+    text += &table(&["CONDITION", "HOLDS", "NOT SERVED"], rows);
 
     let rows = status.attachments.iter().map(|one| {
         let owner = if one.ours { "us" } else { "other" };

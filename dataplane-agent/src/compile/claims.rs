@@ -5,24 +5,55 @@
 //! order of events. A Pod's host port comes after all Services, as its rules do behind kube-proxy's.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
 };
 
 use super::FrontendAddr;
-use crate::model::{Kind, ObjectRef};
+use crate::model::{Kind, Name, ObjectRef};
 
-/// Whether it is a Pod, and when it was created.
-type Rank = (bool, i128);
+/// Of two claims the one of lower rank is served. Services come before Pods, objects without a creation time last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank(u64);
+
+impl Rank {
+    const FIRST: Self = Self(0);
+
+    fn new(owner: &ObjectRef, created_ns: i64) -> Self {
+        let since_1677 = created_ns.cast_unsigned() ^ 1 << 63;
+        let age = if created_ns == 0 { u64::MAX } else { since_1677 };
+        Self(age >> 1 | u64::from(owner.kind != Kind::Service) << 63)
+    }
+}
 
 /// What an object claims.
-type Claim = (Rank, Vec<FrontendAddr>);
+#[derive(Debug, PartialEq, Eq)]
+struct Claim {
+    rank: Rank,
+    frontends: Box<[FrontendAddr]>,
+}
 
 /// Every claim of every Service and of this node's Pods.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Claims {
-    by_frontend: BTreeMap<FrontendAddr, BTreeSet<(Rank, ObjectRef)>>,
+    /// The first claim of a frontend is served.
+    by_frontend: BTreeSet<(FrontendAddr, Rank, ObjectRef)>,
     by_owner: HashMap<ObjectRef, Claim>,
+    /// Comes before every object.
+    nobody: ObjectRef,
+}
+
+impl Default for Claims {
+    fn default() -> Self {
+        Self {
+            by_frontend: BTreeSet::new(),
+            by_owner: HashMap::new(),
+            nobody: ObjectRef {
+                kind: Kind::ALL[0],
+                name: Name::new("", ""),
+            },
+        }
+    }
 }
 
 impl Claims {
@@ -31,51 +62,46 @@ impl Claims {
     pub fn set(
         &mut self,
         owner: &ObjectRef,
-        created_ns: i128,
+        created_ns: i64,
         mut frontends: Vec<FrontendAddr>,
     ) -> BTreeSet<ObjectRef> {
-        let before = self.by_owner.remove(owner);
         frontends.sort_unstable();
         frontends.dedup();
-        let after = (!frontends.is_empty()).then(|| (rank(owner, created_ns), frontends));
+        let after = (!frontends.is_empty()).then(|| Claim {
+            rank: Rank::new(owner, created_ns),
+            frontends: frontends.into(),
+        });
         let mut affected = BTreeSet::new();
-        if before != after {
-            self.replace(owner, before.as_ref(), after.as_ref(), &mut affected);
+        if self.by_owner.get(owner) == after.as_ref() {
+            return affected;
+        }
+        if let Some(Claim { rank, frontends }) = self.by_owner.remove(owner) {
+            for frontend in frontends {
+                self.by_frontend.remove(&(frontend, rank, owner.clone()));
+                affected.extend(self.claimants(frontend).cloned());
+            }
+        }
+        if let Some(Claim { rank, frontends }) = &after {
+            for frontend in frontends {
+                affected.extend(self.claimants(*frontend).cloned());
+                self.by_frontend.insert((*frontend, *rank, owner.clone()));
+            }
         }
         self.by_owner.extend(after.map(|after| (owner.clone(), after)));
         affected
     }
 
-    fn replace(
-        &mut self,
-        owner: &ObjectRef,
-        before: Option<&Claim>,
-        after: Option<&Claim>,
-        affected: &mut BTreeSet<ObjectRef>,
-    ) {
-        if let Some((rank, frontends)) = before {
-            for frontend in frontends {
-                if let Some(claimants) = self.by_frontend.get_mut(frontend) {
-                    claimants.remove(&(*rank, owner.clone()));
-                    affected.extend(claimants.iter().map(|(_, other)| other.clone()));
-                    if claimants.is_empty() {
-                        self.by_frontend.remove(frontend);
-                    }
-                }
-            }
-        }
-        if let Some((rank, frontends)) = after {
-            for frontend in frontends {
-                let claimants = self.by_frontend.entry(*frontend).or_default();
-                affected.extend(claimants.iter().map(|(_, other)| other.clone()));
-                claimants.insert((*rank, owner.clone()));
-            }
-        }
+    /// Who claims a frontend, the one that is served first.
+    fn claimants(&self, frontend: FrontendAddr) -> impl Iterator<Item = &ObjectRef> {
+        self.by_frontend
+            .range((frontend, Rank::FIRST, self.nobody.clone())..)
+            .take_while(move |(at, ..)| *at == frontend)
+            .map(|(_, _, owner)| owner)
     }
 
     /// Who is served at an address and port.
     pub fn owner(&self, frontend: &FrontendAddr) -> Option<&ObjectRef> {
-        self.by_frontend.get(frontend)?.first().map(|(_, owner)| owner)
+        self.claimants(*frontend).next()
     }
 
     /// Whether a Service, and not only a Pod's host port, claims an address.
@@ -85,18 +111,10 @@ impl Claims {
             port: 0,
             proto: crate::model::Protocol::Tcp,
         };
-        self.by_frontend
-            .range(first..)
-            .take_while(|(frontend, _)| frontend.addr == addr)
-            .any(|(_, claimants)| {
-                let first = claimants.first();
-                first.is_some_and(|(_, owner)| owner.kind == Kind::Service)
-            })
+        let mut claims = self
+            .by_frontend
+            .range((first, Rank::FIRST, self.nobody.clone())..)
+            .take_while(|(frontend, ..)| frontend.addr == addr);
+        claims.any(|(_, _, owner)| owner.kind == Kind::Service)
     }
-}
-
-/// Services come before Pods, objects without a creation time last.
-fn rank(owner: &ObjectRef, created_ns: i128) -> Rank {
-    let created_ns = if created_ns == 0 { i128::MAX } else { created_ns };
-    (owner.kind != Kind::Service, created_ns)
 }

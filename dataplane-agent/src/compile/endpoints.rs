@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Index, Pod, Service, ServicePort, SliceFamily, TargetPort};
+use crate::model::{Index, Placement, Pod, Service, ServicePort, SliceFamily, TargetPort};
 
 /// An endpoint of one Service port.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,9 +17,13 @@ pub struct PortEndpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    pub node: Option<Arc<str>>,
-    pub zone_hints: Box<[Arc<str>]>,
-    pub node_hints: Box<[Arc<str>]>,
+    pub placement: Arc<Placement>,
+}
+
+impl PortEndpoint {
+    pub fn node(&self) -> Option<&str> {
+        self.placement.node.as_deref()
+    }
 }
 
 /// From where endpoints are looked at.
@@ -51,7 +55,7 @@ pub struct Selection<'a> {
 /// An endpoint that is neither ready nor terminating is never chosen, whether or not it serves.
 pub fn select<'a>(endpoints: &'a [PortEndpoint], view: &View<'_>) -> Selection<'a> {
     let lingers = |endpoint: &&PortEndpoint| endpoint.serving && endpoint.terminating;
-    let is_local = |endpoint: &&PortEndpoint| endpoint.node.as_deref() == Some(view.node);
+    let is_local = |endpoint: &&PortEndpoint| endpoint.node() == Some(view.node);
 
     let ready: Vec<&PortEndpoint> = endpoints.iter().filter(|endpoint| endpoint.ready).collect();
     let lingering: Vec<&PortEndpoint> = endpoints.iter().filter(lingers).collect();
@@ -81,8 +85,8 @@ fn by_hints<'a>(ready: Vec<&'a PortEndpoint>, view: &View<'_>) -> Vec<&'a PortEn
             .collect();
         (complete && !chosen.is_empty()).then_some(chosen)
     };
-    hinted(|endpoint| &endpoint.node_hints, view.node)
-        .or_else(|| hinted(|endpoint| &endpoint.zone_hints, view.zone?))
+    hinted(|endpoint| &endpoint.placement.node_hints, view.node)
+        .or_else(|| hinted(|endpoint| &endpoint.placement.zone_hints, view.zone?))
         .unwrap_or(ready)
 }
 
@@ -121,9 +125,7 @@ fn from_slices(index: &Index, service: &Service, port: &ServicePort, ipv4: bool,
                         ready: endpoint.ready,
                         serving: endpoint.serving,
                         terminating: endpoint.terminating,
-                        node: endpoint.node.clone(),
-                        zone_hints: endpoint.zone_hints.clone(),
-                        node_hints: endpoint.node_hints.clone(),
+                        placement: endpoint.placement.clone(),
                     },
                 );
             }
@@ -140,8 +142,9 @@ fn from_pod(service: &Service, port: &ServicePort, ipv4: bool, pod: &Pod) -> Opt
     let number = match &port.target {
         TargetPort::Number(number) => *number,
         TargetPort::Name(name) => {
-            let named =
-                |candidate: &&crate::model::PodPort| candidate.name == *name && candidate.proto == port.proto;
+            let named = |candidate: &&crate::model::PodPort| {
+                *candidate.name == **name && candidate.proto == port.proto
+            };
             pod.ports.iter().find(named)?.port
         }
     };
@@ -151,9 +154,10 @@ fn from_pod(service: &Service, port: &ServicePort, ipv4: bool, pod: &Pod) -> Opt
         ready: service.publish_not_ready || pod.ready && !pod.terminating,
         serving: pod.ready,
         terminating: pod.terminating,
-        node: pod.node.clone(),
-        zone_hints: Box::default(),
-        node_hints: Box::default(),
+        placement: Arc::new(Placement {
+            node: pod.node.clone(),
+            ..Placement::default()
+        }),
     })
 }
 
@@ -171,17 +175,16 @@ fn add(found: &mut Found, endpoint: PortEndpoint) {
                     endpoint.ready,
                     endpoint.serving,
                     !endpoint.terminating,
-                    endpoint.node.clone(),
-                    endpoint.zone_hints.clone(),
-                    endpoint.node_hints.clone(),
+                    endpoint.placement.clone(),
                 )
             };
-            let node = other.node.clone().or_else(|| endpoint.node.clone());
+            let node = other.placement.node.clone();
+            let node = node.or_else(|| endpoint.placement.node.clone());
             if rank(&endpoint) > rank(other) {
                 *other = endpoint;
             }
-            if other.node.is_none() {
-                other.node = node;
+            if other.placement.node.is_none() && node.is_some() {
+                Arc::make_mut(&mut other.placement).node = node;
             }
         }
     }
@@ -204,9 +207,11 @@ mod tests {
             ready: state == "ready",
             serving: matches!(state, "ready" | "lingering"),
             terminating: matches!(state, "lingering" | "terminating"),
-            node: Some(node.into()),
-            zone_hints: zones.iter().map(|zone| Arc::from(*zone)).collect(),
-            node_hints: Box::default(),
+            placement: Arc::new(Placement {
+                node: Some(node.into()),
+                zone_hints: zones.iter().map(|zone| Arc::from(*zone)).collect(),
+                node_hints: Box::default(),
+            }),
         }
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::endpoints;
-use crate::model::{Index, Name, Problem, Service};
+use crate::model::{Cause, Index, Name, Problem, Service};
 
 /// What is answered at a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub type Checks = BTreeMap<u16, Check>;
 /// What every Service asks for, oldest first: of two with one port the older is served.
 #[derive(Debug, Default)]
 pub struct HealthChecks {
-    by_age: BTreeMap<(i128, Name), (u16, usize)>,
-    ages: BTreeMap<Name, i128>,
+    by_age: BTreeMap<(i64, Name), (u16, usize)>,
+    ages: BTreeMap<Name, i64>,
 }
 
 impl HealthChecks {
@@ -39,7 +39,7 @@ impl HealthChecks {
         };
         // Those without a creation time come last.
         let age = if service.created_ns == 0 {
-            i128::MAX
+            i64::MAX
         } else {
             service.created_ns
         };
@@ -68,7 +68,7 @@ impl HealthChecks {
             let owner = *owners.entry(*port).or_insert(service);
             if owner != service {
                 let reason = format!("{port} is taken by Service {owner}");
-                let problem = Problem::new("spec.healthCheckNodePort", reason);
+                let problem = Problem::new("spec.healthCheckNodePort", reason).because(Cause::Conflict);
                 problems.push((service.clone(), problem));
             }
         }
@@ -85,7 +85,7 @@ fn local_endpoints(index: &Index, service: &Service) -> usize {
             .ports
             .iter()
             .flat_map(of_port)
-            .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(index.node_name()))
+            .filter(|endpoint| endpoint.ready && endpoint.node() == Some(index.node_name()))
             .map(|endpoint| endpoint.addr)
             .collect();
         local.len()

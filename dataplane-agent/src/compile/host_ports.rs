@@ -7,10 +7,11 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use super::{BackendKey, Balancer, Compiled, EndpointInfo, FrontendAddr, claims::Claims, services::describe};
-use crate::model::{HostIp, HostPort, Kind, ObjectRef, Pod, Problem};
+use crate::model::{Cause, HostIp, HostPort, Kind, ObjectRef, Pod, Problem};
 
 /// This node's addresses, and whether node ports answer there.
 pub type OwnAddresses = BTreeMap<IpAddr, bool>;
@@ -53,11 +54,13 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
         name: pod.name.clone(),
     };
     let other = |frontend: &FrontendAddr| claims.owner(frontend).filter(|owner| **owner != this);
-    let mut compiled = Compiled::default();
+    let mut balancers = Vec::new();
+    let mut endpoints = BTreeMap::new();
     let mut problems = Vec::new();
     let mut taken = |port: &HostPort, frontend: &FrontendAddr, by: &ObjectRef| {
         let reason = format!("{} is taken by {by}", describe(frontend));
-        problems.push(Problem::new(format!("{}.hostPort", port.field), reason));
+        let problem = Problem::new(format!("{}.hostPort", port.field), reason);
+        problems.push(problem.because(Cause::Conflict));
     };
     for (frontend, backend, port) in frontends(pod, own) {
         let FrontendAddr { addr, .. } = frontend;
@@ -90,8 +93,8 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
             serving: true,
             local: true,
         };
-        compiled.endpoints.insert(backend, info);
-        compiled.balancers.push(Balancer {
+        endpoints.insert(backend, info);
+        balancers.push(Balancer {
             frontend,
             internal: true,
             // Nobody outside may name this machine's loopback address.
@@ -100,12 +103,12 @@ pub fn compile(pod: &Pod, own: &OwnAddresses, claims: &Claims) -> (Compiled, Vec
             drop_when_empty: false,
             affinity_s: None,
             affinity_of: None,
-            source_ranges: [].into(),
+            source_ranges: Arc::default(),
             echo: false,
         });
     }
     problems.extend(strangers(pod, own));
-    (compiled, problems)
+    (Compiled::new(balancers, endpoints), problems)
 }
 
 /// Host addresses that are not this node's: a Pod does not get to capture somebody else's traffic.
@@ -235,9 +238,9 @@ mod tests {
         ));
         let expected = [
             "node port 8080/TCP -> 10.244.1.5:80",
-            "node port 8080/TCP -> [fd01::5]:80",
-            "192.0.2.1:30053/UDP -> 10.244.1.5:53",
             "127.0.0.1:8081/TCP -> 10.244.1.5:81 inside",
+            "192.0.2.1:30053/UDP -> 10.244.1.5:53",
+            "node port 8080/TCP -> [fd01::5]:80",
             "node port 8082/TCP -> [fd01::5]:82",
         ];
         assert_eq!(stage.of(Kind::Pod, "a"), expected);

@@ -19,49 +19,79 @@ pub const MAX_BACKENDS: usize = 1 << 16;
 /// A backend's turns are in proportion to its weight.
 pub type Weight = u32;
 
-/// Fills a table of size class `class`: for each slot the place of its backend in `backends`, which is sorted and
+/// A table of size class `class`: for each slot the place of its backend in `backends`, which is sorted and
 /// without duplicates. `weights` is empty where all are equal.
 pub fn table(backends: &[BackendKey], weights: &[Weight], class: u8) -> Vec<u16> {
-    let size = TABLE_SIZES[usize::from(class)];
-    let free = u16::MAX;
-    let mut slots = vec![free; size as usize];
-    if backends.is_empty() || size == 0 {
-        return slots;
+    let mut filler = Filler::default();
+    filler.fill(backends, weights, class);
+    filler.slots
+}
+
+/// Fills one table after the other in the same memory: they are many, and larger than what allocators are quick at.
+#[derive(Debug, Default)]
+pub struct Filler {
+    slots: Vec<u16>,
+    /// Whether a slot is taken cannot be told by its value where there are 65536 backends.
+    taken: Vec<bool>,
+    turns: Vec<Permutation>,
+    credit: Vec<Weight>,
+}
+
+impl Filler {
+    /// The table that was filled last.
+    pub fn slots(&self) -> &[u16] {
+        &self.slots
     }
-    let mut turns: Vec<Permutation> = backends
-        .iter()
-        .map(|backend| Permutation::new(backend, size))
-        .collect();
-    let heaviest = weights.iter().copied().max().unwrap_or(1).max(1);
-    let mut credit = vec![0; backends.len()];
-    // Whether a slot is taken cannot be told by its value where there are 65536 backends.
-    let mut taken = vec![false; size as usize];
-    let mut left = size;
-    loop {
-        for (number, turn) in turns.iter_mut().enumerate() {
-            let weight = weights.get(number).copied().unwrap_or(heaviest);
-            credit[number] += weight;
-            if credit[number] < heaviest {
-                continue;
-            }
-            credit[number] -= heaviest;
-            let slot = loop {
-                let slot = turn.next_slot() as usize;
-                if !taken[slot] {
-                    break slot;
+
+    /// As [`table`].
+    pub fn fill(&mut self, backends: &[BackendKey], weights: &[Weight], class: u8) {
+        let Self {
+            slots,
+            taken,
+            turns,
+            credit,
+        } = self;
+        let size = TABLE_SIZES[usize::from(class)];
+        slots.clear();
+        slots.resize(size as usize, u16::MAX);
+        if backends.is_empty() || size == 0 {
+            return;
+        }
+        taken.clear();
+        taken.resize(size as usize, false);
+        turns.clear();
+        turns.extend(backends.iter().map(|backend| Permutation::new(backend, size)));
+        credit.clear();
+        credit.resize(backends.len(), 0);
+        let heaviest = weights.iter().copied().max().unwrap_or(1).max(1);
+        let mut left = size;
+        loop {
+            for (number, turn) in turns.iter_mut().enumerate() {
+                let weight = weights.get(number).copied().unwrap_or(heaviest);
+                credit[number] += weight;
+                if credit[number] < heaviest {
+                    continue;
                 }
-            };
-            taken[slot] = true;
-            slots[slot] = number as u16;
-            left -= 1;
-            if left == 0 {
-                return slots;
+                credit[number] -= heaviest;
+                let slot = loop {
+                    let slot = turn.next_slot() as usize;
+                    if !taken[slot] {
+                        break slot;
+                    }
+                };
+                taken[slot] = true;
+                slots[slot] = number as u16;
+                left -= 1;
+                if left == 0 {
+                    return;
+                }
             }
         }
     }
 }
 
 /// The order in which a backend wants the slots: a walk by a fixed step, which meets all since the size is prime.
+#[derive(Debug)]
 struct Permutation {
     next: u32,
     step: u32,

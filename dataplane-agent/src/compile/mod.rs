@@ -87,9 +87,73 @@ pub struct Balancer {
 /// Everything that an object wants from the tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compiled {
-    pub balancers: Vec<Balancer>,
-    /// Every endpoint, chosen or not, and whether it serves.
-    pub endpoints: BTreeMap<BackendKey, EndpointInfo>,
+    /// By frontend, that for clients outside alone last.
+    pub balancers: Box<[Balancer]>,
+    pub endpoints: Endpoints,
+}
+
+/// Every endpoint, chosen or not, each once, by key, with what is known of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoints {
+    /// Those of a balancer, all of which serve on other nodes: most Services of a large cluster, and no list of their own.
+    Plain(Arc<[BackendKey]>),
+    Listed(Box<[(BackendKey, EndpointInfo)]>),
+}
+
+impl Default for Endpoints {
+    fn default() -> Self {
+        Self::Listed(Box::default())
+    }
+}
+
+impl Endpoints {
+    fn new(endpoints: BTreeMap<BackendKey, EndpointInfo>, balancers: &[Balancer]) -> Self {
+        let plain = EndpointInfo {
+            serving: true,
+            local: false,
+        };
+        let is_all = |keys: &[BackendKey]| keys.iter().eq(endpoints.keys());
+        if endpoints.values().all(|info| *info == plain)
+            && let Some(balancer) = balancers.iter().find(|balancer| is_all(&balancer.backends))
+        {
+            return Self::Plain(balancer.backends.clone());
+        }
+        Self::Listed(endpoints.into_iter().collect())
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (BackendKey, EndpointInfo)> {
+        let (plain, listed): (&[BackendKey], &[_]) = match self {
+            Endpoints::Plain(keys) => (keys, &[]),
+            Endpoints::Listed(listed) => (&[], listed),
+        };
+        let info = EndpointInfo {
+            serving: true,
+            local: false,
+        };
+        let plain = plain.iter().map(move |key| (*key, info));
+        plain.chain(listed.iter().copied())
+    }
+}
+
+impl Compiled {
+    /// Puts together what an object wants, in whatever order it was found.
+    pub fn new(mut balancers: Vec<Balancer>, endpoints: BTreeMap<BackendKey, EndpointInfo>) -> Self {
+        balancers.sort_unstable_by_key(|balancer| (balancer.frontend, !balancer.internal));
+        Self {
+            endpoints: Endpoints::new(endpoints, &balancers),
+            balancers: balancers.into(),
+        }
+    }
+
+    /// One of the balancers of a frontend: see [`BalancerKey::outside`].
+    pub fn balancer(&self, frontend: &FrontendAddr, outside: bool) -> Option<&Balancer> {
+        let key = |balancer: &Balancer| (balancer.frontend, !balancer.internal);
+        let place = self
+            .balancers
+            .binary_search_by_key(&(*frontend, outside), key)
+            .ok()?;
+        self.balancers.get(place)
+    }
 }
 
 /// What is known of an endpoint besides its address.

@@ -1,7 +1,7 @@
 //! A Service's frontends, and the balancers behind them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -14,7 +14,7 @@ use super::{
     endpoints::{self, PortEndpoint, Selection, View},
 };
 use crate::config::{ServiceEcho, SourceRangesFor};
-use crate::model::{Index, ObjectRef, Problem, Service, ServicePort};
+use crate::model::{Cause, Index, ObjectRef, Problem, Service, ServicePort};
 
 /// What kind of address a frontend has, which says whose policy counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,32 +85,33 @@ pub fn compile(
     options: Options,
     claims: &Claims,
 ) -> (Compiled, Vec<Problem>) {
-    let mut compiled = Compiled::default();
+    let mut balancers = Vec::new();
+    let mut endpoints = BTreeMap::new();
     let mut problems = Vec::new();
     if !options.external_ips && !service.external_ips.is_empty() {
-        problems.push(Problem::new("spec.externalIPs", "switched off by --external-ips"));
+        let problem = Problem::new("spec.externalIPs", "switched off by --external-ips");
+        problems.push(problem.because(Cause::Disabled));
     }
     let this = ObjectRef::service(&service.name);
-    let mut chosen: BTreeMap<(usize, bool), Chosen> = BTreeMap::new();
+    let mut chosen: BTreeMap<(u16, bool), Chosen> = BTreeMap::new();
     // The first frontend of each port and family, where its clients are remembered: the cluster IP's.
-    let mut first: BTreeMap<(usize, bool), FrontendAddr> = BTreeMap::new();
-    let mut taken: Vec<FrontendAddr> = Vec::new();
+    let mut first: BTreeMap<(u16, bool), FrontendAddr> = BTreeMap::new();
+    let mut taken: HashSet<FrontendAddr> = HashSet::new();
     for (frontend, port, reached, field) in frontends(service, options) {
-        if taken.contains(&frontend) {
+        if !taken.insert(frontend) {
             continue;
         }
-        taken.push(frontend);
         if let Some(owner) = claims.owner(&frontend)
             && *owner != this
         {
             let reason = format!("{} is taken by {owner}", describe(&frontend));
-            problems.push(Problem::new(field, reason));
+            problems.push(Problem::new(field, reason).because(Cause::Conflict));
             continue;
         }
         let ipv4 = frontend.addr.is_ipv4();
         let chosen = chosen
             .entry((port.place, ipv4))
-            .or_insert_with(|| choose(index, service, port, ipv4, &mut compiled.endpoints));
+            .or_insert_with(|| choose(index, service, port, ipv4, &mut endpoints));
         let source_ranges = source_ranges(index, service, options, &frontend, reached);
         let first = *first.entry((port.place, ipv4)).or_insert(frontend);
         let balancer = |policy, internal, external| Balancer {
@@ -132,18 +133,18 @@ pub fn compile(
         };
         match reached {
             Reached::ByClusterIp if service.internal_local => {
-                compiled.balancers.push(balancer(Policy::Local, true, true));
+                balancers.push(balancer(Policy::Local, true, true));
             }
             Reached::FromOutside if service.external_local => {
-                compiled.balancers.push(balancer(Policy::Cluster, true, false));
-                compiled.balancers.push(balancer(Policy::Local, false, true));
+                balancers.push(balancer(Policy::Cluster, true, false));
+                balancers.push(balancer(Policy::Local, false, true));
             }
             Reached::ByClusterIp | Reached::FromOutside => {
-                compiled.balancers.push(balancer(Policy::Cluster, true, true));
+                balancers.push(balancer(Policy::Cluster, true, true));
             }
         }
     }
-    (compiled, problems)
+    (Compiled::new(balancers, endpoints), problems)
 }
 
 /// Who may use a frontend; empty: everybody. As with kube-proxy, ranges say nothing of a family that none of them is of.
@@ -158,7 +159,7 @@ fn source_ranges(
     let is_guarded = service.ingress_ips.contains(&addr)
         || options.source_ranges_for == SourceRangesFor::All && reached == Reached::FromOutside;
     if !is_guarded {
-        return [].into();
+        return Arc::default();
     }
     let of_family = |range: &&IpNet| matches!(range, IpNet::V4(_)) == addr.is_ipv4();
     let ranges = service.source_ranges.iter().filter(of_family);
@@ -207,7 +208,7 @@ fn choose(
     for endpoint in &endpoints {
         let info = EndpointInfo {
             serving: endpoint.serving || endpoint.ready,
-            local: endpoint.node.as_deref() == Some(view.node),
+            local: endpoint.node() == Some(view.node),
         };
         // One address and port may stand behind several ports of the Service.
         let known = all.entry(key(endpoint)).or_insert(info);
@@ -332,9 +333,9 @@ mod tests {
         assert_eq!(
             guards(&["192.0.2.0/28"], All),
             [
-                "198.18.1.1 192.0.2.0/28 198.18.1.1/32",
+                "0.0.0.0 192.0.2.0/28",
                 "198.18.0.1 192.0.2.0/28 198.18.0.1/32",
-                "0.0.0.0 192.0.2.0/28"
+                "198.18.1.1 192.0.2.0/28 198.18.1.1/32"
             ]
         );
     }

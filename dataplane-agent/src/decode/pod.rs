@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{ProtocolField, parse_ip, parse_port, parse_protocol};
-use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem, Protocol};
+use super::{ProtocolField, created_ns, parse_ip, parse_port, parse_protocol};
+use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem, Protocol, shared};
 
 pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
     let spec = pod.spec.unwrap_or_default();
@@ -37,8 +37,10 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
     ports.read(spec.init_containers.as_deref(), &spec.containers, problems);
     Pod {
         name,
-        node: spec.node_name.filter(|node| !node.is_empty()).map(Into::into),
-        labels: pod.metadata.labels.unwrap_or_default(),
+        node: spec
+            .node_name
+            .filter(|node| !node.is_empty())
+            .map(|node| shared::text(&node)),
         ips,
         host_network: spec.host_network.unwrap_or(false),
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
@@ -47,10 +49,8 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
         running: status.phase.as_deref() == Some("Running"),
         ports: ports.named,
         host_ports: ports.host,
-        created_ns: pod
-            .metadata
-            .creation_timestamp
-            .map_or(0, |time| time.0.as_nanosecond()),
+        created_ns: created_ns(&pod.metadata),
+        labels: pod.metadata.labels.unwrap_or_default(),
     }
 }
 

@@ -8,8 +8,8 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 
-use super::{ProtocolField, Refused, label, parse_cidr, parse_ip, parse_port, parse_protocol};
-use crate::model::{Name, Problem, Service, ServicePort, TargetPort};
+use super::{ProtocolField, Refused, created_ns, label, parse_cidr, parse_ip, parse_port, parse_protocol};
+use crate::model::{Labels, Name, Problem, Service, ServicePort, TargetPort, shared};
 
 /// Services with this label belong to another proxy.
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -19,6 +19,9 @@ const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The default of `sessionAffinityConfig.clientIP.timeoutSeconds`, and the most it may be.
 const AFFINITY_S: i32 = 10_800;
 const AFFINITY_AT_MOST_S: i32 = 86_400;
+
+/// Every port of every protocol: more cannot be told apart.
+const PORTS_AT_MOST: usize = 1 << 16;
 
 pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -> Result<Service, Refused> {
     let spec = service.spec.unwrap_or_default();
@@ -54,8 +57,20 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
         let ingress = ingress.and_then(|status| status.ingress).unwrap_or_default();
         ingress_ips = self::ingress_ips(&ingress, problems);
     }
-    for ips in [&mut external_ips, &mut ingress_ips] {
-        ips.retain(|ip| if ip.is_ipv4() { ipv4 } else { ipv6 });
+    for (field, ips) in [
+        ("spec.externalIPs", &mut external_ips),
+        ("status.loadBalancer.ingress", &mut ingress_ips),
+    ] {
+        ips.retain(|ip| {
+            let is_of_family = if ip.is_ipv4() { ipv4 } else { ipv6 };
+            if !is_of_family && proxied {
+                problems.push(Problem::new(
+                    field,
+                    format!("{ip} is not of the Service's families"),
+                ));
+            }
+            is_of_family
+        });
     }
     let external = kind != "ClusterIP" || !external_ips.is_empty();
     let internal_local = is_local(
@@ -78,29 +93,30 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
     };
     let source_ranges = source_ranges(&spec, &mut refused);
     let affinity_s = affinity(&spec, &mut refused);
+    let selector = Labels::new(&spec.selector.unwrap_or_default()).unwrap_or_else(|| {
+        refused.push(Problem::new("spec.selector", "a key or value contains NUL"));
+        Labels::default()
+    });
     if !refused.is_empty() {
         return Err(refused);
     }
     Ok(Service {
         name,
         proxied,
-        cluster_ips,
-        external_ips,
-        ingress_ips,
+        cluster_ips: cluster_ips.into(),
+        external_ips: external_ips.into(),
+        ingress_ips: ingress_ips.into(),
         ipv4,
         ipv6,
-        ports,
-        selector: spec.selector.unwrap_or_default(),
+        ports: ports.into(),
+        selector,
         internal_local,
         external_local: external_local && external,
         health_check_node_port,
-        source_ranges,
+        source_ranges: source_ranges.into(),
         affinity_s,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
-        created_ns: service
-            .metadata
-            .creation_timestamp
-            .map_or(0, |time| time.0.as_nanosecond()),
+        created_ns: created_ns(&service.metadata),
     })
 }
 
@@ -154,6 +170,11 @@ fn ports(
     let mut ports = Vec::new();
     let mut names = BTreeSet::new();
     let mut numbers = BTreeSet::new();
+    if specs.len() > PORTS_AT_MOST {
+        let reason = format!("{} ports are more than one Service can have", specs.len());
+        refused.push(Problem::new("spec.ports", reason));
+        return Vec::new();
+    }
     for (place, spec) in specs.iter().enumerate() {
         let field = |what: &str| format!("spec.ports[{place}].{what}");
         let name = spec.name.as_deref().unwrap_or_default();
@@ -193,7 +214,7 @@ fn ports(
                 }
             },
             Some(IntOrString::String(name)) if name.is_empty() => TargetPort::Number(port),
-            Some(IntOrString::String(name)) => TargetPort::Name(name.clone()),
+            Some(IntOrString::String(name)) => TargetPort::Name(shared::text(name)),
         };
         let proto = match parse_protocol(spec.protocol.as_deref(), || field("protocol")) {
             ProtocolField::Served(proto) => proto,
@@ -212,8 +233,8 @@ fn ports(
             continue;
         }
         ports.push(ServicePort {
-            place,
-            name: name.into(),
+            place: place as u16,
+            name: shared::text(name),
             proto,
             port,
             node_port,
@@ -421,10 +442,17 @@ mod tests {
             ["198.18.0.1", "198.18.0.2", "198.18.0.4"],
             "of the Service's family"
         );
-        assert_eq!(problems.len(), 1);
-        assert_eq!(problems[0].field, "status.loadBalancer.ingress[6].ip");
+        let problems: Vec<(&str, &str)> = problems.iter().map(|one| (&*one.field, &*one.reason)).collect();
+        let expected = [
+            ("status.loadBalancer.ingress[6].ip", "`198.18.0` is no IP address"),
+            (
+                "status.loadBalancer.ingress",
+                "2001:db8::1 is not of the Service's families",
+            ),
+        ];
+        assert_eq!(problems, expected);
         let (service, _) = decoded(&json!({"type": "NodePort"}), &status).unwrap();
-        assert_eq!(service.ingress_ips, Vec::<IpAddr>::new());
+        assert!(service.ingress_ips.is_empty());
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! EndpointSlices, with the defaults of their conditions.
 
-use std::sync::Arc;
-
 use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{ProtocolField, Refused, label, parse_ip, parse_port, parse_protocol};
-use crate::model::{Endpoint, EndpointSlice, Name, Problem, SliceFamily, SlicePort};
+use crate::model::{
+    Cause, Endpoint, EndpointSlice, Name, Placement, Problem, SliceFamily, SlicePort, shared,
+};
 
+/// Which change of Pods the slice is the first to show, in RFC 3339.
+const CHANGED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 pub fn decode(
@@ -25,13 +27,12 @@ pub fn decode(
     };
     let service = label(&slice.metadata, SERVICE_NAME)
         .filter(|service| !service.is_empty())
-        .map(|service| Name {
-            namespace: name.namespace.clone(),
-            name: service.into(),
-        });
+        .map(|service| Name::new(name.namespace(), service));
     let ports = ports(slice, problems)?;
     let endpoints = if family == SliceFamily::Fqdn {
-        Vec::new()
+        let problem = Problem::new("addressType", "FQDN: host names are not served");
+        problems.push(problem.because(Cause::Unsupported));
+        Box::default()
     } else {
         let endpoints = slice.endpoints.iter().flatten().enumerate();
         endpoints
@@ -42,21 +43,32 @@ pub fn decode(
         name,
         service,
         family,
-        ports,
+        ports: shared::ports(ports),
         endpoints,
+        changed_ns: changed_ns(slice),
     })
+}
+
+/// Whoever writes anything else there only spoils a statistic.
+fn changed_ns(slice: &discovery::EndpointSlice) -> Option<i64> {
+    let text = slice.metadata.annotations.as_ref()?.get(CHANGED)?;
+    let time: jiff::Timestamp = text.parse().ok()?;
+    i64::try_from(time.as_nanosecond()).ok()
 }
 
 fn ports(slice: &discovery::EndpointSlice, problems: &mut Vec<Problem>) -> Result<Vec<SlicePort>, Refused> {
     let mut ports = Vec::new();
     for (i, port) in slice.ports.iter().flatten().enumerate() {
         let field = |what: &str| format!("ports[{i}].{what}");
-        // A port without a number means "all ports", which no Service port can match.
-        let Some(number) = port.port else { continue };
+        let Some(number) = port.port else {
+            let problem = Problem::new(field("port"), "missing: no port of a Service matches `all ports`");
+            problems.push(problem.because(Cause::Unsupported));
+            continue;
+        };
         let number = parse_port(number, || field("port")).map_err(|problem| vec![problem])?;
         match parse_protocol(port.protocol.as_deref(), || field("protocol")) {
             ProtocolField::Served(proto) => ports.push(SlicePort {
-                name: port.name.as_deref().unwrap_or_default().into(),
+                name: shared::text(port.name.as_deref().unwrap_or_default()),
                 proto,
                 port: number,
             }),
@@ -74,8 +86,18 @@ fn endpoint(
     family: SliceFamily,
     problems: &mut Vec<Problem>,
 ) -> Option<Endpoint> {
-    let text = endpoint.addresses.first()?;
     let field = || format!("endpoints[{place}].addresses[0]");
+    let Some(text) = endpoint.addresses.first() else {
+        problems.push(Problem::new(field(), "missing"));
+        return None;
+    };
+    if endpoint.addresses.len() > 1 {
+        let problem = Problem::new(
+            format!("endpoints[{place}].addresses"),
+            "only the first one is served",
+        );
+        problems.push(problem.because(Cause::Unsupported));
+    }
     let addr = match parse_ip(text) {
         Ok(addr) if addr.is_ipv4() != (family == SliceFamily::V4) => {
             problems.push(Problem::new(
@@ -101,27 +123,26 @@ fn endpoint(
         endpoint.conditions.as_ref().and_then(read)
     };
     let hints = endpoint.hints.as_ref();
+    let zones = hints.and_then(|hints| hints.for_zones.as_ref());
+    let nodes = hints.and_then(|hints| hints.for_nodes.as_ref());
+    let node = endpoint.node_name.as_deref().filter(|node| !node.is_empty());
     Some(Endpoint {
         addr,
         ready: condition(|conditions| conditions.ready).unwrap_or(true),
         serving: condition(|conditions| conditions.serving).unwrap_or(true),
         terminating: condition(|conditions| conditions.terminating).unwrap_or(false),
-        node: endpoint
-            .node_name
-            .as_deref()
-            .filter(|node| !node.is_empty())
-            .map(Arc::from),
-        zone_hints: hints
-            .and_then(|hints| hints.for_zones.as_ref())
-            .into_iter()
-            .flatten()
-            .map(|zone| Arc::from(zone.name.as_str()))
-            .collect(),
-        node_hints: hints
-            .and_then(|hints| hints.for_nodes.as_ref())
-            .into_iter()
-            .flatten()
-            .map(|node| Arc::from(node.name.as_str()))
-            .collect(),
+        placement: shared::placement(Placement {
+            node: node.map(shared::text),
+            zone_hints: zones
+                .into_iter()
+                .flatten()
+                .map(|zone| shared::text(&zone.name))
+                .collect(),
+            node_hints: nodes
+                .into_iter()
+                .flatten()
+                .map(|node| shared::text(&node.name))
+                .collect(),
+        }),
     })
 }

@@ -32,21 +32,36 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// The endpoints behind a load balancer's health check, as kube-proxy tells them.
 pub const ENDPOINT_WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
-/// An answer in JSON.
+/// The type of Prometheus' text format.
+const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     pub status: StatusCode,
     /// The value of [`ENDPOINT_WEIGHT`].
     pub weight: Option<usize>,
-    pub json: String,
+    pub body: String,
+    pub content_type: HeaderValue,
 }
 
 impl Answer {
+    /// An answer in JSON.
     pub fn new(status: StatusCode, json: String) -> Self {
         Self {
             status,
             weight: None,
-            json,
+            body: json,
+            content_type: JSON,
+        }
+    }
+
+    /// A page of metrics.
+    pub fn text(page: String) -> Self {
+        Self {
+            content_type: PROMETHEUS_TEXT,
+            ..Self::new(StatusCode::OK, page)
         }
     }
 
@@ -65,11 +80,16 @@ impl Answer {
     }
 
     fn into_response(self) -> Response<String> {
-        let Self { status, weight, json } = self;
-        let mut response = Response::new(json);
+        let Self {
+            status,
+            weight,
+            body,
+            content_type,
+        } = self;
+        let mut response = Response::new(body);
         *response.status_mut() = status;
         let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(CONTENT_TYPE, content_type);
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         if let Some(weight) = weight {
             headers.insert(ENDPOINT_WEIGHT, HeaderValue::from(weight));

@@ -122,8 +122,8 @@ fn answer(port: u16, checks: &Checks, progress: &Progress) -> Answer {
     let healthy = progress.is_healthy();
     let page = Page {
         service: PageService {
-            namespace: &service.namespace,
-            name: &service.name,
+            namespace: service.namespace(),
+            name: service.name(),
         },
         local_endpoints: *local_endpoints,
         service_proxy_healthy: healthy,

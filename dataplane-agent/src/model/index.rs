@@ -1,7 +1,10 @@
 //! The state of the cluster as far as this node needs it: one synchronous writer API, which says what depends on
 //! what was changed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use super::{
     EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service,
@@ -48,16 +51,14 @@ impl Dirty {
 #[derive(Debug)]
 pub struct Index {
     node_name: String,
-    nodes: HashMap<Name, Node>,
-    namespaces: HashMap<Name, Namespace>,
-    /// By namespace, so that a selector looks only at its own.
-    pods: BTreeMap<Name, Pod>,
-    services: HashMap<Name, Service>,
-    slices: HashMap<Name, EndpointSlice>,
-    /// Slices of a Service, whether or not it exists.
-    slices_of: HashMap<Name, BTreeSet<Name>>,
-    /// Services with a selector, by namespace.
-    selecting: BTreeSet<Name>,
+    nodes: HashMap<Name, Arc<Node>>,
+    namespaces: HashMap<Name, Arc<Namespace>>,
+    /// By namespace, so that a selector looks only at its own; so are Services.
+    pods: BTreeMap<Name, Arc<Pod>>,
+    services: BTreeMap<Name, Arc<Service>>,
+    slices: HashMap<Name, Arc<EndpointSlice>>,
+    /// Services and their slices, whether or not the Service exists.
+    slices_of: BTreeSet<(Name, Name)>,
     policies: Policies,
 }
 
@@ -68,10 +69,9 @@ impl Index {
             nodes: HashMap::new(),
             namespaces: HashMap::new(),
             pods: BTreeMap::new(),
-            services: HashMap::new(),
+            services: BTreeMap::new(),
             slices: HashMap::new(),
-            slices_of: HashMap::new(),
-            selecting: BTreeSet::new(),
+            slices_of: BTreeSet::new(),
             policies: Policies::default(),
         }
     }
@@ -80,12 +80,12 @@ impl Index {
     pub fn apply(&mut self, object: Object) -> Dirty {
         match object {
             Object::Node(node) => {
-                let own = *node.name.name == *self.node_name;
+                let own = node.name.name() == self.node_name;
                 let previous = self.nodes.insert(node.name.clone(), node.clone());
                 if previous.as_ref() == Some(&node) {
                     return Dirty::default();
                 }
-                node_dirty(own, node.name)
+                node_dirty(own, node.name.clone())
             }
             Object::Namespace(namespace) => {
                 let name = namespace.name.clone();
@@ -97,9 +97,9 @@ impl Index {
                 if previous.as_ref() == Some(&pod) {
                     return Dirty::default();
                 }
-                self.pod_changed(previous.as_ref(), Some(&pod))
+                self.pod_changed(previous.as_deref(), Some(&*pod))
             }
-            Object::Service(service) => self.apply_service(*service),
+            Object::Service(service) => self.apply_service(service),
             Object::EndpointSlice(slice) => self.apply_slice(slice),
             Object::Policy(policy) => {
                 let key = policy.key.clone();
@@ -116,25 +116,24 @@ impl Index {
                 if self.nodes.remove(name).is_none() {
                     return Dirty::default();
                 }
-                node_dirty(*name.name == *self.node_name, name.clone())
+                node_dirty(name.name() == self.node_name, name.clone())
             }
             Kind::Namespace => {
                 let gone = self.namespaces.remove(name).is_some();
                 namespace_dirty(gone.then(|| name.clone()))
             }
             Kind::Pod => match self.pods.remove(name) {
-                Some(pod) => self.pod_changed(Some(&pod), None),
+                Some(pod) => self.pod_changed(Some(&*pod), None),
                 None => Dirty::default(),
             },
             Kind::Service => {
-                self.selecting.remove(name);
                 let gone = self.services.remove(name).is_some();
                 services_dirty(gone.then(|| name.clone()))
             }
             Kind::EndpointSlice => match self.slices.remove(name) {
                 Some(slice) => {
                     self.unlink(&slice);
-                    services_dirty(slice.service)
+                    services_dirty(slice.service.clone())
                 }
                 None => Dirty::default(),
             },
@@ -180,9 +179,23 @@ impl Index {
         }
     }
 
+    /// How many objects of a kind there are.
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Node => self.nodes.len(),
+            Kind::Namespace => self.namespaces.len(),
+            Kind::Pod => self.pods.len(),
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+            kind => self.policies.keys().filter(|key| key.kind == kind).count(),
+        }
+    }
+
     /// This node's own object.
     pub fn node(&self) -> Option<&Node> {
-        self.nodes.get(&Name::new("", &self.node_name))
+        self.nodes
+            .get(&Name::new("", &self.node_name))
+            .map(|node| &**node)
     }
 
     pub fn node_name(&self) -> &str {
@@ -190,30 +203,34 @@ impl Index {
     }
 
     pub fn service(&self, name: &Name) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(|service| &**service)
     }
 
+    /// Every Service, in the order of their names.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values()
+        self.services.values().map(|service| &**service)
     }
 
     /// The slices of a Service, in the order of their names.
-    pub fn slices(&self, service: &Name) -> impl Iterator<Item = &EndpointSlice> {
+    pub fn slices<'a>(&'a self, service: &'a Name) -> impl Iterator<Item = &'a EndpointSlice> {
         self.slices_of
-            .get(service)
-            .into_iter()
-            .flatten()
-            .filter_map(|slice| self.slices.get(slice))
+            .range((service.clone(), Name::new("", ""))..)
+            .take_while(move |(of, _)| of == service)
+            .filter_map(|(_, slice)| self.slices.get(slice))
+            .map(|slice| &**slice)
     }
 
     /// A Pod of this node.
     pub fn local_pod(&self, name: &Name) -> Option<&Pod> {
-        self.pods.get(name).filter(|pod| self.is_local(pod))
+        self.pods
+            .get(name)
+            .filter(|pod| self.is_local(pod))
+            .map(|pod| &**pod)
     }
 
     /// The Pods that a Service selects, in the order of their names.
     pub fn selected_pods<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
-        in_namespace(&self.pods, &service.name.namespace).filter(move |pod| selects(service, pod))
+        in_namespace(&self.pods, service.name.namespace()).filter(move |pod| selects(service, pod))
     }
 
     /// The Pods of this node that own an address.
@@ -221,14 +238,15 @@ impl Index {
         self.pods
             .values()
             .filter(|pod| !pod.finished && self.is_local(pod))
+            .map(|pod| &**pod)
     }
 
     pub fn pod(&self, name: &Name) -> Option<&Pod> {
-        self.pods.get(name)
+        self.pods.get(name).map(|pod| &**pod)
     }
 
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
-        self.pods.values()
+        self.pods.values().map(|pod| &**pod)
     }
 
     /// The Pods of a namespace, in the order of their names.
@@ -237,15 +255,15 @@ impl Index {
     }
 
     pub fn namespace(&self, name: &str) -> Option<&Namespace> {
-        self.namespaces.get(&Name::new("", name))
+        self.namespaces.get(&Name::new("", name)).map(|one| &**one)
     }
 
     pub fn node_by_name(&self, name: &Name) -> Option<&Node> {
-        self.nodes.get(name)
+        self.nodes.get(name).map(|node| &**node)
     }
 
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
-        self.nodes.values()
+        self.nodes.values().map(|node| &**node)
     }
 
     pub fn policies(&self) -> &Policies {
@@ -256,46 +274,40 @@ impl Index {
         pod.node.as_deref() == Some(&*self.node_name)
     }
 
-    fn apply_service(&mut self, service: Service) -> Dirty {
+    fn apply_service(&mut self, service: Arc<Service>) -> Dirty {
         let name = service.name.clone();
-        if service.selector.is_empty() {
-            self.selecting.remove(&name);
-        } else {
-            self.selecting.insert(name.clone());
-        }
         let changed = self.services.get(&name) != Some(&service);
         self.services.insert(name.clone(), service);
         services_dirty(changed.then_some(name))
     }
 
-    fn apply_slice(&mut self, slice: EndpointSlice) -> Dirty {
-        let previous = self.slices.insert(slice.name.clone(), slice.clone());
-        if previous.as_ref() == Some(&slice) {
-            return Dirty::default();
+    fn apply_slice(&mut self, mut slice: Arc<EndpointSlice>) -> Dirty {
+        let previous = self.slices.remove(&slice.name);
+        // One copy of the Service's name will do.
+        if let Some(owned) = Arc::get_mut(&mut slice)
+            && let Some(service) = &mut owned.service
+            && let Some((known, _)) = self.services.get_key_value(service)
+        {
+            *service = known.clone();
         }
         let mut dirty = Dirty::default();
-        if let Some(previous) = previous {
-            self.unlink(&previous);
-            dirty.services.extend(previous.service);
+        if previous.as_ref() != Some(&slice) {
+            if let Some(previous) = previous {
+                self.unlink(&previous);
+                dirty.services.extend(previous.service.clone());
+            }
+            if let Some(service) = &slice.service {
+                self.slices_of.insert((service.clone(), slice.name.clone()));
+                dirty.services.insert(service.clone());
+            }
         }
-        if let Some(service) = &slice.service {
-            self.slices_of
-                .entry(service.clone())
-                .or_default()
-                .insert(slice.name);
-            dirty.services.insert(service.clone());
-        }
+        self.slices.insert(slice.name.clone(), slice);
         dirty
     }
 
     fn unlink(&mut self, slice: &EndpointSlice) {
-        if let Some(service) = &slice.service
-            && let Some(slices) = self.slices_of.get_mut(service)
-        {
-            slices.remove(&slice.name);
-            if slices.is_empty() {
-                self.slices_of.remove(service);
-            }
+        if let Some(service) = &slice.service {
+            self.slices_of.remove(&(service.clone(), slice.name.clone()));
         }
     }
 
@@ -305,17 +317,9 @@ impl Index {
         let Some(name) = pods().next().map(|pod| &pod.name) else {
             return Dirty::default();
         };
-        let from = Name::new(&name.namespace, "");
-        let services = self
-            .selecting
-            .range(from..)
-            .take_while(|service| service.namespace == name.namespace)
-            .filter(|service| {
-                self.services
-                    .get(service)
-                    .is_some_and(|service| pods().any(|pod| selects(service, pod)))
-            })
-            .cloned()
+        let services = in_namespace(&self.services, name.namespace())
+            .filter(|service| pods().any(|pod| selects(service, pod)))
+            .map(|service| service.name.clone())
             .collect();
         let has_host_ports = |pod: &&&Pod| self.is_local(pod) && !pod.host_ports.is_empty();
         Dirty {
@@ -375,17 +379,17 @@ fn services_dirty(services: impl IntoIterator<Item = Name>) -> Dirty {
 
 fn selects(service: &Service, pod: &Pod) -> bool {
     !service.selector.is_empty()
-        && service.name.namespace == pod.name.namespace
+        && service.name.namespace() == pod.name.namespace()
         && service
             .selector
             .iter()
-            .all(|(key, value)| pod.labels.get(key) == Some(value))
+            .all(|(key, value)| pod.labels.get(key).is_some_and(|known| known == value))
 }
 
-fn in_namespace<'a>(pods: &'a BTreeMap<Name, Pod>, namespace: &str) -> impl Iterator<Item = &'a Pod> {
+fn in_namespace<'a, T>(objects: &'a BTreeMap<Name, Arc<T>>, namespace: &str) -> impl Iterator<Item = &'a T> {
     let first = Name::new(namespace, "");
-    let namespace = first.namespace.clone();
-    pods.range(first..)
-        .take_while(move |(name, _)| name.namespace == namespace)
-        .map(|(_, pod)| pod)
+    objects
+        .range(first.clone()..)
+        .take_while(move |(name, _)| name.namespace() == first.namespace())
+        .map(|(_, object)| &**object)
 }

@@ -4,40 +4,57 @@
 pub mod index;
 pub mod policies;
 pub mod policy;
+pub mod shared;
 mod types;
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 pub use index::{Dirty, Index};
 pub use policies::PolicyDirty;
 pub use policy::Policy;
+use serde::{Deserialize, Serialize};
+pub use shared::Labels;
 pub use types::{
-    Endpoint, EndpointSlice, HostIp, HostPort, Namespace, Node, Pod, PodPort, Protocol, Service, ServicePort,
-    SliceFamily, SlicePort, TargetPort,
+    Endpoint, EndpointSlice, HostIp, HostPort, Namespace, Node, Placement, Pod, PodPort, Protocol, Service,
+    ServicePort, SliceFamily, SlicePort, TargetPort,
 };
 
-/// Namespace and name. The namespace is empty for cluster-scoped objects.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name {
-    pub namespace: Arc<str>,
-    pub name: Arc<str>,
-}
+/// Namespace and name, in one piece: there are as many as objects. The namespace is empty for cluster-scoped objects.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Name(Arc<str>);
+
+/// Between namespace and name, neither of which can contain it. It sorts before all else, so names order as pairs do.
+const SEPARATOR: char = '\0';
 
 impl Name {
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
+        Self(format!("{namespace}{SEPARATOR}{name}").into())
+    }
+
+    pub fn namespace(&self) -> &str {
+        self.parts().0
+    }
+
+    pub fn name(&self) -> &str {
+        self.parts().1
+    }
+
+    fn parts(&self) -> (&str, &str) {
+        self.0.split_once(SEPARATOR).unwrap_or(("", &self.0))
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{self}\"")
     }
 }
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.namespace.is_empty() {
-            write!(f, "{}", self.name)
-        } else {
-            write!(f, "{}/{}", self.namespace, self.name)
+        match self.parts() {
+            ("", name) => f.write_str(name),
+            (namespace, name) => write!(f, "{namespace}/{name}"),
         }
     }
 }
@@ -135,20 +152,35 @@ impl ObjectRef {
     }
 }
 
+impl FromStr for ObjectRef {
+    type Err = ();
+
+    /// Reads what `Display` writes.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (kind, name) = text.split_once(' ').ok_or(())?;
+        let kind = Kind::parse(kind).ok_or(())?;
+        let name = match name.split_once('/') {
+            Some((namespace, name)) => Name::new(namespace, name),
+            None => Name::new("", name),
+        };
+        Ok(Self { kind, name })
+    }
+}
+
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.kind.as_str(), self.name)
     }
 }
 
-/// A decoded object.
+/// A decoded object. Sources and the [`Index`] may keep the same one.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
-    Node(Node),
-    Namespace(Namespace),
-    Pod(Pod),
-    Service(Box<Service>),
-    EndpointSlice(EndpointSlice),
+    Node(Arc<Node>),
+    Namespace(Arc<Namespace>),
+    Pod(Arc<Pod>),
+    Service(Arc<Service>),
+    EndpointSlice(Arc<EndpointSlice>),
     Policy(Box<Policy>),
 }
 
@@ -170,20 +202,88 @@ impl fmt::Display for Origin {
     }
 }
 
+/// What kind of reason keeps something from being served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cause {
+    /// It says something that cannot be.
+    #[default]
+    Invalid,
+    /// It says something that this version does not do.
+    Unsupported,
+    /// Another object has what it asks for.
+    Conflict,
+    /// A setting of the agent forbids it.
+    Disabled,
+    /// The document could not be read.
+    Unreadable,
+    /// A table has no room.
+    TableFull,
+    /// The kernel refused to write it.
+    WriteRefused,
+}
+
+impl Cause {
+    pub const ALL: [Cause; 7] = [
+        Cause::Invalid,
+        Cause::Unsupported,
+        Cause::Conflict,
+        Cause::Disabled,
+        Cause::Unreadable,
+        Cause::TableFull,
+        Cause::WriteRefused,
+    ];
+
+    /// The label in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Cause::Invalid => "invalid",
+            Cause::Unsupported => "unsupported",
+            Cause::Conflict => "conflict",
+            Cause::Disabled => "disabled",
+            Cause::Unreadable => "unreadable",
+            Cause::TableFull => "table-full",
+            Cause::WriteRefused => "write-refused",
+        }
+    }
+
+    /// What it means, for people.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Cause::Invalid => "the object says something that cannot be",
+            Cause::Unsupported => "the object says something that this version does not do",
+            Cause::Conflict => "another object has what it asks for",
+            Cause::Disabled => "a setting of the agent forbids it",
+            Cause::Unreadable => "the document could not be read",
+            Cause::TableFull => "a table has no room: a `--max-…` flag makes it larger",
+            Cause::WriteRefused => "the kernel refused to write it; it is tried again",
+        }
+    }
+}
+
 /// A part of an object that cannot be used, and why. `field` is a path such as `spec.ports[0].port`, empty for the
 /// object as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Problem {
     pub field: String,
     pub reason: String,
+    pub cause: Cause,
 }
 
 impl Problem {
+    /// A problem of what the object says.
     pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self {
             field: field.into(),
             reason: reason.into(),
+            cause: Cause::Invalid,
         }
+    }
+
+    /// The same with another cause.
+    #[must_use]
+    pub fn because(self, cause: Cause) -> Self {
+        Self { cause, ..self }
     }
 }
 
@@ -202,7 +302,12 @@ impl fmt::Display for Rejected {
         let Self {
             origin,
             object,
-            problem: Problem { field, reason },
+            problem:
+                Problem {
+                    field,
+                    reason,
+                    cause: _,
+                },
         } = self;
         if let Some(origin) = origin {
             write!(f, "{origin}: ")?;

@@ -167,7 +167,7 @@ impl NamespaceSet {
 impl PodSet {
     pub fn matches(&self, pod: &Pod, namespace: Option<&Namespace>) -> bool {
         !pod.host_network
-            && self.namespaces.matches(&pod.name.namespace, namespace)
+            && self.namespaces.matches(pod.name.namespace(), namespace)
             && self.pods.matches(&pod.labels)
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use dataplane_common::addr::proto;
 use ipnet::IpNet;
 
-use super::Name;
+use super::{Labels, Name};
 
 /// A layer 4 protocol. Services are served for TCP and UDP; policies and the names of ports know SCTP too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,16 +44,16 @@ pub struct Service {
     pub name: Name,
     /// False for headless and `ExternalName` Services and those labelled for another proxy: nothing is programmed.
     pub proxied: bool,
-    pub cluster_ips: Vec<IpAddr>,
-    pub external_ips: Vec<IpAddr>,
+    pub cluster_ips: Box<[IpAddr]>,
+    pub external_ips: Box<[IpAddr]>,
     /// Load balancer ingress addresses with `ipMode: VIP`.
-    pub ingress_ips: Vec<IpAddr>,
+    pub ingress_ips: Box<[IpAddr]>,
     /// The families of the Service: those of its node ports.
     pub ipv4: bool,
     pub ipv6: bool,
-    pub ports: Vec<ServicePort>,
+    pub ports: Box<[ServicePort]>,
     /// Empty: its endpoints are somebody else's business.
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`, where it means anything: the Service has an external address of some kind.
@@ -61,20 +61,20 @@ pub struct Service {
     /// `healthCheckNodePort`, where one is needed: type LoadBalancer and `externalTrafficPolicy: Local`.
     pub health_check_node_port: Option<u16>,
     /// `loadBalancerSourceRanges`: who may use [`Service::ingress_ips`], by family; empty means everybody.
-    pub source_ranges: Vec<IpNet>,
+    pub source_ranges: Box<[IpNet]>,
     /// `sessionAffinity: ClientIP`: how long after its last connection a client keeps its endpoint, in seconds.
     pub affinity_s: Option<u32>,
     pub publish_not_ready: bool,
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown: of two Services that claim one address and port
     /// the older is served.
-    pub created_ns: i128,
+    pub created_ns: i64,
 }
 
 /// A port of a [`Service`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServicePort {
     /// Its place in `spec.ports`.
-    pub place: usize,
+    pub place: u16,
     /// Empty when it has none.
     pub name: Arc<str>,
     pub proto: Protocol,
@@ -87,7 +87,7 @@ pub struct ServicePort {
 #[derive(Clone, Debug, PartialEq)]
 pub enum TargetPort {
     Number(u16),
-    Name(String),
+    Name(Arc<str>),
 }
 
 /// `addressType` of a slice.
@@ -106,12 +106,14 @@ pub struct EndpointSlice {
     /// The label `kubernetes.io/service-name`, in the slice's own namespace.
     pub service: Option<Name>,
     pub family: SliceFamily,
-    pub ports: Vec<SlicePort>,
-    pub endpoints: Vec<Endpoint>,
+    pub ports: Arc<[SlicePort]>,
+    pub endpoints: Box<[Endpoint]>,
+    /// When the change happened that it is the last to show, as its annotation says, in nanoseconds since 1970.
+    pub changed_ns: Option<i64>,
 }
 
 /// A port of every endpoint of a slice.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SlicePort {
     pub name: Arc<str>,
     pub proto: Protocol,
@@ -125,6 +127,12 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+    pub placement: Arc<Placement>,
+}
+
+/// Where endpoints are, and for whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Placement {
     pub node: Option<Arc<str>>,
     pub zone_hints: Box<[Arc<str>]>,
     pub node_hints: Box<[Arc<str>]>,
@@ -156,7 +164,7 @@ pub struct Pod {
     /// The ports of its containers that its node is to forward.
     pub host_ports: Vec<HostPort>,
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown.
-    pub created_ns: i128,
+    pub created_ns: i64,
 }
 
 /// A named port of a container.

@@ -46,6 +46,9 @@ unsafe impl Pod for Prefix<SourceRange4> {}
 // SAFETY: as above.
 unsafe impl Pod for Prefix<SourceRange6> {}
 
+/// 64-bit words of the largest element.
+const WORDS_AT_MOST: usize = 8;
+
 /// An array whose elements are `T`, written word by word. The first word of an element is its head.
 #[derive(Debug)]
 struct Array<T> {
@@ -325,7 +328,7 @@ impl<T: Pod> Array<T> {
     const WORDS: usize = size_of::<T>() / size_of::<u64>();
 
     fn open(pins: &Pins, name: &'static str) -> Result<Self, StoreError> {
-        const { assert!(size_of::<T>().is_multiple_of(size_of::<u64>())) };
+        const { assert!(size_of::<T>().is_multiple_of(size_of::<u64>()) && Self::WORDS <= WORDS_AT_MOST) };
         let open = || {
             let fd = pins.open_map(name)?;
             let info = sys::map_info(fd.as_fd())?;
@@ -361,9 +364,10 @@ impl<T: Pod> Array<T> {
     /// Body first, then the head with a release store, so that who sees the new head sees the new body.
     fn write(&self, index: u32, value: &T) -> Result<(), StoreError> {
         let target = self.range(index, 1)?;
-        let mut words = vec![0u64; Self::WORDS];
-        bytemuck::cast_slice_mut::<u64, u8>(&mut words).copy_from_slice(bytemuck::bytes_of(value));
-        for (target, word) in target.iter().zip(&words).skip(1) {
+        let mut words = [0u64; WORDS_AT_MOST];
+        let words = &mut words[..Self::WORDS];
+        bytemuck::cast_slice_mut::<u64, u8>(words).copy_from_slice(bytemuck::bytes_of(value));
+        for (target, word) in target.iter().zip(&*words).skip(1) {
             target.store(*word, Ordering::Relaxed);
         }
         target[0].store(words[0], Ordering::Release);
@@ -371,13 +375,13 @@ impl<T: Pod> Array<T> {
     }
 
     fn read(&self, index: u32) -> Result<T, StoreError> {
-        let words: Vec<u64> = self
-            .range(index, 1)?
-            .iter()
-            .map(|word| word.load(Ordering::Acquire))
-            .collect();
+        let mut words = [0u64; WORDS_AT_MOST];
+        let words = &mut words[..Self::WORDS];
+        for (word, source) in words.iter_mut().zip(self.range(index, 1)?) {
+            *word = source.load(Ordering::Acquire);
+        }
         let mut value = T::zeroed();
-        bytemuck::bytes_of_mut(&mut value).copy_from_slice(bytemuck::cast_slice(&words));
+        bytemuck::bytes_of_mut(&mut value).copy_from_slice(bytemuck::cast_slice(words));
         Ok(value)
     }
 }

@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use dataplane_common::backend::backend_state;
+use dataplane_common::{
+    backend::{Backend, backend_state},
+    sock::SockBackend,
+};
 
 use super::{
     NoRoom, Report, Syncer,
@@ -10,7 +13,11 @@ use super::{
     encode::{self, Whereabouts},
     ids::Given,
 };
-use crate::{compile::BackendKey, model::Protocol, store::Store};
+use crate::{
+    compile::BackendKey,
+    model::{ObjectRef, Protocol},
+    store::Store,
+};
 
 /// An endpoint as one Service or Pod has it. Each of them has an id of its own for it, so that the flows of one that
 /// loses the endpoint move, and the others' stay.
@@ -24,7 +31,8 @@ pub struct OwnedBackend {
 impl Syncer {
     /// Numbers new backends, and writes what makes a backend more usable or changes where it is.
     pub(super) fn put_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
-        for key in self.touched.backends.clone() {
+        let touched = std::mem::take(&mut self.touched.backends);
+        for &key in &touched {
             let Some(uses) = self.desired.backends.get(&key).copied() else {
                 continue;
             };
@@ -35,7 +43,7 @@ impl Syncer {
             };
             // A demotion waits until no table chooses the backend any more.
             let at_least = match given {
-                Given::Same(id) => rank(self.programmed.backend(id).head.state),
+                Given::Same(id) => rank(read(store, id).head.state),
                 Given::New(_) => 0,
             };
             let state = state(&uses);
@@ -44,6 +52,7 @@ impl Syncer {
             }
             self.write_backend(store, report, &key, given, state, &uses);
         }
+        self.touched.backends = touched;
     }
 
     /// Writes the backends' final states.
@@ -83,7 +92,7 @@ impl Syncer {
             Given::Same(id) => (id, false),
             Given::New(id) => (id, true),
         };
-        let before = self.programmed.backend(id);
+        let before = read(store, id);
         let generation = if encode::owned_backend(&before) == Some(*key) {
             before.head.generation
         } else {
@@ -104,24 +113,56 @@ impl Syncer {
             return true;
         }
         let done = report.note(describe(&key.key), store.write_backend(id, &backend));
-        if done {
-            self.programmed.set_backend(id, backend);
-            if key.key.proto == Protocol::Udp
-                && serves_datagrams(before.head.state)
-                && !serves_datagrams(state)
-            {
-                report.lost.insert(SocketAddr::new(*addr, key.key.port));
-            }
-        } else if is_new {
+        if !done && is_new {
             self.programmed.backend_ids.take_back(key);
+        }
+        if done
+            && key.key.proto == Protocol::Udp
+            && serves_datagrams(before.head.state)
+            && !serves_datagrams(state)
+        {
+            report.lost.insert(SocketAddr::new(*addr, key.key.port));
         }
         done
     }
 }
 
+/// What the table says of a backend id: it is mapped, so nothing of it is kept beside.
+fn read(store: &dyn Store, id: u32) -> Backend {
+    // Only an id beyond the table's end cannot be read.
+    store.read_backend(id).unwrap_or_default()
+}
+
+/// Whether a backend that a socket was given serves its Service still.
+pub fn serves(store: &dyn Store, given: SockBackend) -> bool {
+    let head = read(store, given.backend).head;
+    head.generation == given.backend_generation && serves_datagrams(head.state)
+}
+
 /// Whether UDP flows stay with a backend in this state.
-pub fn serves_datagrams(state: u8) -> bool {
+fn serves_datagrams(state: u8) -> bool {
     matches!(state, backend_state::ACTIVE | backend_state::SERVING)
+}
+
+impl Syncer {
+    /// Those of an owner's backends whose entries are in the table and active, and their ids.
+    pub(super) fn active_backends(
+        &self,
+        store: &dyn Store,
+        owner: &ObjectRef,
+        backends: &[BackendKey],
+    ) -> (Vec<BackendKey>, Vec<u32>) {
+        let owner = encode::owner(owner);
+        let id = |key: BackendKey| {
+            let key = OwnedBackend { key, owner };
+            let id = self.programmed.backend_ids.get(&key)?;
+            let backend = read(store, id);
+            let is_active = backend.head.state == backend_state::ACTIVE;
+            (is_active && encode::owned_backend(&backend) == Some(key)).then_some(id)
+        };
+        let numbered = backends.iter().filter_map(|key| Some((*key, id(*key)?)));
+        numbered.unzip()
+    }
 }
 
 /// The state in which a backend belongs.

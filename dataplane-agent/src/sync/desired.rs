@@ -1,12 +1,12 @@
 //! What the tables should say, by table, and which entries to look at: kept up to date Service by Service.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
 };
 
-use ipnet::IpNet;
+use indexmap::IndexMap;
 
 use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 
@@ -24,19 +24,6 @@ pub struct Uses {
     pub serving: u32,
     pub local: u32,
     pub total: u32,
-}
-
-/// A balancer's part of an entry of `SERVICES`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    pub backends: Arc<[BackendKey]>,
-    pub drop_when_empty: bool,
-    /// See [`Balancer::affinity_s`].
-    pub affinity_s: Option<u32>,
-    /// See [`Balancer::affinity_of`].
-    pub affinity_of: Option<BalancerKey>,
-    /// See [`Balancer::source_ranges`].
-    pub source_ranges: Arc<[IpNet]>,
 }
 
 /// Entries that may differ from what is programmed.
@@ -64,11 +51,11 @@ impl Touched {
 #[derive(Debug)]
 pub struct Desired {
     owners: HashMap<ObjectRef, Arc<Compiled>>,
-    pub balancers: HashMap<BalancerKey, Wanted>,
-    pub frontends: HashMap<FrontendKey, BalancerKey>,
+    /// Who is served at an address and port.
+    frontends: HashMap<FrontendAddr, ObjectRef>,
     /// Addresses whose echo requests are answered, and how many frontends want it.
     pub echoes: HashMap<FrontendKey, (IpAddr, u32)>,
-    pub backends: BTreeMap<OwnedBackend, Uses>,
+    pub backends: IndexMap<OwnedBackend, Uses>,
     pub ports: Vec<PortSet>,
     /// Frontends of a port, and how many of these are on the unspecified address.
     port_uses: HashMap<(u8, u16), (u32, u32)>,
@@ -78,10 +65,9 @@ impl Default for Desired {
     fn default() -> Self {
         Self {
             owners: HashMap::new(),
-            balancers: HashMap::new(),
             frontends: HashMap::new(),
             echoes: HashMap::new(),
-            backends: BTreeMap::new(),
+            backends: IndexMap::new(),
             ports: vec![PortSet::default(); PORT_SETS as usize],
             port_uses: HashMap::new(),
         }
@@ -112,14 +98,43 @@ impl Desired {
         self.owners.iter().map(|(owner, compiled)| (owner, &**compiled))
     }
 
+    pub fn balancer(&self, key: &BalancerKey) -> Option<&Balancer> {
+        let BalancerKey {
+            owner,
+            frontend,
+            outside,
+        } = key;
+        self.owners.get(owner)?.balancer(frontend, *outside)
+    }
+
+    /// Every balancer, in no order.
+    pub fn balancers(&self) -> impl Iterator<Item = BalancerKey> {
+        let of_owner = |(owner, compiled): (&ObjectRef, &Compiled)| {
+            let keys: Vec<BalancerKey> = compiled.balancers.iter().map(|one| key(owner, one)).collect();
+            keys
+        };
+        self.owners().flat_map(of_owner)
+    }
+
+    /// To which balancer an entry of the frontends' tables should lead.
+    pub fn frontend(&self, key: &FrontendKey) -> Option<BalancerKey> {
+        let (addr, scope) = encode::frontend_addr(key)?;
+        let owner = self.frontends.get(&addr)?;
+        let compiled = self.owners.get(owner)?;
+        let balancers = [false, true].into_iter();
+        let mut balancers = balancers.filter_map(|outside| compiled.balancer(&addr, outside));
+        let balancer = balancers.find(|balancer| scopes(balancer).any(|of| of == scope))?;
+        Some(self::key(owner, balancer))
+    }
+
     pub fn services(&self) -> usize {
         self.owners.len()
     }
 
     fn add(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
         let known_as = owned_by(owner);
-        for (backend, info) in &compiled.endpoints {
-            let backend = known_as(backend);
+        for (backend, info) in compiled.endpoints.iter() {
+            let backend = known_as(&backend);
             let uses = self.backends.entry(backend).or_default();
             uses.total += 1;
             uses.serving += u32::from(info.serving);
@@ -130,11 +145,11 @@ impl Desired {
             for backend in balancer.backends.iter() {
                 self.backends.entry(known_as(backend)).or_default().chosen += 1;
             }
-            let key = key(owner, balancer);
+            self.frontends.insert(balancer.frontend, owner.clone());
             for scope in scopes(balancer) {
-                let frontend = encode::frontend_key(&balancer.frontend, scope);
-                self.frontends.insert(frontend, key.clone());
-                touched.frontends.insert(frontend);
+                touched
+                    .frontends
+                    .insert(encode::frontend_key(&balancer.frontend, scope));
                 self.use_port(&balancer.frontend, 1, touched);
                 if balancer.echo {
                     let addr = balancer.frontend.addr;
@@ -143,19 +158,7 @@ impl Desired {
                     touched.frontends.insert(echo);
                 }
             }
-            touched.balancers.insert(key.clone());
-            let wanted = Wanted {
-                backends: balancer.backends.clone(),
-                drop_when_empty: balancer.drop_when_empty,
-                affinity_s: balancer.affinity_s,
-                affinity_of: balancer.affinity_of.map(|frontend| BalancerKey {
-                    owner: owner.clone(),
-                    frontend,
-                    outside: false,
-                }),
-                source_ranges: balancer.source_ranges.clone(),
-            };
-            self.balancers.insert(key, wanted);
+            touched.balancers.insert(key(owner, balancer));
         }
     }
 
@@ -167,13 +170,13 @@ impl Desired {
                     uses.chosen -= 1;
                 }
             }
-            let key = key(owner, balancer);
+            if self.frontends.get(&balancer.frontend) == Some(owner) {
+                self.frontends.remove(&balancer.frontend);
+            }
             for scope in scopes(balancer) {
-                let frontend = encode::frontend_key(&balancer.frontend, scope);
-                if self.frontends.get(&frontend) == Some(&key) {
-                    self.frontends.remove(&frontend);
-                }
-                touched.frontends.insert(frontend);
+                touched
+                    .frontends
+                    .insert(encode::frontend_key(&balancer.frontend, scope));
                 self.use_port(&balancer.frontend, -1, touched);
                 if balancer.echo {
                     let echo = encode::echo_key(balancer.frontend.addr, scope);
@@ -186,17 +189,16 @@ impl Desired {
                     touched.frontends.insert(echo);
                 }
             }
-            self.balancers.remove(&key);
-            touched.balancers.insert(key);
+            touched.balancers.insert(key(owner, balancer));
         }
-        for (backend, info) in &compiled.endpoints {
-            let backend = known_as(backend);
+        for (backend, info) in compiled.endpoints.iter() {
+            let backend = known_as(&backend);
             if let Some(uses) = self.backends.get_mut(&backend) {
                 uses.total -= 1;
                 uses.serving -= u32::from(info.serving);
                 uses.local -= u32::from(info.local);
                 if uses.total == 0 {
-                    self.backends.remove(&backend);
+                    self.backends.swap_remove(&backend);
                 }
             }
             touched.backends.insert(backend);

@@ -77,6 +77,27 @@ pub fn echo_key(addr: IpAddr, scope: Scope) -> FrontendKey {
     }
 }
 
+/// The way back; `None` for a key that was never ours.
+pub fn frontend_addr(key: &FrontendKey) -> Option<(FrontendAddr, Scope)> {
+    let (addr, port_be, proto, scope) = match key {
+        FrontendKey::V4(key) => (
+            IpAddr::from(key.addr_be.to_ne_bytes()),
+            key.port_be,
+            key.proto,
+            key.scope,
+        ),
+        FrontendKey::V6(key) => (ip(key.addr_be, true), key.port_be, key.proto, key.scope),
+    };
+    let scopes = [Scope::Internal, Scope::External];
+    let scope = scopes.into_iter().find(|known| *known as u8 == scope)?;
+    let frontend = FrontendAddr {
+        addr,
+        port: u16::from_be(port_be),
+        proto: protocol(proto)?,
+    };
+    Some((frontend, scope))
+}
+
 /// What the values of frontends and backends say of their owner: the same in every version and after every restart.
 pub fn owner(owner: &ObjectRef) -> u32 {
     let ObjectRef { kind, name } = owner;
@@ -85,9 +106,9 @@ pub fn owner(owner: &ObjectRef) -> u32 {
         hasher.write(kind.as_str().as_bytes());
         hasher.write_u8(b' ');
     }
-    hasher.write(name.namespace.as_bytes());
+    hasher.write(name.namespace().as_bytes());
     hasher.write_u8(b'/');
-    hasher.write(name.name.as_bytes());
+    hasher.write(name.name().as_bytes());
     hasher.finish() as u32
 }
 
@@ -244,9 +265,9 @@ pub fn slice_at(slots_offset: u32, ids: usize, class: u8) -> Option<Slice> {
     })
 }
 
-/// The elements of a slice, in the layout that [`Service`] documents: ids backwards from the slots. `slots` number the
+/// Makes `words` the elements of a slice, in the layout that [`Service`] documents: ids backwards from the slots. `slots` number the
 /// ids as they stand in `ids`, the slice in ascending order.
-pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
+pub fn slice_words(words: &mut Vec<u64>, ids: &[u32], slots: &[u16]) {
     let mut order: Vec<u16> = (0..ids.len()).map(|number| number as u16).collect();
     order.sort_unstable_by_key(|&number| ids[usize::from(number)]);
     let mut number_of = vec![0u64; ids.len()];
@@ -254,10 +275,12 @@ pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
         number_of[usize::from(number)] = place as u64;
     }
     let id = |number: &u16| u64::from(ids[usize::from(*number)]);
-    let mut words: Vec<u64> = order
-        .chunks(2)
-        .map(|pair| id(&pair[0]) | pair.get(1).map_or(0, id) << 32)
-        .collect();
+    words.clear();
+    words.extend(
+        order
+            .chunks(2)
+            .map(|pair| id(&pair[0]) | pair.get(1).map_or(0, id) << 32),
+    );
     words.reverse();
     words.push(ids.len() as u64);
     words.extend(slots.chunks(4).map(|four| {
@@ -265,7 +288,6 @@ pub fn slice_words(ids: &[u32], slots: &[u16]) -> Vec<u64> {
             word | number_of[usize::from(*slot)] << (lane * 16)
         })
     }));
-    words
 }
 
 /// The ids of a slice, ascending. `words` is the whole slice.
@@ -283,7 +305,8 @@ mod tests {
     fn a_slice_reads_as_it_was_written() {
         for ids in [vec![7], vec![9, 7], vec![2, 3, 1]] {
             let slots: Vec<u16> = (0..101).map(|slot| slot % ids.len() as u16).collect();
-            let words = slice_words(&ids, &slots);
+            let mut words = Vec::new();
+            slice_words(&mut words, &ids, &slots);
             assert_eq!(words.len() as u32, slice_len(ids.len(), 1));
             let slots_at = words.len() - slot_words(1) as usize;
             assert_eq!(words[slots_at - 1], ids.len() as u64);

@@ -7,7 +7,7 @@
 mod arena;
 mod backends;
 mod desired;
-mod encode;
+pub mod encode;
 mod ids;
 mod programmed;
 mod ranges;
@@ -22,17 +22,17 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use dataplane_common::{device::Device, service::Frontend, sock::SockBackend};
+use dataplane_common::{device::Device, service::Frontend};
 
+pub use self::backends::serves;
 use self::{
-    backends::OwnedBackend,
     desired::{Desired, Touched},
     programmed::Programmed,
 };
 use crate::{
-    compile::{BackendKey, Compiled, Update},
+    compile::{Compiled, Update},
     host::PodInterface,
-    model::ObjectRef,
+    model::{Cause, ObjectRef},
     store::{FrontendKey, Limits, Store, StoreError},
 };
 
@@ -73,6 +73,16 @@ pub struct Failure {
     pub reason: String,
     /// The kernel refused the write. Otherwise there is no room, for this entry or for one that it needs.
     pub refused: bool,
+}
+
+impl Failure {
+    pub fn cause(&self) -> Cause {
+        if self.refused {
+            Cause::WriteRefused
+        } else {
+            Cause::TableFull
+        }
+    }
 }
 
 /// What [`Syncer::run`] did.
@@ -189,26 +199,11 @@ impl Syncer {
                 moved.insert(*addr);
             }
         }
-        for addr in moved {
-            let first = OwnedBackend {
-                key: BackendKey {
-                    addr,
-                    port: 0,
-                    proto: crate::model::Protocol::Tcp,
-                },
-                owner: 0,
-            };
-            let backends = self.desired.backends.range(first..).map(|(key, _)| *key);
-            self.touched
-                .backends
-                .extend(backends.take_while(|backend| backend.key.addr == addr));
+        if !moved.is_empty() {
+            let backends = self.desired.backends.keys();
+            let there = backends.filter(|backend| moved.contains(&backend.key.addr));
+            self.touched.backends.extend(there);
         }
-    }
-
-    /// Whether a backend that a socket was given serves its Service still.
-    pub fn serves(&self, given: SockBackend) -> bool {
-        let head = self.programmed.backend(given.backend).head;
-        head.generation == given.backend_generation && backends::serves_datagrams(head.state)
     }
 
     /// Whether there is nothing left to write.
@@ -372,7 +367,7 @@ impl Syncer {
                     format!("echo at {addr}").into(),
                 );
             }
-            let Some(key) = desired.frontends.get(frontend) else {
+            let Some(key) = &desired.frontend(frontend) else {
                 return true;
             };
             let index = programmed.written_service(key).ok_or(NoRoom::NoService);
@@ -415,7 +410,7 @@ impl Syncer {
     fn delete_frontends(&mut self, store: &mut dyn Store, report: &mut Report) {
         let (desired, programmed) = (&self.desired, &mut self.programmed);
         self.touched.frontends.retain(|frontend| {
-            if desired.frontends.contains_key(frontend) || desired.echoes.contains_key(frontend) {
+            if desired.frontend(frontend).is_some() || desired.echoes.contains_key(frontend) {
                 return true;
             }
             if !programmed.frontends.contains_key(frontend) {

@@ -1,14 +1,13 @@
 //! What the tables hold, as far as we wrote it or found it: the bookkeeping behind every decision not to write.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
 };
 
 use ipnet::IpNet;
 
 use dataplane_common::{
-    backend::{Backend, backend_state},
     device::Device,
     service::{Frontend, PortSet, Scope, Service, port_set_index, service_flags},
 };
@@ -39,7 +38,7 @@ pub struct Slot {
     pub value: Service,
     pub slice: Option<Slice>,
     /// The backend ids that the slice begins with, ascending.
-    pub ids: Vec<u32>,
+    pub ids: Box<[u32]>,
 }
 
 /// The programmed state.
@@ -56,12 +55,12 @@ pub struct Programmed {
     /// Balancers that are gone because a policy has changed. Their entries stay for the flows that they began.
     pub kept: BTreeSet<BalancerKey>,
     pub arena: Arena,
-    backends: HashMap<u32, Backend>,
-    slots: HashMap<u32, Slot>,
+    /// By service index.
+    slots: Vec<Slot>,
     /// Services found at start that no balancer has adopted yet.
     pub found: BTreeSet<u32>,
-    /// Their slices, until they have been compared.
-    pub found_words: HashMap<u32, Vec<u64>>,
+    /// Services whose slices an earlier process wrote, until they have been compared.
+    pub unverified: HashSet<u32>,
     pub backend_garbage: Vec<OwnedBackend>,
     pub slice_garbage: Vec<Slice>,
     service_garbage: Vec<ServiceId>,
@@ -79,10 +78,9 @@ impl Programmed {
             service_ids: Ids::new(services),
             kept: BTreeSet::new(),
             arena: Arena::new(maglev),
-            backends: HashMap::new(),
-            slots: HashMap::new(),
+            slots: Vec::new(),
             found: BTreeSet::new(),
-            found_words: HashMap::new(),
+            unverified: HashSet::new(),
             backend_garbage: Vec::new(),
             slice_garbage: Vec::new(),
             service_garbage: Vec::new(),
@@ -97,35 +95,23 @@ impl Programmed {
         )
     }
 
-    /// What the table says of a backend id; zero where nothing was ever written.
-    pub fn backend(&self, id: u32) -> Backend {
-        self.backends.get(&id).copied().unwrap_or_default()
-    }
-
-    pub fn set_backend(&mut self, id: u32, backend: Backend) {
-        self.backends.insert(id, backend);
-    }
-
-    /// The id of a backend whose entry is in the table and active.
-    pub fn active_backend(&self, key: &OwnedBackend) -> Option<u32> {
-        let id = self.backend_ids.get(key)?;
-        let backend = self.backends.get(&id)?;
-        let is_active = backend.head.state == backend_state::ACTIVE;
-        (is_active && encode::owned_backend(backend) == Some(*key)).then_some(id)
-    }
-
+    /// The entry of a service index; empty where nothing was ever written.
     pub fn slot(&self, index: u32) -> Slot {
-        self.slots.get(&index).cloned().unwrap_or_default()
+        self.slots.get(index as usize).cloned().unwrap_or_default()
     }
 
     pub fn set_slot(&mut self, index: u32, slot: Slot) {
-        self.slots.insert(index, slot);
+        let place = index as usize;
+        if self.slots.len() <= place {
+            self.slots.resize_with(place + 1, Slot::default);
+        }
+        self.slots[place] = slot;
     }
 
     /// The index of a balancer whose entry is in the table.
     pub fn written_service(&self, key: &BalancerKey) -> Option<u32> {
         let index = self.service_ids.get(&ServiceId::Known(key.clone()))?;
-        let slot = self.slots.get(&index)?;
+        let slot = self.slots.get(index as usize)?;
         let is_live = slot.value.head.flags & service_flags::DELETED == 0;
         (is_live && encode::service_frontend(&slot.value) == Some(key.frontend)).then_some(index)
     }
@@ -140,13 +126,13 @@ impl Programmed {
 
     /// Gives a balancer without index the one that was found behind its frontends, if these were the same Service's:
     /// flows of another's must not meet its generation.
-    pub fn adopt(&mut self, key: &BalancerKey, desired: &HashMap<FrontendKey, BalancerKey>) {
+    pub fn adopt(&mut self, key: &BalancerKey, desired: &Desired) {
         if self.found.is_empty() || self.service_ids.get(&ServiceId::Known(key.clone())).is_some() {
             return;
         }
         for scope in [Scope::Internal, Scope::External] {
             let frontend = encode::frontend_key(&key.frontend, scope);
-            if desired.get(&frontend) == Some(key)
+            if desired.frontend(&frontend).as_ref() == Some(key)
                 && let Some(value) = self.frontends.get(&frontend)
                 && value.owner == encode::owner(&key.owner)
                 && self.found.remove(&value.service)
@@ -204,7 +190,7 @@ impl Programmed {
             }
         }
         for id in self.service_garbage.drain(..) {
-            let is_back = matches!(&id, ServiceId::Known(key) if desired.balancers.contains_key(key));
+            let is_back = matches!(&id, ServiceId::Known(key) if desired.balancer(key).is_some());
             if !is_back {
                 self.service_ids.retire(&id);
             }

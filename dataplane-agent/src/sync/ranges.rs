@@ -74,10 +74,10 @@ impl Syncer {
             .collect();
         if !differing.is_empty() {
             let index = |key| self.programmed.service_ids.get(&ServiceId::Known(key));
-            let keys = self.desired.balancers.keys();
+            let keys = self.desired.balancers();
             let of_differing =
-                keys.filter(|key| index((*key).clone()).is_some_and(|i| differing.contains(&i)));
-            self.touched.balancers.extend(of_differing.cloned());
+                keys.filter(|key| index(key.clone()).is_some_and(|index| differing.contains(&index)));
+            self.touched.balancers.extend(of_differing);
         }
         Ok(differing.len())
     }

@@ -50,7 +50,6 @@ fn backends(
         let Some(key) = encode::owned_backend(&backend) else {
             continue;
         };
-        programmed.set_backend(id, backend);
         programmed.backend_ids.restore(id, key);
         if matches!(backend.head.state, backend_state::ACTIVE | backend_state::SERVING) {
             touched.backends.insert(key);
@@ -127,10 +126,10 @@ fn read_slice(
     if !programmed.arena.reserve(slice) {
         return Ok(());
     }
-    let mut words = vec![0; slice.len as usize];
+    let mut words = vec![0; (head.slots_offset - slice.start) as usize];
     store.read_maglev(slice.start, &mut words)?;
     slot.slice = Some(slice);
-    slot.ids = encode::slice_ids(&words, ids);
-    programmed.found_words.insert(index, words);
+    slot.ids = encode::slice_ids(&words, ids).into();
+    programmed.unverified.insert(index);
     Ok(())
 }

@@ -8,27 +8,35 @@ use dataplane_common::service::{Service, ServiceHead, service_flags, size_class}
 use super::{
     NoRoom, Report, Subject, Syncer,
     arena::Slice,
-    backends::{self, OwnedBackend},
-    desired::Wanted,
+    backends,
+    desired::Desired,
     encode::{self, Affinity},
     ids::Given,
     programmed::{ServiceId, Slot},
 };
 use crate::{
-    compile::{BackendKey, BalancerKey, maglev},
+    compile::{BackendKey, Balancer, BalancerKey, maglev},
     store::{Store, StoreError},
 };
 
 /// The table that was computed last: a Service's frontends follow each other and share their backends.
 #[derive(Default)]
-struct LastTable(Option<(Arc<[BackendKey]>, Vec<u16>)>);
+struct LastTable {
+    of: Option<(Arc<[BackendKey]>, u8)>,
+    filler: maglev::Filler,
+    words: Vec<u64>,
+}
 
 impl LastTable {
-    fn slots(&mut self, backends: &Arc<[BackendKey]>, class: u8) -> &[u16] {
-        if self.0.as_ref().is_none_or(|(of, _)| of != backends) {
-            self.0 = Some((backends.clone(), maglev::table(backends, &[], class)));
+    /// The elements of a slice.
+    fn words(&mut self, backends: &Arc<[BackendKey]>, class: u8, ids: &[u32]) -> &[u64] {
+        let is_last = |(of, of_class): &(Arc<[BackendKey]>, u8)| of == backends && *of_class == class;
+        if !self.of.as_ref().is_some_and(is_last) {
+            self.filler.fill(backends, &[], class);
+            self.of = Some((backends.clone(), class));
         }
-        self.0.as_ref().map_or(&[], |(_, slots)| slots)
+        encode::slice_words(&mut self.words, ids, self.filler.slots());
+        &self.words
     }
 }
 
@@ -36,16 +44,13 @@ impl Syncer {
     /// Writes the services that are desired.
     pub(super) fn put_services(&mut self, store: &mut dyn Store, report: &mut Report) {
         let mut last = LastTable::default();
-        let desired = &self.desired.balancers;
-        let mut touched: Vec<(BalancerKey, Wanted)> = self
-            .touched
-            .balancers
-            .iter()
-            .filter_map(|key| Some((key.clone(), desired.get(key)?.clone())))
-            .collect();
-        // Those that others name have their index before these are written.
-        touched.sort_by_key(|(_, wanted)| wanted.affinity_of.is_some());
-        for (key, wanted) in touched {
+        let touched = std::mem::take(&mut self.touched.balancers);
+        let mut waiting = BTreeSet::new();
+        for key in in_order(&self.desired, touched) {
+            let Some(wanted) = self.desired.balancer(&key).cloned() else {
+                waiting.insert(key);
+                continue;
+            };
             let mut outcome = self.put_service(store, report, &key, &wanted, &mut last);
             if let Err(NotPut::NoRoom(NoRoom::Services { .. })) = outcome {
                 self.delete_kept(store, report);
@@ -62,15 +67,15 @@ impl Syncer {
                 outcome = self.put_service(store, report, &key, &wanted, &mut last);
             }
             match outcome {
-                Ok(()) if self.affinity(&wanted).is_some() || wanted.affinity_s.is_none() => {
-                    self.touched.balancers.remove(&key);
-                }
+                Ok(()) if wanted.affinity_s.is_none() || self.affinity(&key, &wanted).is_some() => continue,
                 // With clients of its own, until the one that it shares them with finds room.
                 Ok(()) => {}
                 Err(NotPut::NoRoom(error)) => report.not_tried(describe(&key), &error),
                 Err(NotPut::Store(error)) => report.failed(describe(&key), &error),
             }
+            waiting.insert(key);
         }
+        self.touched.balancers = waiting;
     }
 
     /// With as many of its endpoints as have an entry: where others find no room, they are missed, but nobody is sent
@@ -80,27 +85,23 @@ impl Syncer {
         store: &mut dyn Store,
         report: &mut Report,
         key: &BalancerKey,
-        wanted: &Wanted,
+        wanted: &Balancer,
         last: &mut LastTable,
     ) -> Result<(), NotPut> {
-        let Wanted {
+        let Balancer {
             backends,
-            drop_when_empty,
             affinity_s,
-            affinity_of: _,
             source_ranges,
+            ..
         } = wanted;
-        let affinity = self.affinity(wanted).or(affinity_s.map(Affinity::Own));
+        let affinity = self.affinity(key, wanted).or(affinity_s.map(Affinity::Own));
         if backends.len() > maglev::MAX_BACKENDS {
             let backends = backends.len();
             return Err(NoRoom::TooMany { backends }.into());
         }
-        let owner = encode::owner(&key.owner);
-        let id = |key: BackendKey| self.programmed.active_backend(&OwnedBackend { key, owner });
-        let numbered = |backend: &BackendKey| Some((*backend, id(*backend)?));
-        let (active, ids): (Vec<BackendKey>, Vec<u32>) = backends.iter().filter_map(numbered).unzip();
+        let (active, ids) = self.active_backends(store, &key.owner, backends);
         let missing = backends.len() - ids.len();
-        let mut listed = ids.clone();
+        let mut listed: Box<[u32]> = ids.clone().into();
         listed.sort_unstable();
         let incomplete = NoRoom::Inactive {
             missing,
@@ -117,8 +118,13 @@ impl Syncer {
         let before = self.programmed.slot(index);
         let class = size_class(ids.len());
         let undo = |syncer: &mut Self, slice: Option<Slice>| syncer.forget_new(key, is_new, slice);
-        let keep =
-            !is_new && self.slice_fits(index, &before, &ids, class, backends, last) && before.ids == listed;
+        // Written by an earlier process: perhaps by another version, so it is compared in full.
+        let is_unverified = self.programmed.unverified.remove(&index);
+        let keep = !is_new
+            && before.value.head.size_class == class
+            && before.slice.is_none() == (class == 0)
+            && before.ids == listed
+            && (!is_unverified || holds(store, before.slice, last.words(backends, class, &ids)));
         let slice = if class == 0 {
             None
         } else if keep {
@@ -130,8 +136,8 @@ impl Syncer {
                 let limit = self.limits.maglev;
                 return Err(NoRoom::Maglev { wanted: len, limit }.into());
             };
-            let words = encode::slice_words(&ids, last.slots(backends, class));
-            if let Err(error) = store.write_maglev(slice.start, &words) {
+            let words = last.words(backends, class, &ids);
+            if let Err(error) = store.write_maglev(slice.start, words) {
                 undo(self, Some(slice));
                 return Err(error.into());
             }
@@ -153,9 +159,7 @@ impl Syncer {
                 generation
             },
             size_class: class,
-            flags: flag(*drop_when_empty || missing > 0, service_flags::DROP_WHEN_EMPTY)
-                | Affinity::flags(affinity)
-                | flag(!source_ranges.is_empty(), service_flags::RANGES),
+            flags: flags(wanted, affinity) | flag(missing > 0, service_flags::DROP_WHEN_EMPTY),
         };
         let value = encode::service(&key.frontend, head, affinity);
         if value != before.value {
@@ -186,12 +190,17 @@ impl Syncer {
     }
 
     /// How a service's clients are to be remembered; `None` too where that needs an entry which is not written.
-    fn affinity(&self, wanted: &Wanted) -> Option<Affinity> {
+    fn affinity(&self, key: &BalancerKey, wanted: &Balancer) -> Option<Affinity> {
         let seconds = wanted.affinity_s?;
-        match &wanted.affinity_of {
+        match wanted.affinity_of {
             None => Some(Affinity::Own(seconds)),
             Some(first) => {
-                let index = self.programmed.written_service(first)?;
+                let first = BalancerKey {
+                    owner: key.owner.clone(),
+                    frontend: first,
+                    outside: false,
+                };
+                let index = self.programmed.written_service(&first)?;
                 Some(Affinity::Of { index })
             }
         }
@@ -212,7 +221,7 @@ impl Syncer {
         {
             return false;
         }
-        self.programmed.adopt(key, &self.desired.frontends);
+        self.programmed.adopt(key, &self.desired);
         !ids.is_empty() || self.programmed.written_service(key).is_some()
     }
 
@@ -241,34 +250,10 @@ impl Syncer {
         let slot = Slot {
             value,
             slice: None,
-            ids: Vec::new(),
+            ids: Box::default(),
         };
         self.programmed.set_slot(index, slot);
         self.reclaim(store).is_ok()
-    }
-
-    /// Whether the slice in force is already what is wanted, if it has these ids.
-    fn slice_fits(
-        &mut self,
-        index: u32,
-        before: &Slot,
-        ids: &[u32],
-        class: u8,
-        backends: &Arc<[BackendKey]>,
-        last: &mut LastTable,
-    ) -> bool {
-        let found = self.programmed.found_words.remove(&index);
-        if before.value.head.size_class != class
-            || before.ids.len() != ids.len()
-            || before.slice.is_none() != (class == 0)
-        {
-            return false;
-        }
-        match found {
-            // Written by an earlier process: perhaps by another version, so compare it in full.
-            Some(found) => found == encode::slice_words(ids, last.slots(backends, class)),
-            None => true,
-        }
     }
 
     fn forget_new(&mut self, key: &BalancerKey, is_new: bool, slice: Option<Slice>) {
@@ -285,7 +270,7 @@ impl Syncer {
 
     /// The index of a balancer: its own, one found in the tables behind its frontend, or a new one.
     fn index(&mut self, key: &BalancerKey) -> Result<Given, NoRoom> {
-        self.programmed.adopt(key, &self.desired.frontends);
+        self.programmed.adopt(key, &self.desired);
         self.programmed
             .service_ids
             .give(&ServiceId::Known(key.clone()))
@@ -309,7 +294,7 @@ impl Syncer {
     pub(super) fn delete_services(&mut self, store: &mut dyn Store, report: &mut Report) {
         let mut gone: Vec<ServiceId> = self.programmed.orphans();
         for key in &self.touched.balancers {
-            if self.desired.balancers.contains_key(key) {
+            if self.desired.balancer(key).is_some() {
                 continue;
             }
             let twin = twin(key);
@@ -320,8 +305,7 @@ impl Syncer {
         }
         for id in gone {
             // Where the owner still has the frontend, only a policy has changed: that ends no flow.
-            let keep =
-                matches!(&id, ServiceId::Known(key) if self.desired.balancers.contains_key(&twin(key)));
+            let keep = matches!(&id, ServiceId::Known(key) if self.desired.balancer(&twin(key)).is_some());
             if self.delete_service(store, report, &id, keep)
                 && let ServiceId::Known(key) = &id
             {
@@ -374,11 +358,11 @@ impl Syncer {
             report.writes += 1;
         }
         self.programmed.slice_garbage.extend(before.slice);
-        self.programmed.found_words.remove(&index);
+        self.programmed.unverified.remove(&index);
         let slot = Slot {
             value,
             slice: None,
-            ids: Vec::new(),
+            ids: Box::default(),
         };
         self.programmed.set_slot(index, slot);
         if let Err(error) = self.trim_ranges(store, report, index, &[]) {
@@ -395,6 +379,13 @@ impl Syncer {
         self.programmed.discard(id.clone());
         true
     }
+}
+
+/// Whether a slice has this content.
+fn holds(store: &dyn Store, slice: Option<Slice>, words: &[u64]) -> bool {
+    let Some(slice) = slice else { return true };
+    let mut found = vec![0; slice.len as usize];
+    store.read_maglev(slice.start, &mut found).is_ok() && found == words
 }
 
 /// Why a service is not as desired.
@@ -421,6 +412,29 @@ fn twin(key: &BalancerKey) -> BalancerKey {
         outside: !key.outside,
         ..key.clone()
     }
+}
+
+/// Balancers owner by owner, of each first those that its others name: they have their index before the others are
+/// written.
+fn in_order(desired: &Desired, balancers: BTreeSet<BalancerKey>) -> Vec<BalancerKey> {
+    let mut balancers: Vec<BalancerKey> = balancers.into_iter().collect();
+    let names_another = |key: &BalancerKey| {
+        let balancer = desired.balancer(key);
+        balancer.is_some_and(|balancer| balancer.affinity_of.is_some())
+    };
+    for of_owner in balancers.chunk_by_mut(|one, next| one.owner == next.owner) {
+        if of_owner.len() > 1 {
+            of_owner.sort_by_cached_key(names_another);
+        }
+    }
+    balancers
+}
+
+/// The flags that a balancer's own properties set.
+fn flags(wanted: &Balancer, affinity: Option<Affinity>) -> u8 {
+    flag(wanted.drop_when_empty, service_flags::DROP_WHEN_EMPTY)
+        | Affinity::flags(affinity)
+        | flag(!wanted.source_ranges.is_empty(), service_flags::RANGES)
 }
 
 /// A flag, if it is set.

@@ -2,7 +2,7 @@
 
 mod full;
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use dataplane_common::{
     backend::backend_state,
@@ -15,8 +15,8 @@ use super::{HostTables, Syncer};
 use crate::{
     compile::Compiler,
     model::{
-        Dirty, Endpoint, EndpointSlice, Index, Kind, Name, Object, ObjectRef, Protocol, Service, ServicePort,
-        SliceFamily, SlicePort, TargetPort,
+        Dirty, Endpoint, EndpointSlice, Index, Kind, Labels, Name, Object, ObjectRef, Placement, Protocol,
+        Service, ServicePort, SliceFamily, SlicePort, TargetPort,
     },
     store::{Limits, faulty::Faulty, memory::Memory},
 };
@@ -48,24 +48,25 @@ fn plain(number: u8, last: u8) -> Service {
     Service {
         name: name(number),
         proxied: true,
-        cluster_ips: vec![IpAddr::from([10, 96, 0, last])],
-        external_ips: Vec::new(),
-        ingress_ips: Vec::new(),
+        cluster_ips: [IpAddr::from([10, 96, 0, last])].into(),
+        external_ips: Box::default(),
+        ingress_ips: Box::default(),
         ipv4: true,
         ipv6: false,
-        ports: vec![ServicePort {
+        ports: [ServicePort {
             place: 0,
             name: "".into(),
             proto: Protocol::Tcp,
             port: 80,
             node_port: None,
             target: TargetPort::Number(80),
-        }],
-        selector: std::collections::BTreeMap::new(),
+        }]
+        .into(),
+        selector: Labels::default(),
         internal_local: false,
         external_local: false,
         health_check_node_port: None,
-        source_ranges: Vec::new(),
+        source_ranges: Box::default(),
         affinity_s: None,
         publish_not_ready: false,
         created_ns: 0,
@@ -95,12 +96,12 @@ fn service() -> impl Strategy<Value = Object> {
                     node_port: node_port.map(|port| 30000 + port),
                     ..plain.ports[0].clone()
                 };
-                Object::Service(Box::new(Service {
+                Object::Service(Arc::new(Service {
                     proxied: last != 4,
-                    ports: vec![port],
+                    ports: [port].into(),
                     internal_local,
                     external_local: external_local && node_port.is_some(),
-                    ingress_ips: vec![IpAddr::from([198, 18, 0, last])],
+                    ingress_ips: [IpAddr::from([198, 18, 0, last])].into(),
                     source_ranges: ranges.into_iter().map(range).collect(),
                     affinity_s,
                     ..plain
@@ -116,26 +117,29 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
             ready,
             serving,
             terminating,
-            node: local.then(|| "n1".into()),
-            zone_hints: Box::default(),
-            node_hints: Box::default(),
+            placement: Arc::new(Placement {
+                node: local.then(|| "n1".into()),
+                ..Placement::default()
+            }),
         },
     )
 }
 
 fn slice() -> impl Strategy<Value = Object> {
     (0..4u8, 0..2u8, proptest::collection::vec(endpoint(), 0..5)).prop_map(|(number, part, endpoints)| {
-        Object::EndpointSlice(EndpointSlice {
+        Object::EndpointSlice(Arc::new(EndpointSlice {
             name: Name::new("ns", &format!("s{number}-{part}")),
             service: Some(name(number)),
             family: SliceFamily::V4,
-            ports: vec![SlicePort {
+            ports: [SlicePort {
                 name: "".into(),
                 proto: Protocol::Tcp,
                 port: 8080,
-            }],
-            endpoints,
-        })
+            }]
+            .into(),
+            endpoints: endpoints.into(),
+            changed_ns: None,
+        }))
     })
 }
 
@@ -348,24 +352,25 @@ fn object(number: u8, last: u8) -> [Object; 2] {
         name: name(number),
         service: Some(name(number)),
         family: SliceFamily::V4,
-        ports: vec![SlicePort {
+        ports: [SlicePort {
             name: "".into(),
             proto: Protocol::Tcp,
             port: 80,
-        }],
-        endpoints: vec![Endpoint {
+        }]
+        .into(),
+        endpoints: [Endpoint {
             addr: IpAddr::from([10, 244, 0, number]),
             ready: true,
             serving: true,
             terminating: false,
-            node: None,
-            zone_hints: Box::default(),
-            node_hints: Box::default(),
-        }],
+            placement: Arc::default(),
+        }]
+        .into(),
+        changed_ns: None,
     };
     [
-        Object::Service(Box::new(plain(number, last))),
-        Object::EndpointSlice(slice),
+        Object::Service(plain(number, last).into()),
+        Object::EndpointSlice(slice.into()),
     ]
 }
 
@@ -412,7 +417,7 @@ fn an_endpoint_leaves_each_service_by_itself() {
     let shared = |number| {
         let mut objects = object(number, number);
         if let Object::EndpointSlice(slice) = &mut objects[1] {
-            slice.endpoints[0].addr = IpAddr::from([10, 244, 0, 9]);
+            std::sync::Arc::make_mut(slice).endpoints[0].addr = IpAddr::from([10, 244, 0, 9]);
         }
         objects
     };
@@ -443,7 +448,7 @@ fn a_policy_that_changes_ends_no_flow() {
         service.ports[0].node_port = Some(30000);
         service.external_local = external_local;
         service.internal_local = internal_local;
-        [Object::Service(Box::new(service)), object(1, 1)[1].clone()]
+        [Object::Service(service.into()), object(1, 1)[1].clone()]
     };
     let entries = |memory: &Memory| {
         let mut entries: Vec<(u32, u16, bool)> = memory

@@ -134,6 +134,7 @@ impl Node {
             bpffs: self.places.bpffs.clone(),
             cgroup: Some(self.places.cgroup.clone()),
             health_addr: None,
+            metrics_addr: None,
             socket: self.places.work.join("wait.sock"),
             socket_lb: SocketLb::Auto,
             datapath: DatapathMode::Auto,

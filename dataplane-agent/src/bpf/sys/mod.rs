@@ -1,5 +1,5 @@
-//! The system calls that no library offers: bpf(2) for maps, pins, links and queries, mmap of arrays, membarrier
-//! and socket options. This folder is the one place of the agent with `unsafe` code; everything it exports is safe.
+//! The system calls that no library offers: bpf(2) for maps, pins, links and queries, mmap of arrays, membarrier,
+//! socket options and the allocator. This folder is the one place of the agent with `unsafe` code; everything it exports is safe.
 
 mod attr;
 mod maps;
@@ -25,7 +25,8 @@ pub use objects::{
     prog_by_id, prog_info, prog_query, try_map,
 };
 pub use process::{
-    filesystem_magic, grace_period, legacy_filter_rules, netns_cookie, raise_memlock_limit, watch_readable,
+    filesystem_magic, give_memory_back, grace_period, legacy_filter_rules, netns_cookie, raise_memlock_limit,
+    watch_readable,
 };
 
 /// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.

@@ -32,6 +32,15 @@ pub fn raise_memlock_limit() {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
 }
 
+/// Gives memory that was freed back to the system; glibc keeps it otherwise.
+pub fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the allocator locks itself.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// `SO_NETNS_COOKIE` (5.14): the cookie of the network namespace that the socket belongs to.
 pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;

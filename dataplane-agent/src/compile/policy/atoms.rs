@@ -205,7 +205,7 @@ impl Atoms {
     pub fn of_addr(&self, addr: IpAddr, pod: Option<PodAt<'_>>, node: Option<&Node>) -> Vec<AtomId> {
         let mut ids = self.of_prefixes(addr, addr_bits(addr));
         if let Some((pod, _)) = pod {
-            ids.extend(self.of_namespace.get(&pod.name.namespace).into_iter().flatten());
+            ids.extend(self.of_namespace.get(pod.name.namespace()).into_iter().flatten());
             ids.extend(&self.of_pods);
         }
         if node.is_some() {

@@ -132,7 +132,7 @@ impl PolicyCompiler {
         for name in nodes {
             self.node_changed(index, name);
         }
-        let of_namespaces = namespaces.iter().flat_map(|name| index.pods_of(&name.name));
+        let of_namespaces = namespaces.iter().flat_map(|name| index.pods_of(name.name()));
         let of_namespaces = of_namespaces.map(|pod| pod.name.clone());
         for name in pods.iter().cloned().chain(of_namespaces) {
             subjects.extend(self.peer_changed(index, &name));
@@ -146,7 +146,7 @@ impl PolicyCompiler {
                     NamespaceSet::Labelled(_) => self.all_subjects(index).collect(),
                 };
                 let selected = candidates.into_iter().filter(|pod| {
-                    let namespace = index.namespace(&pod.name.namespace);
+                    let namespace = index.namespace(pod.name.namespace());
                     policy.subject.matches(pod, namespace)
                 });
                 subjects.extend(selected.map(|pod| pod.name.clone()));
@@ -246,9 +246,9 @@ impl PolicyCompiler {
 
     fn subjects_of<'a>(&'a self, index: &'a Index, namespace: &str) -> impl Iterator<Item = &'a Pod> {
         let first = Name::new(namespace, "");
-        let namespace = first.namespace.clone();
+        let namespace = first.namespace().to_owned();
         let names = self.pods.range(first..).map(|(name, _)| name);
-        let names = names.take_while(move |name| name.namespace == namespace);
+        let names = names.take_while(move |name| name.namespace() == namespace);
         names.filter_map(|name| index.pod(name))
     }
 
@@ -290,7 +290,7 @@ impl PolicyCompiler {
         for addr in self.owners.set_pod(name, pod) {
             self.classify(index, addr);
         }
-        let pod = pod.map(|pod| (pod, index.namespace(&pod.name.namespace)));
+        let pod = pod.map(|pod| (pod, index.namespace(pod.name.namespace())));
         self.questions.pod_changed(name, pod)
     }
 
@@ -370,7 +370,7 @@ impl PolicyCompiler {
         let mut places = Vec::new();
         let mut last: Option<(&str, bool)> = None;
         for pod in pods {
-            let name = &*pod.name.namespace;
+            let name = pod.name.namespace();
             let in_namespace = match last {
                 Some((last, in_namespace)) if last == name => in_namespace,
                 _ => atom.is_about_namespace(name, index.namespace(name)),

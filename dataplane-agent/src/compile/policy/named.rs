@@ -60,7 +60,7 @@ impl Questions {
         if !questions.contains_key(question) {
             let mut asked = Asked::default();
             for pod in index.pods().filter(|pod| is_peer(pod)) {
-                let namespace = index.namespace(&pod.name.namespace);
+                let namespace = index.namespace(pod.name.namespace());
                 for number in question.answers((pod, namespace)).collect::<BTreeSet<_>>() {
                     *asked.answers.entry(number).or_default() += 1;
                     let given = self.given.entry(pod.name.clone()).or_default();

@@ -11,7 +11,7 @@ use super::{atoms::PodAt, named::is_peer};
 use crate::model::{Index, Name, Node, Pod};
 
 /// Who comes first has the address.
-type Claim = (bool, Reverse<i128>, Name);
+type Claim = (bool, Reverse<i64>, Name);
 
 /// The Pods and Nodes of every address.
 #[derive(Debug, Default)]
@@ -62,7 +62,7 @@ impl Owners {
 
     pub fn at<'a>(&self, index: &'a Index, addr: IpAddr) -> (Option<PodAt<'a>>, Option<&'a Node>) {
         let pod = self.pod_at(addr).and_then(|name| index.pod(name));
-        let pod = pod.map(|pod| (pod, index.namespace(&pod.name.namespace)));
+        let pod = pod.map(|pod| (pod, index.namespace(pod.name.namespace())));
         let node = self.nodes.get(&addr).and_then(BTreeSet::first);
         (pod, node.and_then(|name| index.node_by_name(name)))
     }

@@ -45,8 +45,8 @@ impl Memo {
 impl PolicyCompiler {
     /// The sets of a pod, each with one user more.
     pub(super) fn resolve(&mut self, index: &Index, pod: &Pod, memo: &mut Memo) -> PodPolicy {
-        let namespace = index.namespace(&pod.name.namespace);
-        let about = index.policies().about(&pod.name.namespace);
+        let namespace = index.namespace(pod.name.namespace());
+        let about = index.policies().about(pod.name.namespace());
         let mut policies: Vec<&Policy> = about
             .filter(|policy| policy.subject.matches(pod, namespace))
             .collect();

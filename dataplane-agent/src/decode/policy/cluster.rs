@@ -48,7 +48,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
     let mut unknown = Unknown::of("spec", value.get("spec").unwrap_or(&Value::Null), &spec);
     let (tier, priority) = match key.kind {
         Kind::BaselineAdminNetworkPolicy => {
-            if *key.name.name != *BASELINE_NAME {
+            if key.name.name() != BASELINE_NAME {
                 findings.refuse("metadata.name", format!("has to be `{BASELINE_NAME}`"));
             }
             unknown.extend_if(spec.tier.is_some(), "spec.tier");

@@ -1,7 +1,5 @@
 //! `NetworkPolicy`, networking.k8s.io/v1: rules that allow, for pods that are closed in a direction because it selects them.
 
-use std::sync::Arc;
-
 use k8s_openapi::{
     api::networking::v1::{
         NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
@@ -17,6 +15,7 @@ use crate::{
     model::{
         ObjectRef,
         policy::{Action, IpBlock, NamespaceSet, Peer, PodSet, Policy, PortMatch, Rule, Selector, Tier},
+        shared,
     },
 };
 
@@ -42,7 +41,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
     let spec = parse::<Document>(value)?.spec.unwrap_or_default();
     let unknown = Unknown::of("spec", value.get("spec").unwrap_or(&Value::Null), &spec);
     let subject = PodSet {
-        namespaces: NamespaceSet::One(key.name.namespace.clone()),
+        namespaces: NamespaceSet::One(shared::text(key.name.namespace())),
         pods: selector(spec.pod_selector.as_ref(), "spec.podSelector", findings),
     };
     let mut closed = unknown.within_but("spec", &["ingress", "egress"]);
@@ -71,7 +70,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
         applies = [true, true];
     }
     let reader = Reader {
-        namespace: &key.name.namespace,
+        namespace: key.name.namespace(),
         unknown: &unknown,
     };
     let ingress = spec.ingress.unwrap_or_default();
@@ -99,7 +98,7 @@ pub fn decode(key: &ObjectRef, value: &Value, findings: &mut Findings<'_>) -> Re
 }
 
 struct Reader<'a> {
-    namespace: &'a Arc<str>,
+    namespace: &'a str,
     unknown: &'a Unknown,
 }
 
@@ -176,7 +175,7 @@ impl Reader<'_> {
                 let at = format!("{at}.namespaceSelector");
                 NamespaceSet::Labelled(selector(Some(namespaces), &at, findings))
             }
-            None => NamespaceSet::One(self.namespace.clone()),
+            None => NamespaceSet::One(shared::text(self.namespace)),
         };
         let pods = match pod_selector {
             Some(pods) => selector(Some(pods), &format!("{at}.podSelector"), findings),

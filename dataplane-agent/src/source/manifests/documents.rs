@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::strict::Strict;
 use crate::{
     decode::{self, Decoded},
-    model::{Object, ObjectRef, Problem},
+    model::{Cause, Object, ObjectRef, Problem},
 };
 
 /// What a file says.
@@ -89,7 +89,7 @@ impl Parsed {
         self.problems.push(DocumentProblem {
             document,
             object: String::new(),
-            problem: Problem::new("", reason),
+            problem: Problem::new("", reason).because(Cause::Unreadable),
         });
     }
 
@@ -133,10 +133,10 @@ impl Parsed {
             .extend(problems.into_iter().map(|problem| DocumentProblem {
                 document,
                 object: description.clone(),
-                problem: Problem::new(
-                    format!("{at}{}", problem.field).trim_end_matches('.'),
-                    problem.reason,
-                ),
+                problem: Problem {
+                    field: format!("{at}{}", problem.field).trim_end_matches('.').to_owned(),
+                    ..problem
+                },
             }));
         match key {
             Some(key) => self.entries.push(Entry {
@@ -163,7 +163,8 @@ impl Parsed {
             .extend(twins.into_iter().map(|(document, object)| DocumentProblem {
                 document,
                 object,
-                problem: Problem::new("metadata.name", "stands twice in this document"),
+                problem:
+                    Problem::new("metadata.name", "stands twice in this document").because(Cause::Conflict),
             }));
     }
 }

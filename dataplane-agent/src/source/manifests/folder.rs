@@ -19,7 +19,7 @@ use super::{
     trail::Trail,
 };
 use crate::{
-    model::{Object, ObjectRef, Origin, Problem, Rejected},
+    model::{Cause, Object, ObjectRef, Origin, Problem, Rejected},
     source::{Batch, Change},
 };
 
@@ -287,7 +287,7 @@ impl Folder {
                 rejected.push(Rejected {
                     origin: Some(origin.clone()),
                     object: key.to_string(),
-                    problem: Problem::new("metadata.name", reason),
+                    problem: Problem::new("metadata.name", reason).because(Cause::Conflict),
                 });
             }
         }
@@ -298,7 +298,7 @@ impl Folder {
                     document: 0,
                 }),
                 object: String::new(),
-                problem: Problem::new("", format!("failed to read: {error}")),
+                problem: Problem::new("", format!("failed to read: {error}")).because(Cause::Unreadable),
             });
         }
         rejected.sort();

@@ -1,7 +1,8 @@
 //! Full tables: told by name, without harm to what fits, and made good.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
+use dataplane_common::service::Scope;
 use proptest::prelude::*;
 
 use super::{Agent, LIMITS, Step, inconsistency, key, name, object, range, step};
@@ -9,7 +10,7 @@ use crate::{
     compile::BalancerKey,
     model::{Endpoint, EndpointSlice, Kind, Object, ObjectRef, Service},
     store::{FrontendKey, Limits, faulty::Faulty, memory::Memory},
-    sync::{Report, Syncer, services},
+    sync::{Report, Syncer, encode, services},
 };
 
 /// Limits of which at least one is soon reached.
@@ -36,7 +37,7 @@ impl Agent {
         let is_whole = |key: &BalancerKey| {
             let ids = |index| programmed.slot(index).ids.len();
             let written = programmed.written_service(key).map(ids);
-            written == Some(desired.balancers[key].backends.len())
+            written == desired.balancer(key).map(|balancer| balancer.backends.len())
         };
         let leads_there = |key: &BalancerKey, frontend: &FrontendKey| {
             let led = programmed
@@ -45,11 +46,17 @@ impl Agent {
                 .map(|frontend| frontend.service);
             led.is_some() && led == programmed.written_service(key)
         };
-        let services = desired.balancers.keys().filter(|key| !is_whole(key));
-        let frontends = desired.frontends.iter();
-        let frontends = frontends.filter(|(frontend, key)| !leads_there(key, frontend));
+        let services = desired.balancers().filter(|key| !is_whole(key));
+        let scopes = |key: BalancerKey| {
+            [Scope::Internal, Scope::External]
+                .map(|scope| (encode::frontend_key(&key.frontend, scope), key.clone()))
+        };
+        let frontends = desired.balancers().flat_map(scopes);
+        let frontends = frontends.filter(|(frontend, key)| {
+            desired.frontend(frontend).as_ref() == Some(key) && !leads_there(key, frontend)
+        });
         let all = services.chain(frontends.map(|(_, key)| key));
-        all.map(|key| services::describe(key).to_string()).collect()
+        all.map(|key| services::describe(&key).to_string()).collect()
     }
 }
 
@@ -153,10 +160,10 @@ fn with_endpoints(slice: &Object, last: &[u8]) -> Object {
         addr: IpAddr::from([10, 244, 0, *last]),
         ..slice.endpoints[0].clone()
     });
-    Object::EndpointSlice(EndpointSlice {
+    Object::EndpointSlice(Arc::new(EndpointSlice {
         endpoints: endpoints.collect(),
-        ..slice.clone()
-    })
+        ..(**slice).clone()
+    }))
 }
 
 /// The space of a table may be needed by its own successor.
@@ -228,12 +235,12 @@ fn ranges_that_do_not_fit_let_nobody_in() {
             panic!("no service");
         };
         let service = Service {
-            cluster_ips: Vec::new(),
-            ingress_ips: vec![IpAddr::from([198, 18, 0, number])],
+            cluster_ips: Box::default(),
+            ingress_ips: [IpAddr::from([198, 18, 0, number])].into(),
             source_ranges: lengths.iter().map(|length| range(*length)).collect(),
-            ..*service
+            ..(*service).clone()
         };
-        [Object::Service(Box::new(service)), slice]
+        [Object::Service(service.into()), slice]
     };
     let shows = |memory: &Memory, number: u8, from: &str| {
         let line = format!("198.18.0.{number} 80/TCP external -> {from}[backend");

@@ -1,0 +1,118 @@
+//! What happens to objects that somebody may want to know of: one place, from which it is logged and counted, and from
+//! which Kubernetes Events can be sent.
+
+use crate::{metrics::Metrics, model::ObjectRef};
+
+/// Of many events at once so many are logged one by one; `services --problems` always lists all.
+const LOGGED_AT_MOST: usize = 20;
+
+/// The types of Kubernetes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    Normal,
+    Warning,
+}
+
+impl EventKind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            EventKind::Normal => "Normal",
+            EventKind::Warning => "Warning",
+        }
+    }
+}
+
+/// Why there is an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    NotServed,
+    NoProblemAnyMore,
+    TableFull,
+    WriteRefused,
+}
+
+impl Reason {
+    pub const ALL: [Reason; 4] = [
+        Reason::NotServed,
+        Reason::NoProblemAnyMore,
+        Reason::TableFull,
+        Reason::WriteRefused,
+    ];
+
+    /// As Kubernetes spells reasons.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Reason::NotServed => "NotServed",
+            Reason::NoProblemAnyMore => "NoProblemAnyMore",
+            Reason::TableFull => "TableFull",
+            Reason::WriteRefused => "WriteRefused",
+        }
+    }
+
+    pub const fn kind(self) -> EventKind {
+        match self {
+            Reason::NoProblemAnyMore => EventKind::Normal,
+            Reason::NotServed | Reason::TableFull | Reason::WriteRefused => EventKind::Warning,
+        }
+    }
+
+    /// What it means, for people.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Reason::NotServed => "an object, or a part of it, is not served because of what it says",
+            Reason::NoProblemAnyMore => "what an event told of is in order again",
+            Reason::TableFull => "an object, or a part of it, is not served because a table has no room",
+            Reason::WriteRefused => {
+                "an object, or a part of it, is not served because the kernel refused a write"
+            }
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    pub reason: Reason,
+    /// The object concerned; `None` for what belongs to none, or to one that could not be read.
+    pub regarding: Option<ObjectRef>,
+    /// For people, with the object's name where it is known.
+    pub note: String,
+}
+
+/// Where events go.
+#[derive(Clone, Debug, Default)]
+pub struct Recorder {
+    metrics: Metrics,
+}
+
+impl Recorder {
+    pub fn new(metrics: Metrics) -> Self {
+        Self { metrics }
+    }
+
+    /// Records what happened at once.
+    pub fn record(&self, events: &[Event]) {
+        for reason in Reason::ALL {
+            let of_reason: Vec<&Event> = events.iter().filter(|event| event.reason == reason).collect();
+            self.metrics.event(reason, of_reason.len());
+            for event in of_reason.iter().take(LOGGED_AT_MOST) {
+                log(reason, &event.note);
+            }
+            if of_reason.len() > LOGGED_AT_MOST {
+                let more = of_reason.len() - LOGGED_AT_MOST;
+                log(
+                    reason,
+                    &format!("and {more} more: `services --problems` lists what is not served"),
+                );
+            }
+        }
+    }
+}
+
+fn log(reason: Reason, note: &str) {
+    let text = reason.as_str();
+    match reason.kind() {
+        EventKind::Normal => tracing::info!(reason = text, "{note}"),
+        EventKind::Warning => tracing::warn!(reason = text, "{note}"),
+    }
+}

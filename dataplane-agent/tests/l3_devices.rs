@@ -20,7 +20,7 @@ use dataplane_tests::{
     process::Helper,
     shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix},
     tun::TunPair,
-    worker::protocol::{Attempt, Probe, Proto, Request, Response},
+    worker::protocol::{self, Attempt, Probe, Proto, Request, Response},
 };
 use serde_json::{Value, json};
 
@@ -127,7 +127,7 @@ impl Bed {
         let probe = Probe {
             proto,
             to,
-            source_port: None,
+            from: protocol::any(to, 0),
             connections: 1,
             parallel: false,
             interval_ms: 0,

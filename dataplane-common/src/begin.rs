@@ -1,93 +1,21 @@
-//! What is not established: first answers, first packets, and packets of flows that have been forgotten.
+//! First packets, and packets of flows that have been forgotten: the backend is chosen, and the entry of its answers made.
 
 use crate::{
-    addr::{Family, Rewrite, Tuple, proto},
+    addr::{Family, Tuple, proto},
     backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
-    flow::{FlowMeta, Side, flow_flags, flow_state},
+    flow::{FlowEvent, FlowMeta, Side, flow_flags, flow_state},
+    half_open::{enter_both, side_of, turn_around},
     packet::Packet,
     parse::tcp,
-    pipeline::{Context, NO_SERVICE, Work, World, finish, may_be_first_answer, timeout_ticks, xdp_finishes},
+    pipeline::{Context, NO_SERVICE, Work, World, finish, timeout_ticks},
     plan,
     reason::Reason,
     rewrite::RewriteIp,
     service::{ServiceHead, service_flags},
-    tables::{Entry, Env, InsertError},
+    tables::{Entry, InsertError},
     verdict::{Hook, Verdict},
 };
-
-/// The first answer of a backend: both directions enter `FLOWS`, and `work.forward` is the answer's entry. Another
-/// datagram of a flow that nobody has answered yet: its backend is in `work.backend`, else [`NO_BACKEND`].
-#[inline(never)]
-pub(crate) fn first_answer<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
-    let now = world.now_ticks();
-    work.backend = NO_BACKEND;
-    work.key = F::flow_key(&work.headers.tuple, work.headers.proto, at.side());
-    if !may_be_first_answer(world, &work.headers) {
-        return Verdict::NEXT;
-    }
-    let Some(entry) = world.half_open(&work.key) else {
-        return Verdict::NEXT;
-    };
-    work.forward = *entry.flow();
-    let meta = F::meta_mut(&mut work.forward);
-    if now.wrapping_sub(meta.seen_ticks) > world.config(|c| &c.half_open_ticks) {
-        return Verdict::NEXT;
-    }
-    if meta.flags & flow_flags::REPLY == 0 {
-        if still_serves(world, meta, work.service) {
-            work.backend = meta.backend;
-        }
-        return Verdict::NEXT;
-    }
-    if at.hook == Hook::Xdp && !xdp_finishes(meta) {
-        return Verdict::PASS;
-    }
-    meta.seen_ticks = now;
-    if world.put_flow(&work.key, &work.forward).is_err() {
-        return Verdict::drop(Reason::FlowInsertFailed);
-    }
-    let backend = work.headers.tuple.reversed();
-    F::set_rewrite(&mut work.reply, &backend);
-    turn_around(F::meta(&work.forward), F::meta_mut(&mut work.reply));
-    work.key = F::flow_key(
-        &F::rewrite(&work.forward).reversed(),
-        work.headers.proto,
-        side_of(F::meta(&work.reply)),
-    );
-    if work.headers.proto == proto::TCP
-        && let Some(entry) = world.flow(&work.key)
-    {
-        // The client may already be connected to the backend of another of its SYNs.
-        let occupant = entry.flow();
-        let meta = F::meta(occupant);
-        if F::rewrite(occupant) != Rewrite::of(&backend)
-            && meta.state == flow_state::OPEN
-            && now.wrapping_sub(meta.seen_ticks) <= world.config(|c| &c.half_open_ticks)
-            && world
-                .backend_head(meta.backend)
-                .is_some_and(|b| b.generation == meta.backend_generation)
-        {
-            return Verdict::drop(Reason::FlowSuperseded);
-        }
-    }
-    match world.put_flow(&work.key, &work.reply) {
-        Ok(()) => Verdict::TRANSLATE,
-        Err(_) => Verdict::drop(Reason::FlowInsertFailed),
-    }
-}
-
-/// Whether the backend that a flow has had without an answer is still its service's.
-#[inline(always)]
-fn still_serves<W: Env>(world: &W, meta: &FlowMeta, service: u32) -> bool {
-    let (Some(backend), Some(head)) = (world.backend_head(meta.backend), world.service_head(service)) else {
-        return false;
-    };
-    meta.service == service
-        && meta.service_generation == head.generation
-        && meta.backend_generation == backend.generation
-        && (backend.state == backend_state::ACTIVE || backend.state == backend_state::SERVING)
-}
 
 /// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
 #[inline(never)]
@@ -146,7 +74,7 @@ pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
         seen_ticks: world.now_ticks(),
         ifindex: plan.ifindex,
         state: flow_state::OPEN,
-        unused: [0; 3],
+        sequence: [0; 3],
         mac_dst: plan.mac_dst,
         mac_src: plan.mac_src,
     };
@@ -233,6 +161,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let flow = occupant.flow();
         if F::rewrite(flow) == F::rewrite(&work.reply) {
             // Ours: the request's entry was evicted, or the client begins anew. Enter both again.
+            world.count_flow(FlowEvent::Begun);
             return enter_both::<F, W>(world, work);
         }
         let meta = F::meta(flow);
@@ -245,7 +174,10 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
             world.set_midstream_ticks(now);
         }
         match world.put_half_open(&work.key, &work.reply, false) {
-            Ok(()) => return Verdict::TRANSLATE,
+            Ok(()) => {
+                world.count_flow(FlowEvent::Begun);
+                return Verdict::TRANSLATE;
+            }
             Err(InsertError::Failed) => return Verdict::drop(Reason::FlowInsertFailed),
             Err(InsertError::Exists) => {}
         }
@@ -256,7 +188,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let (meta, reply) = (F::meta(flow), F::meta(&work.reply));
         let same = F::rewrite(flow) == F::rewrite(&work.reply);
         if same && same_plan(meta, reply) {
-            if meta.seen_ticks != now {
+            if meta.seen_ticks != now || is_tcp && meta.state != flow_state::OPEN {
                 occupant.touch(now, flow_state::OPEN);
             }
             return if is_tcp {
@@ -270,7 +202,10 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         }
     }
     match world.put_half_open(&work.key, &work.reply, true) {
-        Ok(()) => Verdict::TRANSLATE,
+        Ok(()) => {
+            world.count_flow(FlowEvent::Begun);
+            Verdict::TRANSLATE
+        }
         Err(_) => Verdict::drop(Reason::FlowInsertFailed),
     }
 }
@@ -325,20 +260,6 @@ pub(crate) fn translate<F: RewriteIp, P: Packet, W: World<F>>(
     finish::<F, P, W>(packet, world, at, &work.headers, &work.forward)
 }
 
-/// Enters both directions into `FLOWS`; `work.key` is that of the answers.
-#[inline(always)]
-fn enter_both<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict {
-    if world.put_flow(&work.key, &work.reply).is_err() {
-        return Verdict::drop(Reason::FlowInsertFailed);
-    }
-    let side = side_of(F::meta(&work.forward));
-    work.key = F::flow_key(&work.headers.tuple, work.headers.proto, side);
-    match world.put_flow(&work.key, &work.forward) {
-        Ok(()) => Verdict::TRANSLATE,
-        Err(_) => Verdict::drop(Reason::FlowInsertFailed),
-    }
-}
-
 /// Whether two entries for the same answers come from the same decision.
 #[inline(always)]
 fn same_plan(a: &FlowMeta, b: &FlowMeta) -> bool {
@@ -348,32 +269,4 @@ fn same_plan(a: &FlowMeta, b: &FlowMeta) -> bool {
         && a.service_generation == b.service_generation
         && a.exit == b.exit
         && a.ifindex == b.ifindex
-}
-
-/// Makes `other` the entry of the other direction.
-#[inline(always)]
-fn turn_around(this: &FlowMeta, other: &mut FlowMeta) {
-    *other = *this;
-    let mut flags = this.flags & flow_flags::SNAT;
-    if this.flags & flow_flags::REPLY == 0 {
-        flags |= flow_flags::REPLY;
-    }
-    if this.flags & flow_flags::OTHER_EGRESS != 0 {
-        flags |= flow_flags::SELF_EGRESS;
-    }
-    if this.flags & flow_flags::SELF_EGRESS != 0 {
-        flags |= flow_flags::OTHER_EGRESS;
-    }
-    other.flags = flags;
-    other.exit = this.exit.rotate_left(4);
-}
-
-/// The side at which packets of an entry are seen.
-#[inline(always)]
-fn side_of(meta: &FlowMeta) -> Side {
-    if meta.flags & flow_flags::SELF_EGRESS != 0 {
-        Side::Egress
-    } else {
-        Side::Ingress
-    }
 }

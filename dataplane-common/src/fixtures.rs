@@ -12,7 +12,7 @@ use crate::{
     backend::{Backend, BackendHead, backend_state},
     checksum,
     device::own_flags,
-    flow::{FlowMeta, flow_state},
+    flow::{FlowEvent, FlowMeta, flow_state},
     memory::{Frame, Memory, MemoryRange, MemoryRoute},
     parse::{ETHERNET_LEN, tcp},
     pipeline::Context,
@@ -42,6 +42,9 @@ const fn at(hook: Hook) -> Context {
 }
 
 type End = ([u8; 4], u16);
+
+/// In every TCP packet; the number after it is acknowledged.
+const SEQUENCE: u32 = 0x0100_0009;
 
 /// TCP and UDP port 80 of a service, and node port 30080, in front of `backends`.
 fn world(backends: &[[u8; 4]]) -> Memory {
@@ -122,7 +125,9 @@ fn segment(l4: u8, (src, sport): End, (dst, dport): End, flags: u8, payload: &[u
     body.extend(sport.to_be_bytes());
     body.extend(dport.to_be_bytes());
     let sum_at = if l4 == proto::TCP {
-        body.extend([0, 0, 0, 9, 0, 0, 0, 7, 0x50, flags, 1, 0, 0, 0, 0, 0]);
+        let [sequence, acknowledged] = [SEQUENCE, SEQUENCE + 1].map(u32::to_be_bytes);
+        body.extend([sequence, acknowledged].concat());
+        body.extend([0x50, flags, 1, 0, 0, 0, 0, 0]);
         36
     } else {
         body.extend((8 + payload.len() as u16).to_be_bytes());
@@ -177,6 +182,8 @@ fn connect(world: &Memory, sport: u16) -> End {
         &tcp_packet(backend, (POD, sport), tcp::SYN | tcp::ACK),
     );
     assert_eq!(ends(&answer), ((SERVICE, 80), (POD, sport)));
+    let ack = tcp_packet((POD, sport), (SERVICE, 80), tcp::ACK);
+    assert_eq!(ends(&run(world, &FROM_POD, &ack).1).1, backend);
     backend
 }
 
@@ -197,6 +204,104 @@ fn cluster_ip_there_and_back() {
     let datagram = segment(proto::UDP, (POD, 4000), (SERVICE, 80), 0, b"ping");
     let (_, out) = run(&world, &FROM_POD, &datagram);
     assert_eq!(ends(&out), ((POD, 4000), (BACKENDS[0], 8080)));
+}
+
+/// A packet whose acknowledgement number is off by so much, towards either side.
+fn guessing(mut packet: Vec<u8>, by: u32) -> Vec<u8> {
+    packet[28..32].copy_from_slice(&(SEQUENCE + 1).wrapping_add(by).to_be_bytes());
+    packet[36..38].copy_from_slice(&[0, 0]);
+    let sum = !l4_sum(&packet);
+    packet[36..38].copy_from_slice(&sum.to_ne_bytes());
+    packet
+}
+
+#[test]
+fn floods_never_enter_the_flows_answered_or_not() {
+    let world = world(&BACKENDS);
+    for flood in 0..2000u32 {
+        let client = ([198, 18, (flood >> 8) as u8, flood as u8], 4000);
+        let (_, syn) = run(&world, &FROM_POD, &tcp_packet(client, (SERVICE, 80), tcp::SYN));
+        let backend = ends(&syn).1;
+        let flags = if flood % 3 == 0 { tcp::RST } else { tcp::SYN } | tcp::ACK;
+        let (_, answer) = run(&world, &TO_POD, &tcp_packet(backend, client, flags));
+        assert_eq!(ends(&answer), ((SERVICE, 80), client));
+        // Whoever forges the source does not see the number to acknowledge.
+        let guess = flood.wrapping_mul(0x9e37_79b1) | 1 << 23;
+        let ack = tcp_packet(client, (SERVICE, 80), tcp::ACK);
+        let (_, out) = run(&world, &FROM_POD, &guessing(ack, guess));
+        assert_eq!(ends(&out), (client, backend));
+        let datagram = segment(proto::UDP, client, (SERVICE, 80), 0, b"ping");
+        let (_, out) = run(&world, &FROM_POD, &datagram);
+        for _ in 0..2 {
+            let answer = segment(proto::UDP, ends(&out).1, client, 0, b"pong");
+            assert_eq!(ends(&run(&world, &TO_POD, &answer).1), ((SERVICE, 80), client));
+        }
+    }
+    assert!(world.v4.flows.borrow().is_empty());
+    let events = |of: FlowEvent| world.flow_events.borrow()[of as usize];
+    assert_eq!(events(FlowEvent::Begun), 4000);
+    assert_eq!(events(FlowEvent::Established), 0);
+    // A third of the SYNs was refused.
+    assert_eq!(events(FlowEvent::Answered), 4000 - 667);
+}
+
+#[test]
+fn a_flow_is_established_when_the_client_goes_on() {
+    for (l4, ahead) in [(proto::TCP, 0), (proto::TCP, 1400), (proto::UDP, 0)] {
+        let mut world = world(&BACKENDS);
+        let (client, service) = ((POD, 4000), (SERVICE, 80));
+        let first = segment(l4, client, service, tcp::SYN, &[]);
+        let backend = ends(&run(&world, &FROM_POD, &first).1).1;
+        let answer = segment(l4, backend, client, tcp::SYN | tcp::ACK, &[]);
+        assert_eq!(ends(&run(&world, &TO_POD, &answer).1), (service, client));
+        assert!(world.v4.flows.borrow().is_empty());
+        // Whatever becomes of the service's slice meanwhile.
+        let id = u32::from(backend.0 == BACKENDS[1]);
+        world.services[0].head.slots_offset = world.add_slice(&[1 - id]);
+        let mut second = segment(l4, client, service, tcp::ACK, b"data");
+        if l4 == proto::TCP {
+            second = guessing(second, ahead);
+        }
+        for _ in 0..2 {
+            assert_eq!(ends(&run(&world, &FROM_POD, &second).1), (client, backend));
+            assert_eq!(world.v4.flows.borrow().len(), 2);
+        }
+        let answer = segment(l4, backend, client, tcp::ACK, b"data");
+        assert_eq!(ends(&run(&world, &TO_POD, &answer).1), (service, client));
+        assert_eq!(world.flow_events.borrow()[..], [1, 1, 1]);
+        assert!(world.v4.flows.borrow().values().all(|flow| {
+            let meta = V4::meta(flow);
+            (meta.state, meta.sequence) == (flow_state::OPEN, [0; 3])
+        }));
+    }
+}
+
+#[test]
+fn a_client_stays_with_the_first_backend_that_answers_its_syn() {
+    let mut world = world(&BACKENDS);
+    let (client, service) = ((POD, 4000), (SERVICE, 80));
+    let syn = tcp_packet(client, service, tcp::SYN);
+    let mut backends = Vec::new();
+    for id in [0, 1] {
+        world.services[0].head.slots_offset = world.add_slice(&[id]);
+        backends.push(ends(&run(&world, &FROM_POD, &syn).1).1);
+    }
+    assert_ne!(backends[0], backends[1]);
+    let mut outcomes = Vec::new();
+    for backend in [backends[0], backends[1], backends[0]] {
+        let answer = tcp_packet(backend, client, tcp::SYN | tcp::ACK);
+        outcomes.push(run(&world, &TO_POD, &answer).0);
+    }
+    let superseded = Verdict::drop(Reason::FlowSuperseded);
+    assert_eq!(outcomes, [Verdict::PASS, superseded, Verdict::PASS]);
+    let ack = tcp_packet(client, service, tcp::ACK);
+    assert_eq!(ends(&run(&world, &FROM_POD, &ack).1).1, backends[0]);
+    // It gives up and begins anew: the other one may answer.
+    let rst = tcp_packet(client, service, tcp::RST);
+    assert_eq!(ends(&run(&world, &FROM_POD, &rst).1).1, backends[0]);
+    assert_eq!(ends(&run(&world, &FROM_POD, &syn).1).1, backends[1]);
+    let answer = tcp_packet(backends[1], client, tcp::SYN | tcp::ACK);
+    assert_eq!(run(&world, &TO_POD, &answer).0, Verdict::PASS);
 }
 
 #[test]
@@ -337,6 +442,24 @@ fn a_flow_leaves_a_backend_that_is_gone_or_another() {
     }
 }
 
+/// A client uses a port again at once, as it may after an RST, which only the other direction's entry has seen.
+#[test]
+fn a_port_that_is_used_again_leads_away_from_a_backend_that_takes_no_new_connections() {
+    for state in [
+        backend_state::SERVING,
+        backend_state::DRAINING,
+        backend_state::GONE,
+    ] {
+        let mut world = world(&BACKENDS);
+        let before = connect(&world, 4000);
+        let id = meta(&world, 4000).backend;
+        world.services[0].head.slots_offset = world.add_slice(&[1 - id]);
+        world.backends[id as usize].head.state = state;
+        assert_ne!(connect(&world, 4000), before);
+        assert_eq!(meta(&world, 4000).backend, 1 - id);
+    }
+}
+
 #[test]
 fn a_deleted_service_keeps_its_connections_and_begins_none() {
     let mut world = world(&BACKENDS[..1]);
@@ -361,7 +484,11 @@ fn without_endpoints_tcp_is_reset_and_udp_told() {
     assert_eq!(verdict, Verdict::ANSWER);
     assert_eq!(ends(&reset), ((SERVICE, 80), (POD, 4000)));
     assert_eq!(reset[33], tcp::RST | tcp::ACK);
-    assert_eq!(reset[28..32], [0, 0, 0, 10], "one more than the SYN's number");
+    assert_eq!(
+        reset[28..32],
+        (SEQUENCE + 1).to_be_bytes(),
+        "one more than the SYN's number"
+    );
     let datagram = segment(proto::UDP, (POD, 4000), (SERVICE, 80), 0, b"ping");
     let (verdict, error) = run(&world, &FROM_POD, &datagram);
     assert_eq!(verdict, Verdict::ANSWER);

@@ -1,8 +1,9 @@
 //! `FLOWS_V4`, `FLOWS_V6`, `HALF_OPEN_V4` and `HALF_OPEN_V6`: what is remembered of a translated flow.
 //!
 //! A flow has two entries, one for each direction, each keyed by the packet as its hook sees it before translation.
-//! A first packet enters only the reply's entry, into `HALF_OPEN`; the reply enters both into `FLOWS`. A second datagram
-//! without an answer enters its own into `HALF_OPEN` too, so that flows which are never answered stay with their backend.
+//! A first packet enters only the reply's entry, into `HALF_OPEN`, and the reply adds the other one there; both enter
+//! `FLOWS` when the client has answered the reply. A second datagram without an answer enters its own into `HALF_OPEN`
+//! too, so that flows which are never answered stay with their backend.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -63,6 +64,8 @@ pub mod flow_state {
     pub const OPEN: u8 = 0;
     /// A FIN or RST has passed in this direction and no data after it.
     pub const CLOSING: u8 = 1;
+    /// In `HALF_OPEN`: there has been an answer, and the client has not gone on after it.
+    pub const ANSWERED: u8 = 2;
 }
 
 /// How a translated packet leaves the hook.
@@ -80,6 +83,42 @@ pub enum Exit {
     /// Back into the pod that it came from (hairpin).
     Back = 4,
 }
+
+macro_rules! flow_events {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
+        /// What happens to flows: index of `FLOW_EVENTS`, a per-CPU array of counts.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum FlowEvent { $($(#[doc = $doc])+ $name,)+ }
+
+        impl FlowEvent {
+            /// Every event, in the order of `FLOW_EVENTS`.
+            pub const ALL: &[FlowEvent] = &[$(FlowEvent::$name,)+];
+
+            /// The label in metrics and on the command line.
+            pub const fn label(self) -> &'static str {
+                match self { $(FlowEvent::$name => $label,)+ }
+            }
+
+            /// What it means, for people.
+            pub const fn text(self) -> &'static str {
+                match self { $(FlowEvent::$name => concat!($($doc,)+),)+ }
+            }
+        }
+    };
+}
+
+flow_events! {
+    /// A first packet was sent to a backend; the flow is half-open.
+    Begun = "begun",
+    /// A backend answered a half-open flow.
+    Answered = "answered",
+    /// Both ends have shown that they take part: the flow got its place among the established ones.
+    Established = "established",
+}
+
+/// Elements of `FLOW_EVENTS`.
+pub const FLOW_EVENTS: u32 = FlowEvent::ALL.len() as u32;
 
 /// What both families remember of a flow.
 #[repr(C)]
@@ -101,7 +140,9 @@ pub struct FlowMeta {
     pub ifindex: u32,
     /// [`flow_state`].
     pub state: u8,
-    pub unused: [u8; 3],
+    /// In `HALF_OPEN`, for the client's packets of TCP: the lower 24 bits of the backend's initial sequence number, most
+    /// significant byte first. Elsewhere 0.
+    pub sequence: [u8; 3],
     /// Link-layer addresses of a packet that leaves by [`Exit::Pod`] or [`Exit::Host`].
     pub mac_dst: Mac,
     pub mac_src: Mac,

@@ -27,6 +27,7 @@ mod fixtures;
 pub mod fragment;
 #[cfg(test)]
 mod fragment_tests;
+mod half_open;
 pub mod icmp;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;

@@ -15,6 +15,7 @@ use crate::{
     config::Config,
     datagram::{DatagramHead, FIRST_BYTES, FragmentSource, HELD_BYTES, HeldHead},
     device::Device,
+    flow::{FLOW_EVENTS, FlowEvent},
     fragment::{self, Fragments, Store, Waiting},
     packet::{Checksum, Packet},
     parse::Headers,
@@ -113,6 +114,8 @@ pub struct Memory {
     pub v6: FamilyTables<V6>,
     /// By [`Reason`].
     pub counters: RefCell<Vec<u64>>,
+    /// By [`FlowEvent`].
+    pub flow_events: RefCell<Vec<u64>>,
     pub refusals_left: Cell<u32>,
     pub midstream_ticks: Cell<u32>,
     pub fragments: HeldFragments,
@@ -143,6 +146,7 @@ impl Default for Memory {
             v4: FamilyTables::default(),
             v6: FamilyTables::default(),
             counters: RefCell::new(std::vec![0; REASONS as usize]),
+            flow_events: RefCell::new(std::vec![0; FLOW_EVENTS as usize]),
             refusals_left: Cell::new(u32::MAX),
             midstream_ticks: Cell::new(0),
             fragments: HeldFragments::default(),
@@ -515,6 +519,10 @@ impl Env for Memory {
 
     fn count(&self, reason: u32) {
         self.counters.borrow_mut()[reason as usize] += 1;
+    }
+
+    fn count_flow(&self, event: FlowEvent) {
+        self.flow_events.borrow_mut()[event as usize] += 1;
     }
 
     fn take_refusal(&self) -> bool {

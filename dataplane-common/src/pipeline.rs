@@ -5,8 +5,8 @@
 //! (ingress) is translated back behind it (egress) at the same device, and a flow that skips the stack skips it both
 //! ways. Where a direction is seen is part of its key ([`Side`]), so no hook can translate a packet twice.
 //!
-//! What happens to a packet of an established flow is all in this file. A first answer or a first packet goes on in
-//! [`crate::begin`], which keeps what is large in [`Work`]: a BPF program has 512 bytes of stack in all.
+//! What happens to a packet of an established flow is all in this file. A first packet goes on in [`crate::begin`], a
+//! first answer in [`crate::half_open`], which keep what is large in [`Work`]: a BPF program has 512 bytes of stack in all.
 
 use crate::{
     addr::{AnyAddr, Family, proto},
@@ -19,7 +19,7 @@ use crate::{
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
     fragment::{self, Waiting},
-    icmp,
+    half_open, icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
     reason::Reason,
@@ -199,7 +199,7 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
 ) -> Verdict {
     if verdict.action() == Action::Miss {
         work.service = verdict.value();
-        verdict = begin::first_answer::<F, W>(world, at, work);
+        verdict = half_open::find::<F, P, W>(packet, world, at, work);
         if verdict.action() == Action::Next {
             verdict = begin::select::<F, W>(world, at, work);
         }
@@ -315,6 +315,10 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
         let liveness = liveness(world, meta, headers, now);
         // TCP outlives its service, unless the address belongs to somebody else by now.
         if liveness != Liveness::Live {
+            if liveness == Liveness::Dead && headers.is_syn() {
+                // What it was for has ended: it must not speak against the answer of another backend.
+                entry.touch(meta.seen_ticks, flow_state::CLOSING);
+            }
             service = service_of::<F, W>(world, at, headers);
         }
         if liveness == Liveness::Live || liveness == Liveness::Orphaned && service == NO_SERVICE {
@@ -399,9 +403,9 @@ fn service_of<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers
     }
 }
 
-/// Whether an entry of `FLOWS` still speaks for its packets.
+/// Whether an entry still speaks for its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Liveness {
+pub(crate) enum Liveness {
     Live,
     /// Its service is gone, and it may outlive it.
     Orphaned,
@@ -409,17 +413,13 @@ enum Liveness {
 }
 
 #[inline(always)]
-fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<A>, now: u32) -> Liveness {
+pub(crate) fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<A>, now: u32) -> Liveness {
     let is_tcp = headers.proto == proto::TCP;
     if now.wrapping_sub(meta.seen_ticks) > timeout_ticks(world, is_tcp, meta.state) {
         return Liveness::Dead;
     }
     if meta.flags & flow_flags::REPLY != 0 {
         return Liveness::Live;
-    }
-    // A client that begins anew from the port of a connection that has ended.
-    if is_tcp && meta.state != flow_state::OPEN && headers.is_syn() {
-        return Liveness::Dead;
     }
     let (Some(backend), Some(service)) = (world.backend_head(meta.backend), world.service_head(meta.service))
     else {
@@ -429,6 +429,13 @@ fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<A>, now: u3
         || backend.state == backend_state::GONE
         || !is_tcp && backend.state == backend_state::DRAINING
         || service.generation != meta.service_generation
+    {
+        return Liveness::Dead;
+    }
+    // A client that begins anew from the port of a connection that has ended, or whose backend takes no new ones.
+    if is_tcp
+        && headers.is_syn()
+        && (meta.state != flow_state::OPEN || backend.state != backend_state::ACTIVE)
     {
         return Liveness::Dead;
     }

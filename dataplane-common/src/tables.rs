@@ -5,6 +5,7 @@ use crate::{
     backend::{Backend, BackendHead},
     config::Config,
     device::Device,
+    flow::FlowEvent,
     service::{Affinity, PortSet, ServiceHead},
     sock::SockBackend,
 };
@@ -71,6 +72,7 @@ pub trait Env {
 
     /// Counts a [`Reason`](crate::reason::Reason), given by its number.
     fn count(&self, reason: u32);
+    fn count_flow(&self, event: FlowEvent);
     /// Takes one of this tick's refusals, if any is left.
     fn take_refusal(&self) -> bool;
     /// When a TCP flow was last begun in mid-stream, in ticks; 0 for never.

@@ -86,18 +86,16 @@ macro_rules! tables {
             }
             #[inline(always)]
             fn copy(&self, packet: &SkbPacket, head: HeldHead) -> bool {
-                let length = packet.len();
-                let Some(copy) = WORK_HELD.get_ptr_mut(0) else {
+                let (Some(copy), Some(length)) =
+                    (WORK_HELD.get_ptr_mut(0), some_bytes(packet.len(), HELD_BYTES))
+                else {
                     return false;
                 };
-                if length == 0 || length > HELD_BYTES {
-                    return false;
-                }
                 // SAFETY: a per-CPU element with room for as many bytes; see `world::work`.
                 unsafe {
                     (*copy).head = head;
                     let to = (&raw mut (*copy).bytes).cast();
-                    bpf_skb_load_bytes(packet.0.cast(), 0, to, length as u32) == 0
+                    bpf_skb_load_bytes(packet.0.cast(), 0, to, length) == 0
                 }
             }
         }
@@ -106,6 +104,14 @@ macro_rules! tables {
 
 tables!(V4, DatagramKey4, Datagram4, DATAGRAMS_V4);
 tables!(V6, DatagramKey6, Datagram6, DATAGRAMS_V6);
+
+/// `length` if it is at most `most`, which is below 16,384. Written so that the verifier of Linux 6.1 sees that it is not 0,
+/// which a comparison with 0 does not tell it. No frame has 0 bytes.
+#[inline(always)]
+fn some_bytes(length: usize, most: usize) -> Option<u32> {
+    let bounded = (length.wrapping_sub(1) & 0x3fff) + 1;
+    (length <= most).then(|| bounded.min(most) as u32)
+}
 
 /// Gives the packet other bytes, and a length.
 ///
@@ -146,19 +152,17 @@ impl Store<SkbPacket> for SkbWorld {
 
     #[inline(always)]
     fn set_aside(&self, packet: &SkbPacket) -> bool {
-        let length = packet.len();
-        let Some(aside) = WORK_ASIDE.get_ptr_mut(0) else {
+        let (Some(aside), Some(length)) =
+            (WORK_ASIDE.get_ptr_mut(0), some_bytes(packet.len(), FIRST_BYTES))
+        else {
             return false;
         };
-        if length == 0 || length > FIRST_BYTES {
-            return false;
-        }
         // SAFETY: a per-CPU element with room for as many bytes. What is sent again at an egress hook runs programs within
         // this one, but none of them releases anything: that takes a first fragment.
         unsafe {
-            (*aside).length = length as u32;
+            (*aside).length = length;
             let to = (&raw mut (*aside).bytes).cast();
-            bpf_skb_load_bytes(packet.0.cast(), 0, to, length as u32) == 0
+            bpf_skb_load_bytes(packet.0.cast(), 0, to, length) == 0
         }
     }
 
@@ -170,7 +174,7 @@ impl Store<SkbPacket> for SkbWorld {
         // SAFETY: as above; the length is read once, and checked.
         unsafe {
             let length = ptr::read_volatile(&raw const (*aside).length);
-            if length != 0 && length as usize <= FIRST_BYTES {
+            if let Some(length) = some_bytes(length as usize, FIRST_BYTES) {
                 replace(packet, (&raw const (*aside).bytes).cast(), length);
             }
         }
@@ -184,9 +188,8 @@ impl Store<SkbPacket> for SkbWorld {
         // SAFETY: an element that exists, with as many bytes; the length is read once, and checked.
         unsafe {
             let length = ptr::read_volatile(&raw const (*held).head.length);
-            length != 0
-                && length as usize <= HELD_BYTES
-                && replace(packet, (&raw const (*held).bytes).cast(), length)
+            some_bytes(length as usize, HELD_BYTES)
+                .is_some_and(|length| replace(packet, (&raw const (*held).bytes).cast(), length))
         }
     }
 

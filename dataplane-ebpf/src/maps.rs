@@ -10,7 +10,7 @@ use dataplane_common::{
     backend::Backend,
     datagram::{Datagram4, Datagram6, DatagramKey4, DatagramKey6, FIRST_BYTES, FragmentSource, Held},
     device::Device,
-    flow::{Flow4, Flow6, FlowKey4, FlowKey6},
+    flow::{self, Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
     reason::REASONS,
     service::{
@@ -82,6 +82,10 @@ pub static SOCK_REVERSE_V6: LruHashMap<SockKey6, SockAddr6, 32768> = LruHashMap:
 /// By `dataplane_common::reason::Reason`.
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
+
+/// By `dataplane_common::flow::FlowEvent`.
+#[btf_map]
+pub static FLOW_EVENTS: PerCpuArray<u64, { flow::FLOW_EVENTS as usize }> = PerCpuArray::new();
 
 /// How many refusals a CPU has sent in a tick.
 #[repr(C)]

@@ -151,8 +151,9 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
 }
 
 /// [`act`] at a device without link layer. The kernel takes the header off what is redirected to such a device; what is
-/// redirected from it to any other, it drops, unless a header was made.
-#[inline(always)]
+/// redirected from it to any other, it drops, unless a header was made. A function of its own: its stack is not the
+/// entry program's, below which all stages' is.
+#[inline(never)]
 fn act_without_link_layer(
     skb: *mut __sk_buff,
     world: &World<__sk_buff>,

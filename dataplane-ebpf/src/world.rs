@@ -17,7 +17,7 @@ use dataplane_common::{
     backend::{Backend, BackendHead},
     config::{Config, config_flags},
     device::Device,
-    flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta},
+    flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
@@ -353,6 +353,14 @@ impl<C> Env for World<C> {
     fn count(&self, reason: u32) {
         if let Some(counter) = COUNTERS.get_ptr_mut(reason) {
             // SAFETY: a per-CPU element, and programs do not migrate while they run.
+            unsafe { *counter += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn count_flow(&self, event: FlowEvent) {
+        if let Some(counter) = FLOW_EVENTS.get_ptr_mut(event as u32) {
+            // SAFETY: as in `count`.
             unsafe { *counter += 1 };
         }
     }

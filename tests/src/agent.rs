@@ -136,6 +136,23 @@ impl Agents {
         problems
     }
 
+    /// What `status` says of a node.
+    pub fn status(&self, node: &str) -> Result<serde_json::Value> {
+        let agent = self.nodes.iter().find(|agent| agent.node == node);
+        let agent = agent.with_context(|| format!("there is no agent of {node}"))?;
+        let (netns, cgroup) = &agent.enter;
+        let mut command = agent
+            .helper
+            .enter(netns, &cgroup.join("host"), &self.options.program);
+        let output = command
+            .args(["status", "--output", "json", "--bpffs"])
+            .arg(&agent.bpffs)
+            .stderr(Stdio::inherit())
+            .output()
+            .context("failed to run `status`")?;
+        serde_json::from_slice(&output.stdout).context("`status` printed no JSON")
+    }
+
     /// Agents that ended without being asked to.
     pub fn ended(&mut self) -> Vec<String> {
         let ended = |agent: &mut Agent| {

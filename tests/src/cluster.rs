@@ -113,6 +113,25 @@ impl Cluster {
             .with_context(|| format!("there is no node, pod or client {name}"))
     }
 
+    /// Kills the process of a pod or client: its connections are closed, and its address stays.
+    pub fn kill(&mut self, name: &str) -> Result<()> {
+        let worker = self.workers.remove(name);
+        worker
+            .map(drop)
+            .with_context(|| format!("there is no process of {name}"))
+    }
+
+    /// The namespace of a pod or client outside.
+    pub fn member_netns(&self, name: &str) -> Result<NetNs> {
+        let pod = self.shape.pods.iter().any(|pod| pod.name == name);
+        let place = if pod {
+            format!("pod-{name}")
+        } else {
+            name.to_owned()
+        };
+        NetNs::open(&self.places.0.netns(&place))
+    }
+
     /// Lets a pod (or any other member) answer at a port.
     pub fn listen(&self, name: &str, proto: Proto, port: u16) -> Result<()> {
         self.worker(name)?.call(Request::Listen { proto, port }, CALL)?;

@@ -3,6 +3,7 @@
 //!
 //! * [`cluster`] builds nodes, pods, a router and clients outside, and removes them again.
 //! * [`worker`] is a process in one of those namespaces that answers, connects and keeps flows.
+//! * [`flood`] sends first packets from very many addresses.
 //! * [`scenario`] reads scenario files, drives a cluster by them and judges what was seen.
 //!
 //! Everything made here carries its owner's process id in its name ([`places`]), so that what a killed run left behind
@@ -13,6 +14,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod cluster;
 pub mod facing_xdp;
+pub mod flood;
 pub mod links;
 pub mod manifests;
 pub mod netlink;

@@ -44,6 +44,8 @@ pub struct Status {
     /// Devices that are left to TC alone.
     pub xdp_fallbacks: Vec<Fallback>,
     pub tables: Vec<TableUse>,
+    /// What has happened to flows, all of it.
+    pub flows: Vec<FlowCounter>,
     /// Reasons that have occurred.
     pub counters: Vec<Counter>,
     pub warnings: Vec<String>,
@@ -93,6 +95,13 @@ pub struct Counter {
     pub count: u64,
 }
 
+#[derive(Clone, Debug, Serialize)]
+pub struct FlowCounter {
+    pub event: &'static str,
+    pub meaning: &'static str,
+    pub count: u64,
+}
+
 /// Looks at the machine. Must be called in the network namespace of the host.
 pub fn inspect(bpffs: &Path) -> io::Result<Status> {
     let state = State::read(bpffs);
@@ -133,6 +142,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         attachments,
         xdp_fallbacks: fallbacks(&state, &tables),
         tables: table_use(&pins),
+        flows: flow_events(&pins),
         counters: occurred(&pins),
         conditions: Vec::new(),
         socket: state.record.socket.clone(),
@@ -387,6 +397,18 @@ fn slice_len(store: &BpfStore, head: ServiceHead) -> usize {
         return 0;
     }
     encode::slice_len(ids[0] as usize, head.size_class) as usize
+}
+
+fn flow_events(pins: &Pins) -> Vec<FlowCounter> {
+    let events = counters::flow_events(pins).unwrap_or_default();
+    events
+        .into_iter()
+        .map(|(event, count)| FlowCounter {
+            event: event.label(),
+            meaning: event.text().trim(),
+            count,
+        })
+        .collect()
 }
 
 fn occurred(pins: &Pins) -> Vec<Counter> {

@@ -103,6 +103,15 @@ fn render(status: &Status) -> String {
     });
     text += &table(&["TABLE", "ENTRIES", "LIMIT"], rows);
 
+    let rows = status.flows.iter().map(|one| {
+        vec![
+            one.event.to_owned(),
+            one.count.to_string(),
+            one.meaning.to_owned(),
+        ]
+    });
+    text += &table(&["FLOWS", "COUNT", "MEANING"], rows);
+
     let rows = status.counters.iter().map(|one| {
         vec![
             one.reason.to_owned(),

@@ -6,7 +6,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use dataplane_common::{
     backend::backend_state,
-    service::{Frontend, service_flags},
+    service::{Frontend, TABLE_SIZES, service_flags},
 };
 use ipnet::IpNet;
 use proptest::{prelude::*, strategy::ValueTree};
@@ -485,4 +485,72 @@ fn a_policy_that_changes_ends_no_flow() {
     assert!(entries(&memory).iter().all(|(.., deleted)| *deleted));
     assert_eq!(agent.syncer.usage().0, 0);
     assert!(agent.syncer.is_settled());
+}
+
+/// The backend of each slot of the only service's table.
+fn spread(memory: &Memory) -> Vec<u32> {
+    let service = memory.frontends.values().next().unwrap().service;
+    let head = memory.services[&service].head;
+    let first = head.slots_offset as usize;
+    let slots = TABLE_SIZES[usize::from(head.size_class)] as usize;
+    (0..slots)
+        .map(|slot| {
+            let number = (memory.maglev[first + slot / 4] >> (slot % 4 * 16)) as u16;
+            let id = (memory.maglev[first - 2 - usize::from(number) / 2] >> (number % 2 * 32)) as u32;
+            memory.backends[&id].addr_be[0]
+        })
+        .collect()
+}
+
+/// A flow that another node takes over, or that comes back after a restart, meets the same backend: whatever the order in
+/// which a node has heard of the endpoints, and whichever numbers it has given them.
+#[test]
+fn every_node_spreads_flows_alike() {
+    let slice_of = |part: usize, lasts: &[u8]| {
+        let [_, Object::EndpointSlice(slice)] = object(1, 1) else {
+            panic!("a Service and its slice")
+        };
+        Object::EndpointSlice(Arc::new(EndpointSlice {
+            name: Name::new("ns", &format!("s1-{part}")),
+            endpoints: lasts
+                .iter()
+                .map(|last| Endpoint {
+                    addr: IpAddr::from([10, 244, 0, *last]),
+                    ..slice.endpoints[0].clone()
+                })
+                .collect(),
+            ..(*slice).clone()
+        }))
+    };
+    let lasts: Vec<u8> = (10..27).collect();
+    let mut spreads = Vec::new();
+    for order in 0..4 {
+        let mut lasts = lasts.clone();
+        match order {
+            0 => {}
+            1 => lasts.reverse(),
+            _ => lasts.sort_by_key(|last| last.wrapping_mul(order * 74 + 1)),
+        }
+        let mut memory = Memory::new(LIMITS);
+        let mut agent = Agent::new(&memory);
+        let [service, _] = object(1, 1);
+        agent.take([service]);
+        for (part, lasts) in lasts.chunks(usize::from(order) * 2 + 3).enumerate() {
+            agent.take([slice_of(part, lasts)]);
+            agent.syncer.run(&mut memory);
+        }
+        if order == 3 {
+            // One goes, another takes its number, and it comes back.
+            for with in [&[99][..], &[99, lasts[0]]] {
+                let first: Vec<u8> = with.iter().chain(&lasts[1..9]).copied().collect();
+                agent.take([slice_of(0, &first)]);
+                agent.syncer.run(&mut memory);
+            }
+            agent.take([slice_of(0, &lasts[..9])]);
+            agent.syncer.run(&mut memory);
+        }
+        spreads.push(spread(&memory));
+    }
+    assert_eq!(spreads[0].len(), 2003);
+    assert!(spreads.iter().all(|spread| *spread == spreads[0]));
 }

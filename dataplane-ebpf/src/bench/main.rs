@@ -48,6 +48,8 @@ pub struct Walk {
     pub mask: u32,
     /// Host byte order.
     pub client: u32,
+    /// Not 0: client and port are the packet's destination.
+    pub to_client: u32,
 }
 
 #[btf_map]
@@ -77,8 +79,15 @@ fn restore(data: usize, end: usize) {
             ptr::write_volatile((data as *mut u32).add(i), (*walk).frame[i]);
             i += 1;
         }
-        ptr::write_volatile((data + 26) as *mut u32, ((*walk).client + (flow >> 15)).to_be());
-        ptr::write_volatile((data + 34) as *mut u16, (1024 + (flow & 0x7fff) as u16).to_be());
+        let addr_be = ((*walk).client + (flow >> 15)).to_be();
+        let port_be = (1024 + (flow & 0x7fff) as u16).to_be();
+        if (*walk).to_client == 0 {
+            ptr::write_volatile((data + 26) as *mut u32, addr_be);
+            ptr::write_volatile((data + 34) as *mut u16, port_be);
+        } else {
+            ptr::write_volatile((data + 30) as *mut u32, addr_be);
+            ptr::write_volatile((data + 36) as *mut u16, port_be);
+        }
     }
 }
 
@@ -232,18 +241,45 @@ fn nodeport(packet: &mut XdpPacket, world: &World<xdp_md>, ctx: *mut xdp_md) -> 
     rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, new)
 }
 
+/// What a service asks of a first packet beyond the choice of a backend.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum More {
+    Nothing,
+    /// One lookup of the client, who is known.
+    Affinity,
+    /// One longest-prefix match.
+    Range,
+}
+
 /// Flow miss → frontend → service → Maglev → backend → nobody has the answers' key → one insert → rewrite.
 #[classifier]
 pub fn floor_new_tc(ctx: TcContext) -> i32 {
+    new(&ctx, More::Nothing)
+}
+
+/// The same, with the backend that the client is known to have.
+#[classifier]
+pub fn floor_affinity_tc(ctx: TcContext) -> i32 {
+    new(&ctx, More::Affinity)
+}
+
+/// The same behind a source range.
+#[classifier]
+pub fn floor_ranges_tc(ctx: TcContext) -> i32 {
+    new(&ctx, More::Range)
+}
+
+#[inline(always)]
+fn new(ctx: &TcContext, more: More) -> i32 {
     let world = World::<__sk_buff>::new(ctx.skb.skb);
-    match begin(&mut SkbPacket(ctx.skb.skb), &world) {
+    match begin(&mut SkbPacket(ctx.skb.skb), &world, more) {
         Some(()) => NEXT,
         None => 2,
     }
 }
 
 #[inline(always)]
-fn begin(packet: &mut SkbPacket, world: &World<__sk_buff>) -> Option<()> {
+fn begin(packet: &mut SkbPacket, world: &World<__sk_buff>, more: More) -> Option<()> {
     let headers = parse(packet)?;
     let tuple = &headers.tuple;
     let key = V4::flow_key(tuple, headers.proto, Side::Ingress);
@@ -253,7 +289,15 @@ fn begin(packet: &mut SkbPacket, world: &World<__sk_buff>) -> Option<()> {
     let key = V4::frontend_key(tuple.dst, tuple.dport_be, headers.proto, Scope::Internal);
     let service = Tables::<V4>::frontend(world, &key)?;
     let head = world.service_head(service)?;
-    let id = choose(world, head, flow_hash::<V4>(tuple, headers.proto))?;
+    if more == More::Range && !Tables::<V4>::in_source_range(world, service, &tuple.src) {
+        return None;
+    }
+    let id = if more == More::Affinity {
+        let client = V4::affinity_key(service, head.generation, tuple.src);
+        Tables::<V4>::affinity(world, &client)?.backend
+    } else {
+        choose(world, head, flow_hash::<V4>(tuple, headers.proto))?
+    };
     let backend = world.backend(id)?;
     let meta = FlowMeta {
         backend: id,

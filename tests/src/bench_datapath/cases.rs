@@ -7,6 +7,10 @@ pub enum Tables {
     None,
     /// A frontend, and no flow.
     Frontend,
+    /// A frontend of a service with `ClientIP` affinity that knows all clients.
+    Affinity,
+    /// A frontend of a service with source ranges, and a thousand ranges of others.
+    Ranges,
     /// A flow for each packet that goes on to the stack.
     Flows,
     /// A flow for each packet that leaves by a route, from this node's address.
@@ -25,6 +29,13 @@ pub struct Case {
     pub flows: &'static [u32],
     /// What both programs return.
     pub answer: u32,
+}
+
+impl Case {
+    /// Whether its packets begin flows.
+    pub fn begins(&self) -> bool {
+        matches!(self.tables, Tables::Frontend | Tables::Affinity | Tables::Ranges)
+    }
 }
 
 const XDP_PASS: u32 = 2;
@@ -88,6 +99,24 @@ pub const CASES: &[Case] = &[
         answer: NEXT,
     },
     Case {
+        name: "from_pod: new flow, session affinity",
+        program: "from_pod",
+        floor: "floor_affinity_tc",
+        tables: Tables::Affinity,
+        port_in_use: true,
+        flows: &[1 << 22],
+        answer: NEXT,
+    },
+    Case {
+        name: "from_pod: new flow, source ranges",
+        program: "from_pod",
+        floor: "floor_ranges_tc",
+        tables: Tables::Ranges,
+        port_in_use: true,
+        flows: &[1 << 22],
+        answer: NEXT,
+    },
+    Case {
         name: "xdp: NodePort, SNAT, remote backend",
         program: "xdp",
         floor: "floor_nodeport_xdp",
@@ -106,3 +135,14 @@ pub const CASES: &[Case] = &[
         answer: NEXT,
     },
 ];
+
+/// What floods run through.
+pub const FLOOD: Case = Case {
+    name: "flood",
+    program: "from_pod",
+    floor: "floor_new_tc",
+    tables: Tables::Frontend,
+    port_in_use: true,
+    flows: &[],
+    answer: NEXT,
+};

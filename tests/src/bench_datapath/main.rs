@@ -1,11 +1,15 @@
 //! `dataplane-bench-datapath`: ns a packet by `BPF_PROG_TEST_RUN`. A trampoline restores the packet and walks the flows
 //! before each run; in every round it is measured alone, then before a floor program that does only the unavoidable
-//! lookups of the case, then before ours. Ratios are taken within a round, medians over rounds.
+//! lookups of the case, then before ours, and with `--baseline` before an older object's. Ratios are taken within a
+//! round, medians over rounds. Last, a flood of first packets: what is left of the established flows.
 
+mod baseline;
 mod cases;
+mod flood;
 mod kernel;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -13,6 +17,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use crate::baseline::Comparison;
 use crate::cases::{CASES, Case};
 use crate::kernel::Bench;
 
@@ -43,6 +48,11 @@ struct Args {
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/ebpf"))]
     objects: PathBuf,
 
+    /// An older dataplane.o to run beside the other one. The exit status is 1 if a row is more than 5 % slower than its,
+    /// beyond noise
+    #[arg(long)]
+    baseline: Option<PathBuf>,
+
     /// The CPU to run on
     #[arg(long, default_value_t = 0)]
     cpu: usize,
@@ -63,9 +73,12 @@ struct Row {
     floor_net: f64,
     ours_net: f64,
     ratio: f64,
+    /// Of the older object; empty without one.
+    old: Vec<f64>,
+    comparison: Option<Comparison>,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.packets > 0, "nothing to measure");
     // A namespace without a name, for this process alone: it goes with it.
@@ -77,18 +90,28 @@ fn main() -> Result<()> {
     let device = kernel::make_device()?;
     let mut rows = Vec::new();
     println!(
-        "{:<44} {:>8} {:>10} {:>8} {:>8} {:>7}",
-        "ns a packet, net of the trampoline", "flows", "trampoline", "floor", "ours", "ratio"
+        "{:<44} {:>8} {:>10} {:>8} {:>8} {:>7}{}",
+        "ns a packet, net of the trampoline",
+        "flows",
+        "trampoline",
+        "floor",
+        "ours",
+        "ratio",
+        if args.baseline.is_some() {
+            baseline::HEADER
+        } else {
+            ""
+        }
     );
     for case in CASES {
         if args.only.as_ref().is_some_and(|only| !case.name.contains(only)) {
             continue;
         }
         for &flows in case.flows {
-            let row = measure(&args, case, flows, &device)
+            let (row, note) = measure(&args, case, flows, &device)
                 .with_context(|| format!("failed to measure {} at {flows} flows", case.name))?;
             println!(
-                "{:<44} {:>8} {:>10.1} {:>8.1} {:>8.1} {:>7.2}",
+                "{:<44} {:>8} {:>10.1} {:>8.1} {:>8.1} {:>7.2}{note}",
                 row.case,
                 row.flows,
                 median(&row.trampoline),
@@ -102,11 +125,32 @@ fn main() -> Result<()> {
     if let Some(path) = &args.json {
         write_json(path, &rows)?;
     }
-    Ok(())
+    let mut good = true;
+    let slower = rows
+        .iter()
+        .filter(|row| row.comparison.as_ref().is_some_and(|c| c.slower));
+    for row in slower {
+        println!("slower than the baseline: {} at {} flows", row.case, row.flows);
+        good = false;
+    }
+    if args
+        .only
+        .as_ref()
+        .is_none_or(|only| "flood".contains(only.as_str()))
+    {
+        good &= flood::run(&args.objects, &device).context("failed to flood")?;
+    }
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
-fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device) -> Result<Row> {
-    let mut bench = Bench::load(&args.objects, case, flows, args.max_flows, device)?;
+/// The row, and what is to be printed behind it.
+fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device) -> Result<(Row, String)> {
+    let baseline = args.baseline.as_deref();
+    let mut bench = Bench::load(&args.objects, baseline, case, flows, args.max_flows, device)?;
     bench.check()?;
     let mut row = Row {
         case: case.name,
@@ -117,31 +161,51 @@ fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device
         floor_net: 0.0,
         ours_net: 0.0,
         ratio: 0.0,
+        old: Vec::new(),
+        comparison: None,
     };
     // One round more: the first warms up.
     for round in 0..=args.rounds {
         let packets = (args.packets / args.slices).max(1);
         let mut sums = [0.0; 3];
-        for _ in 0..args.slices {
+        let mut old = None;
+        for slice in 0..args.slices {
             sums[0] += bench.alone(packets)?;
             sums[1] += bench.floor(packets)?;
-            sums[2] += bench.ours(packets)?;
+            // The two objects take turns in being first: what one leaves in the caches is not always the other's.
+            if slice % 2 == 0 {
+                sums[2] += bench.ours(packets)?;
+            }
+            if let Some(ns) = bench.old(packets)? {
+                *old.get_or_insert(0.0) += ns;
+            }
+            if slice % 2 != 0 {
+                sums[2] += bench.ours(packets)?;
+            }
             bench.walk_on(packets);
         }
         if round > 0 {
-            let [trampoline, floor, ours] = sums.map(|sum| sum / f64::from(args.slices));
+            let mean = |sum: f64| sum / f64::from(args.slices);
+            let [trampoline, floor, ours] = sums.map(mean);
             row.trampoline.push(trampoline);
             row.floor.push(floor);
             row.ours.push(ours);
+            row.old.extend(old.map(mean));
         }
     }
     let net = |of: &[f64]| -> Vec<f64> { of.iter().zip(&row.trampoline).map(|(a, b)| a - b).collect() };
-    let (floor, ours) = (net(&row.floor), net(&row.ours));
+    let (floor, ours, old) = (net(&row.floor), net(&row.ours), net(&row.old));
     let ratios: Vec<f64> = ours.iter().zip(&floor).map(|(a, b)| a / b.max(1.0)).collect();
     row.floor_net = median(&floor);
     row.ours_net = median(&ours);
     row.ratio = median(&ratios);
-    Ok(row)
+    row.comparison = Comparison::of(&old, &ours);
+    let note = match (&row.comparison, &bench.without_old) {
+        (Some(comparison), _) => comparison.to_string(),
+        (None, Some(reason)) => format!("  {reason}"),
+        (None, None) => String::new(),
+    };
+    Ok((row, note))
 }
 
 fn median(of: &[f64]) -> f64 {

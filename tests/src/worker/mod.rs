@@ -3,6 +3,7 @@
 
 pub mod flow;
 mod handle;
+mod herd;
 pub mod probe;
 pub mod protocol;
 mod responder;

@@ -1,5 +1,6 @@
 //! What is said between a [`super::Worker`] handle and its process, and between clients and responders.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,15 @@ pub enum Request {
     },
     /// One exchange on a kept connection (TCP, SCTP).
     FlowExchange { name: String, timeout_ms: u64 },
+    /// Open more connections of a herd.
+    HerdOpen {
+        name: String,
+        to: SocketAddr,
+        connections: u32,
+        timeout_ms: u64,
+    },
+    /// One exchange on every connection of a herd.
+    HerdExchange { name: String, timeout_ms: u64 },
     /// What became of the datagrams from number `from` on (UDP).
     FlowHistory { name: String, from: u64 },
     /// Take part in bulk transfers at this port of every address.
@@ -116,6 +126,7 @@ pub struct Transferred {
 pub enum Response {
     Done,
     Attempts(Vec<Attempt>),
+    Herd(HerdReport),
     Http {
         status: u16,
         body: String,
@@ -148,6 +159,15 @@ impl Identity {
     pub fn backend(&self) -> String {
         format!("{}:{}", self.at.ip(), self.at.port())
     }
+}
+
+/// What became of the connections of a herd.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HerdReport {
+    /// How many connections each responder has answered, by its name.
+    pub alive: BTreeMap<String, u32>,
+    /// The responder of each connection that broke, and how; no name where it was never opened.
+    pub broken: Vec<(String, String)>,
 }
 
 /// One datagram of a flow.

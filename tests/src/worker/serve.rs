@@ -7,6 +7,7 @@ use std::thread;
 use anyhow::Result;
 
 use super::flow::{Flows, Route};
+use super::herd::Herds;
 use super::protocol::{Answer, Call, Request, Response};
 use super::stream::Streams;
 use super::{probe, responder, transfer};
@@ -15,11 +16,12 @@ use super::{probe, responder, transfer};
 pub fn serve(name: &str) -> Result<()> {
     let name: Arc<str> = Arc::from(name);
     let flows = Arc::new((Flows::default(), Streams::default()));
+    let herds = Arc::new(Herds::default());
     for line in stdin().lines() {
         let Call { id, request } = serde_json::from_str(&line?)?;
-        let (name, flows) = (Arc::clone(&name), Arc::clone(&flows));
+        let (name, flows, herds) = (Arc::clone(&name), Arc::clone(&flows), Arc::clone(&herds));
         thread::spawn(move || {
-            let response = handle(&name, &flows.0, &flows.1, request)
+            let response = handle(&name, &flows.0, &flows.1, &herds, request)
                 .unwrap_or_else(|error| Response::Failed(format!("{error:#}")));
             if let Ok(mut line) = serde_json::to_string(&Answer { id, response }) {
                 line.push('\n');
@@ -31,7 +33,13 @@ pub fn serve(name: &str) -> Result<()> {
     Ok(())
 }
 
-fn handle(name: &Arc<str>, flows: &Flows, streams: &Streams, request: Request) -> Result<Response> {
+fn handle(
+    name: &Arc<str>,
+    flows: &Flows,
+    streams: &Streams,
+    herds: &Herds,
+    request: Request,
+) -> Result<Response> {
     match request {
         Request::Listen { proto, port } => responder::listen(name, proto, port).map(|()| Response::Done),
         Request::Probe(probe) => Ok(Response::Attempts(probe::run(&probe))),
@@ -49,5 +57,12 @@ fn handle(name: &Arc<str>, flows: &Flows, streams: &Streams, request: Request) -
         Request::Transfer(transfer) => transfer::run(&transfer),
         Request::StreamStart { name, to, per_second } => streams.start(name, to, per_second),
         Request::StreamReport { name, stop } => streams.report(&name, stop),
+        Request::HerdOpen {
+            name,
+            to,
+            connections,
+            timeout_ms,
+        } => Ok(herds.open(&name, to, connections, timeout_ms)),
+        Request::HerdExchange { name, timeout_ms } => Ok(herds.exchange(&name, timeout_ms)),
     }
 }

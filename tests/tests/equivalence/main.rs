@@ -23,7 +23,7 @@ use dataplane_common::backend::backend_state;
 use dataplane_common::datagram::{
     Datagram4, Datagram6, DatagramKey4, DatagramKey6, FragmentSource, HeldHead,
 };
-use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
+use dataplane_common::flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6};
 use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
 use dataplane_common::parse::{ETHERNET_LEN, Headers, ParseIp, parse_l4};
@@ -487,6 +487,10 @@ impl Run {
             .zip(self.setting.memory.counters.borrow().iter())
         {
             println!("{}: {count}", reason.label());
+        }
+        let events = self.setting.memory.flow_events.borrow();
+        for (event, count) in FlowEvent::ALL.iter().zip(events.iter()) {
+            println!("flows {}: {count}", event.label());
         }
         println!("clients remembered: {}", self.remembered);
         println!("fragments held at the end of an episode: {}", self.held);

@@ -56,6 +56,9 @@ impl Talk {
 /// TCP flags worth sending.
 const FLAGS: [u8; 10] = [0x02, 0x02, 0x12, 0x10, 0x10, 0x18, 0x11, 0x14, 0x04, 0x00];
 
+/// A sequence number that comes often.
+const SEQUENCE: u32 = 0xffff_ff00;
+
 /// A frame of `talk`, or about it.
 pub fn frame(random: &mut Random, talk: Talk, macs: [u8; 12]) -> Vec<u8> {
     let v6 = talk.src.is_ipv6();
@@ -139,8 +142,11 @@ fn segment(random: &mut Random, talk: Talk) -> Vec<u8> {
     bytes.extend(talk.dport.to_be_bytes());
     let sum_at = if talk.proto == proto::TCP {
         let options = if random.percent(20) { random.below(11) } else { 0 };
-        bytes.extend((random.next() as u32).to_be_bytes());
-        bytes.extend((random.next() as u32).to_be_bytes());
+        // Most acknowledge what everybody sends.
+        let any = random.next() as u32;
+        bytes.extend(random.pick(&[SEQUENCE, SEQUENCE, any]).to_be_bytes());
+        let ahead = random.pick(&[1, 1, 1, 700, 0, 1 << 16, any]);
+        bytes.extend(SEQUENCE.wrapping_add(ahead).to_be_bytes());
         let words = if random.percent(2) {
             random.below(16)
         } else {

@@ -75,11 +75,13 @@ fn control(args: &[String]) -> Result<()> {
     process::finish_with(status)
 }
 
-/// The program that cargo's messages, a JSON object a line, say was built.
+/// The benchmark that cargo's messages, a JSON object a line, say was built; beside it cargo builds the agent.
 fn built_program(messages: &str) -> Option<PathBuf> {
     messages.lines().find_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        Some(message.get("executable")?.as_str()?.into())
+        let kind = message.pointer("/target/kind/0")?;
+        let program = message.get("executable")?.as_str()?;
+        (kind == "bench").then(|| program.into())
     })
 }
 
@@ -89,8 +91,9 @@ mod tests {
 
     #[test]
     fn cargo_says_where_a_program_is() {
-        let messages = r#"{"reason":"compiler-artifact","executable":null}
-{"reason":"compiler-artifact","executable":"/t/release/deps/control-1"}
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["lib"]},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["bin"]},"executable":"/t/release/dataplane-agent"}
+{"reason":"compiler-artifact","target":{"kind":["bench"]},"executable":"/t/release/deps/control-1"}
 {"reason":"build-finished","success":true}"#;
         assert_eq!(built_program(messages), Some("/t/release/deps/control-1".into()));
     }

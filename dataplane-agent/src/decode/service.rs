@@ -277,15 +277,28 @@ fn external_ips(spec: &ServiceSpec, problems: &mut Vec<Problem>) -> Vec<IpAddr> 
 }
 
 fn ingress_ips(ingress: &[core::LoadBalancerIngress], problems: &mut Vec<Problem>) -> Vec<IpAddr> {
-    let vips = ingress
-        .iter()
-        .enumerate()
-        .filter(|(_, ingress)| ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"));
-    vips.filter_map(|(i, ingress)| {
-        let text = ingress.ip.as_deref().filter(|ip| !ip.is_empty())?;
-        address(text, || format!("status.loadBalancer.ingress[{i}].ip"), problems)
-    })
-    .collect()
+    let mut ips = Vec::new();
+    for (i, ingress) in ingress.iter().enumerate() {
+        let Some(text) = ingress.ip.as_deref().filter(|ip| !ip.is_empty()) else {
+            continue;
+        };
+        match ingress.ip_mode.as_deref() {
+            None | Some("VIP") => {
+                ips.extend(address(
+                    text,
+                    || format!("status.loadBalancer.ingress[{i}].ip"),
+                    problems,
+                ));
+            }
+            Some("Proxy") => {}
+            // As kube-proxy does: it is not captured.
+            Some(mode) => problems.push(Problem::new(
+                format!("status.loadBalancer.ingress[{i}].ipMode"),
+                format!("`{mode}` is neither VIP nor Proxy"),
+            )),
+        }
+    }
+    ips
 }
 
 fn address(text: &str, field: impl FnOnce() -> String, problems: &mut Vec<Problem>) -> Option<IpAddr> {
@@ -433,6 +446,7 @@ mod tests {
         let ingress = json!([
             {"ip": "198.18.0.1"}, {"ip": "198.18.0.2", "ipMode": "VIP"}, {"ip": "198.18.0.3", "ipMode": "Proxy"},
             {"hostname": "lb.example"}, {"ip": "198.18.000.004"}, {"ip": "2001:db8::1"}, {"ip": "198.18.0"},
+            {"ip": "198.18.0.5", "ipMode": ""},
         ]);
         let status = json!({"loadBalancer": {"ingress": ingress}});
         let (service, problems) = decoded(&json!({"type": "LoadBalancer"}), &status).unwrap();
@@ -445,6 +459,10 @@ mod tests {
         let problems: Vec<(&str, &str)> = problems.iter().map(|one| (&*one.field, &*one.reason)).collect();
         let expected = [
             ("status.loadBalancer.ingress[6].ip", "`198.18.0` is no IP address"),
+            (
+                "status.loadBalancer.ingress[7].ipMode",
+                "`` is neither VIP nor Proxy",
+            ),
             (
                 "status.loadBalancer.ingress",
                 "2001:db8::1 is not of the Service's families",

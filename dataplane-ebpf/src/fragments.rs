@@ -86,9 +86,10 @@ macro_rules! tables {
             }
             #[inline(always)]
             fn copy(&self, packet: &SkbPacket, head: HeldHead) -> bool {
-                let (Some(copy), Some(length)) =
-                    (WORK_HELD.get_ptr_mut(0), some_bytes(packet.len(), HELD_BYTES))
-                else {
+                let (Some(copy), Some(length)) = (
+                    WORK_HELD.get_ptr_mut(0),
+                    some_bytes(packet.len(), HELD_BYTES),
+                ) else {
                     return false;
                 };
                 // SAFETY: a per-CPU element with room for as many bytes; see `world::work`.
@@ -152,8 +153,7 @@ impl Store<SkbPacket> for SkbWorld {
 
     #[inline(always)]
     fn set_aside(&self, packet: &SkbPacket) -> bool {
-        let (Some(aside), Some(length)) =
-            (WORK_ASIDE.get_ptr_mut(0), some_bytes(packet.len(), FIRST_BYTES))
+        let (Some(aside), Some(length)) = (WORK_ASIDE.get_ptr_mut(0), some_bytes(packet.len(), FIRST_BYTES))
         else {
             return false;
         };

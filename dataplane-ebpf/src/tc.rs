@@ -172,7 +172,7 @@ fn act_without_link_layer(
         _ => (to, 0),
     };
     let found = world.device(device);
-    let has_link_layer = !found.is_some_and(|found| found.flags & device_flags::ETHERNET == 0);
+    let has_link_layer = found.is_none_or(|found| found.flags & device_flags::ETHERNET != 0);
     if has_link_layer {
         let mac = found.map_or(Mac::default(), |found| found.mac);
         if add_header(skb, mac).is_none() {

@@ -1,7 +1,7 @@
 //! Uplinks that are more than one card: bonds, and VLAN devices on cards and on bonds. The device with the addresses does the
 //! work; what is below it passes packets on as they are.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use dataplane_tests::cluster::Cluster;
@@ -15,10 +15,11 @@ use dataplane_tests::worker::protocol::Direction;
 use crate::bed::{Bed, agent, all_transfers};
 
 /// The device kinds that this kernel lacks, asked once.
-fn lacking() -> Result<&'static [&'static str]> {
-    static LACKING: OnceLock<Vec<&'static str>> = OnceLock::new();
-    if let Some(lacking) = LACKING.get() {
-        return Ok(lacking);
+fn lacking() -> Result<Vec<&'static str>> {
+    static LACKING: Mutex<Option<Vec<&'static str>>> = Mutex::new(None);
+    let mut asked = LACKING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(lacking) = &*asked {
+        return Ok(lacking.clone());
     }
     let places = Places::create("kinds")?;
     let netns = NetNs::create(&places.netns("kinds"))?;
@@ -37,7 +38,7 @@ fn lacking() -> Result<&'static [&'static str]> {
     }
     drop(links);
     places.remove();
-    Ok(LACKING.get_or_init(|| lacking))
+    Ok(asked.insert(lacking).clone())
 }
 
 /// `xdp`: whether the uplink can have XDP.

@@ -7,7 +7,7 @@
 mod needs;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -98,7 +98,11 @@ struct Bed {
 
 impl Bed {
     fn build(name: &str, flags: &[&str]) -> Result<Self> {
-        let cluster = Cluster::build(name, shape(), &helper()?)?;
+        let cluster = Cluster::build(
+            name,
+            shape(),
+            &Helper::built_with(Path::new(env!("CARGO_BIN_EXE_dataplane-agent")))?,
+        )?;
         for pod in cluster.shape().pods.clone() {
             for proto in [Proto::Tcp, Proto::Udp] {
                 cluster.listen(&pod.name, proto, PORT)?;
@@ -173,14 +177,6 @@ impl Bed {
         }
         Ok(())
     }
-}
-
-fn helper() -> Result<Helper> {
-    let agent = PathBuf::from(env!("CARGO_BIN_EXE_dataplane-agent"));
-    let target = agent.ancestors().nth(2).context("no folder of build products")?;
-    let found = ["debug", "release"].map(|profile| target.join(profile).join("dataplane-scenarios"));
-    let found = found.into_iter().find(|path| path.exists());
-    found.map(Helper::new).context("dataplane-scenarios is not built")
 }
 
 /// Puts tun devices between `node1` and `node2` and between `node1` and `far`, and routes to what is behind them.

@@ -4,10 +4,10 @@
 mod needs;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use dataplane_tests::{
     agent::{AgentOptions, Agents},
     cluster::Cluster,
@@ -47,14 +47,6 @@ fn shape() -> Shape {
     }
 }
 
-fn helper() -> Result<Helper> {
-    let agent = PathBuf::from(env!("CARGO_BIN_EXE_dataplane-agent"));
-    let target = agent.ancestors().nth(2).context("no folder of build products")?;
-    let found = ["debug", "release"].map(|profile| target.join(profile).join("dataplane-scenarios"));
-    let found = found.into_iter().find(|path| path.exists());
-    found.map(Helper::new).context("dataplane-scenarios is not built")
-}
-
 const INSIDE: [&str; 2] = ["10.96.0.1", "fd00:96::1"];
 const OUTSIDE: [&str; 2] = ["198.51.100.7", "2001:db8:ff::7"];
 
@@ -91,7 +83,11 @@ fn pings_to_services_are_answered_if_that_is_asked_for_and_while_they_are_there(
     if !needs::ready() {
         return Ok(());
     }
-    let mut cluster = Cluster::build("echo", shape(), &helper()?)?;
+    let mut cluster = Cluster::build(
+        "echo",
+        shape(),
+        &Helper::built_with(Path::new(env!("CARGO_BIN_EXE_dataplane-agent")))?,
+    )?;
     for to in ips(&OUTSIDE) {
         cluster.set_route("ext", to, Some("node1"))?;
     }

@@ -25,6 +25,25 @@ pub fn patient(time: Duration) -> Duration {
     time * factor.and_then(|factor| factor.parse().ok()).unwrap_or(1)
 }
 
+/// The agent that tests run: what `DATAPLANE_AGENT` names, else the release build. Without it, or without being root,
+/// nothing, with a word why.
+#[must_use]
+pub fn built() -> Option<PathBuf> {
+    if !nix::unistd::Uid::effective().is_root() {
+        println!("skipped: not root");
+        return None;
+    }
+    let path = std::env::var_os("DATAPLANE_AGENT").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/dataplane-agent"),
+        PathBuf::from,
+    );
+    if !path.exists() {
+        println!("skipped: no {}, run `cargo xtask build`", path.display());
+        return None;
+    }
+    Some(path)
+}
+
 /// How agents are started.
 #[derive(Debug, Clone)]
 pub struct AgentOptions {

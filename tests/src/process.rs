@@ -41,6 +41,19 @@ impl Helper {
             .with_context(|| format!("{} is not built beside {}", Self::NAME, own.display()))
     }
 
+    /// The helper among the build products that `program` is one of, of either profile.
+    pub fn built_with(program: &Path) -> Result<Self> {
+        let target = program
+            .ancestors()
+            .nth(2)
+            .context("no folder of build products")?;
+        let found = ["debug", "release"].map(|profile| target.join(profile).join(Self::NAME));
+        let found = found.into_iter().find(|path| path.exists());
+        found
+            .map(Self)
+            .with_context(|| format!("{} is not built", Self::NAME))
+    }
+
     /// A command that runs `program` in a namespace and a cgroup, and dies with the thread that starts it.
     pub fn enter(&self, netns: &Path, cgroup: &Path, program: &Path) -> Command {
         let mut command = self.place("enter", netns, Some(cgroup));

@@ -3,12 +3,12 @@
 //!
 //! A connected socket that a socket hook led to an endpoint hears when that is gone. All others keep their one socket.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use dataplane_tests::agent::{AgentOptions, Agents};
+use dataplane_tests::agent::{self, AgentOptions, Agents};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::{self, Manifests};
 use dataplane_tests::process::Helper;
@@ -78,7 +78,7 @@ fn with_socket_hooks_for_all() -> Result<()> {
 }
 
 fn every_endpoint_is_replaced(socket_lb: &str, datapath: &str) -> Result<()> {
-    let Some(agent) = agent() else {
+    let Some(agent) = agent::built() else {
         return Ok(());
     };
     let mut stage = Stage::set(socket_lb, datapath, agent)?;
@@ -158,21 +158,6 @@ fn every_endpoint_is_replaced(socket_lb: &str, datapath: &str) -> Result<()> {
         "{DIRECT}: {lost} lost, {reopened:?}"
     );
     Ok(())
-}
-
-/// The agent to run, or nothing, with a word why.
-fn agent() -> Option<PathBuf> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/dataplane-agent");
-    let agent = std::env::var_os("DATAPLANE_AGENT").map_or(built, PathBuf::from);
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: not root");
-        return None;
-    }
-    if !agent.exists() {
-        println!("skipped: no {}, run `cargo xtask build`", agent.display());
-        return None;
-    }
-    Some(agent)
 }
 
 /// Two nodes with their agents.

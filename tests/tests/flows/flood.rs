@@ -6,10 +6,11 @@ use std::net::SocketAddrV4;
 use std::thread;
 
 use anyhow::{Result, ensure};
+use dataplane_tests::agent;
 use dataplane_tests::flood;
 use dataplane_tests::worker::protocol::HerdReport;
 
-use crate::stage::{BALANCER, CLIENTS, Mode, Stage, agent, alive};
+use crate::stage::{BALANCER, CLIENTS, Mode, Stage, alive};
 
 /// Connections of each client in each of two herds.
 const CONNECTIONS: u32 = 167;
@@ -32,7 +33,9 @@ fn from_a_pod() -> Result<()> {
 
 /// `counter` is what shows at node1 that the flood has arrived.
 fn survive(name: &str, datapath: &'static str, from: &str, to: &str, counter: &str) -> Result<()> {
-    let Some(agent) = agent() else { return Ok(()) };
+    let Some(agent) = agent::built() else {
+        return Ok(());
+    };
     let mode = Mode {
         socket_lb: "off",
         datapath,

@@ -3,9 +3,10 @@
 //! refused.
 
 use anyhow::{Result, ensure};
+use dataplane_tests::agent;
 use dataplane_tests::worker::protocol::HerdReport;
 
-use crate::stage::{CLIENTS, Mode, Stage, State, agent, alive};
+use crate::stage::{CLIENTS, Mode, Stage, State, alive};
 
 const CONNECTIONS: u32 = 10_000;
 /// Old backend and the one that takes its place, with their nodes.
@@ -46,7 +47,9 @@ struct Rollout {
 }
 
 fn replace_all(name: &str, socket_lb: &'static str, datapath: &'static str) -> Result<()> {
-    let Some(agent) = agent() else { return Ok(()) };
+    let Some(agent) = agent::built() else {
+        return Ok(());
+    };
     let mode = Mode { socket_lb, datapath };
     let ready = REPLACEMENTS.map(|(old, _)| old);
     let mut rollout = Rollout {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -49,21 +49,6 @@ pub struct Stage {
     folder: Manifests,
     /// The slice's endpoints.
     slice: BTreeMap<String, State>,
-}
-
-/// The agent to run, or nothing, with a word why.
-pub fn agent() -> Option<PathBuf> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/dataplane-agent");
-    let agent = std::env::var_os("DATAPLANE_AGENT").map_or(built, PathBuf::from);
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: not root");
-        return None;
-    }
-    if !agent.exists() {
-        println!("skipped: no {}, run `cargo xtask build`", agent.display());
-        return None;
-    }
-    Some(agent)
 }
 
 fn addresses(text: &str) -> Result<Vec<IpAddr>> {

@@ -7,6 +7,7 @@ mod stage;
 use std::net::{SocketAddr, UdpSocket};
 
 use anyhow::{Context as _, Result, ensure};
+use dataplane_tests::agent;
 use dataplane_tests::shape::Network;
 
 use stage::{CLIENT, OUTSIDE, PORT, REVERSE, SERVICES, Stage, cluster_ip, node_ip};
@@ -150,12 +151,8 @@ impl Turn<'_> {
 }
 
 fn every_way(name: &str, network: Network, flags: &[&str]) -> Result<()> {
-    let agent = match stage::agent() {
-        Ok(agent) => agent,
-        Err(reason) => {
-            println!("skipped: {reason}");
-            return Ok(());
-        }
+    let Some(agent) = agent::built() else {
+        return Ok(());
     };
     let stage = Stage::set(name, &agent, network, flags)?;
     let mut port = 20_000;

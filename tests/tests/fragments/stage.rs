@@ -41,22 +41,6 @@ pub struct Stage {
     cluster: Cluster,
 }
 
-/// The agent to test, or why there is none.
-pub fn agent() -> Result<PathBuf, String> {
-    if !nix::unistd::Uid::effective().is_root() {
-        return Err("not root".to_owned());
-    }
-    let path = env::var_os("DATAPLANE_AGENT").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/release/dataplane-agent"),
-        PathBuf::from,
-    );
-    if path.exists() {
-        Ok(path)
-    } else {
-        Err(format!("no {}, run `cargo xtask build`", path.display()))
-    }
-}
-
 fn addresses(texts: &[String; 2]) -> Result<Vec<IpAddr>> {
     let parse = |text: &String| text.parse().with_context(|| format!("{text} is no address"));
     texts.iter().map(parse).collect()

@@ -115,22 +115,6 @@ pub struct Bed {
     pub cluster: Cluster,
 }
 
-/// The agent's program, or why these tests do not run.
-pub fn agent() -> Result<PathBuf, String> {
-    if !nix::unistd::Uid::effective().is_root() {
-        return Err("not root".to_owned());
-    }
-    let path = std::env::var_os("DATAPLANE_AGENT").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/release/dataplane-agent"),
-        PathBuf::from,
-    );
-    if path.exists() {
-        Ok(path)
-    } else {
-        Err(format!("no {}, run `cargo xtask build`", path.display()))
-    }
-}
-
 impl Bed {
     /// Builds the cluster, lets `change` alter its links, and starts the agents.
     pub fn build(

@@ -4,13 +4,14 @@
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
+use dataplane_tests::agent;
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::links::{Links, Route, host};
 use dataplane_tests::netns::set_sysctls;
 use dataplane_tests::shape::{Network, Uplink, parse_prefix};
 use dataplane_tests::worker::protocol::Direction;
 
-use crate::bed::{Bed, Client, Way, agent, all_transfers, pod_device, underlay, ways};
+use crate::bed::{Bed, Client, Way, all_transfers, pod_device, underlay, ways};
 
 const NARROW: u32 = 1400;
 
@@ -119,12 +120,8 @@ fn is_narrow(place: Place, way: Way) -> bool {
 }
 
 fn transfers_complete(place: Place, datapath: &str) -> Result<()> {
-    let agent = match agent() {
-        Ok(agent) => agent,
-        Err(why) => {
-            println!("skipped: {why}");
-            return Ok(());
-        }
+    let Some(agent) = agent::built() else {
+        return Ok(());
     };
     let name = format!("mtu-{place:?}-{datapath}").to_lowercase();
     let flags = ["--socket-lb", "off", "--datapath", datapath];

@@ -4,6 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
+use dataplane_tests::agent;
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::links::{Links, Route};
 use dataplane_tests::netns::NetNs;
@@ -12,7 +13,7 @@ use dataplane_tests::shape::{Network, Uplink, parse_prefix};
 use dataplane_tests::wireguard::{self, KEYS};
 use dataplane_tests::worker::protocol::Direction;
 
-use crate::bed::{Bed, agent, all_transfers};
+use crate::bed::{Bed, all_transfers};
 
 /// The device kinds that this kernel lacks, asked once.
 fn lacking() -> Result<Vec<&'static str>> {
@@ -43,12 +44,8 @@ fn lacking() -> Result<Vec<&'static str>> {
 
 /// `xdp`: whether the uplink can have XDP.
 fn transfers(name: &str, uplink: Uplink, devices: &[&str], xdp: bool) -> Result<()> {
-    let agent = match agent() {
-        Ok(agent) => agent,
-        Err(why) => {
-            println!("skipped: {why}");
-            return Ok(());
-        }
+    let Some(agent) = agent::built() else {
+        return Ok(());
     };
     let lacking = lacking().context("failed to ask for device kinds")?;
     if uplink.is_bonded() && lacking.contains(&"bonding") || uplink.is_tagged() && lacking.contains(&"8021q")
@@ -113,12 +110,8 @@ fn tunnel(cluster: &mut Cluster) -> Result<()> {
 
 #[test]
 fn pods_behind_wireguard() -> Result<()> {
-    let agent = match agent() {
-        Ok(agent) => agent,
-        Err(why) => {
-            println!("skipped: {why}");
-            return Ok(());
-        }
+    let Some(agent) = agent::built() else {
+        return Ok(());
     };
     if lacking()?.contains(&"wireguard") {
         println!("skipped: this kernel has no wireguard");

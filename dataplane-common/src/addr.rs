@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     datagram::{Datagram4, Datagram6, DatagramHead, DatagramKey4, DatagramKey6},
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, Side},
+    policy::{PolicyFlowKey4, PolicyFlowKey6},
     service::{AffinityKey4, AffinityKey6, FrontendKey4, FrontendKey6, Scope},
     verdict::Hook,
 };
@@ -101,9 +102,12 @@ pub trait Family: Copy + 'static {
     type Flow: Pod + Copy + core::fmt::Debug;
     type DatagramKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
     type Datagram: Pod + Copy + core::fmt::Debug;
+    type PolicyFlowKey: Pod + Copy + Eq + core::hash::Hash + core::fmt::Debug;
 
     fn frontend_key(addr: Self::Addr, port_be: u16, proto: u8, scope: Scope) -> Self::FrontendKey;
     fn flow_key(tuple: &Tuple<Self::Addr>, proto: u8, side: Side) -> Self::FlowKey;
+    /// The key of a flow at a pod, from the tuple of a packet that the pod sends.
+    fn policy_flow_key(from_pod: &Tuple<Self::Addr>, proto: u8) -> Self::PolicyFlowKey;
     fn affinity_key(service: u32, generation: u16, client: Self::Addr) -> Self::AffinityKey;
     fn flow(rewrite: &Tuple<Self::Addr>, meta: FlowMeta) -> Self::Flow;
     /// The tuple that a packet of the flow gets.
@@ -137,7 +141,7 @@ pub struct V6;
 
 macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
-     $frontend:ident, $key:ident, $flow:ident, $affinity:ident, $datagram_key:ident, $datagram:ident,
+     $frontend:ident, $key:ident, $flow:ident, $affinity:ident, $datagram_key:ident, $datagram:ident, $policy:ident,
      to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
      is_loopback: |$l:ident| $is_loopback:expr,
      key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
@@ -152,6 +156,7 @@ macro_rules! family {
             type Flow = $flow;
             type DatagramKey = $datagram_key;
             type Datagram = $datagram;
+            type PolicyFlowKey = $policy;
 
             #[inline(always)]
             fn frontend_key(addr: $addr, port_be: u16, proto: u8, scope: Scope) -> $frontend {
@@ -169,6 +174,13 @@ macro_rules! family {
                 let ($src, $dst) = (tuple.src, tuple.dst);
                 let $ports: u32 = bytemuck::cast([tuple.sport_be, tuple.dport_be]);
                 let $rest: u32 = bytemuck::cast([proto, side as u8, 0, 0]);
+                bytemuck::cast($words_of_key)
+            }
+            #[inline(always)]
+            fn policy_flow_key(from_pod: &Tuple<$addr>, proto: u8) -> $policy {
+                let ($src, $dst) = (from_pod.src, from_pod.dst);
+                let $ports: u32 = bytemuck::cast([from_pod.sport_be, from_pod.dport_be]);
+                let $rest: u32 = bytemuck::cast([proto, 0, 0, 0]);
                 bytemuck::cast($words_of_key)
             }
             #[inline(always)]
@@ -269,12 +281,12 @@ macro_rules! family {
 }
 
 family!(V4, 4, 20, proto::ICMP, u32,
-    FrontendKey4, FlowKey4, Flow4, AffinityKey4, DatagramKey4, Datagram4,
+    FrontendKey4, FlowKey4, Flow4, AffinityKey4, DatagramKey4, Datagram4, PolicyFlowKey4,
     to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
     is_loopback: |l| u32::from_be(*l) >> 24 == 127,
     key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
 family!(V6, 6, 40, proto::ICMPV6, [u32; 4],
-    FrontendKey6, FlowKey6, Flow6, AffinityKey6, DatagramKey6, Datagram6,
+    FrontendKey6, FlowKey6, Flow6, AffinityKey6, DatagramKey6, Datagram6, PolicyFlowKey6,
     to_any: |a| a, from_any: |b| b, words: |c| c,
     is_loopback: |l| *l == [0, 0, 0, 1u32.to_be()],
     key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);

@@ -10,6 +10,7 @@ use crate::{
     parse::tcp,
     pipeline::{Context, NO_SERVICE, Work, World, finish, timeout_ticks},
     plan,
+    policy::REVISION_NONE,
     reason::Reason,
     rewrite::RewriteIp,
     service::{ServiceHead, service_flags},
@@ -77,6 +78,7 @@ pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
         sequence: [0; 3],
         mac_dst: plan.mac_dst,
         mac_src: plan.mac_src,
+        judged: REVISION_NONE,
     };
     let tuple = &work.headers.tuple;
     let new = Tuple {

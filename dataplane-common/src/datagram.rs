@@ -122,7 +122,7 @@ pub struct FragmentSource {
 
 const _: () = assert!(size_of::<DatagramKey4>() == 16);
 const _: () = assert!(size_of::<DatagramKey6>() == 40);
-const _: () = assert!(size_of::<Datagram4>() == 64);
-const _: () = assert!(size_of::<Datagram6>() == 88);
+const _: () = assert!(size_of::<Datagram4>() == 68);
+const _: () = assert!(size_of::<Datagram6>() == 92);
 const _: () = assert!(size_of::<Held>() == 2048);
 const _: () = assert!(size_of::<FragmentSource>() == 8);

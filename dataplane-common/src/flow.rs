@@ -146,6 +146,8 @@ pub struct FlowMeta {
     /// Link-layer addresses of a packet that leaves by [`Exit::Pod`] or [`Exit::Host`].
     pub mac_dst: Mac,
     pub mac_src: Mac,
+    /// `POLICY_REVISION` when the policies of the pods at this hook allowed the flow.
+    pub judged: u32,
 }
 
 /// Value of `FLOWS_V4` and `HALF_OPEN_V4`: the tuple that the packet gets, and the rest.
@@ -172,6 +174,6 @@ pub struct Flow6 {
 
 const _: () = assert!(size_of::<FlowKey4>() == 16);
 const _: () = assert!(size_of::<FlowKey6>() == 40);
-const _: () = assert!(size_of::<FlowMeta>() == 40);
-const _: () = assert!(size_of::<Flow4>() == 52);
-const _: () = assert!(size_of::<Flow6>() == 76);
+const _: () = assert!(size_of::<FlowMeta>() == 44);
+const _: () = assert!(size_of::<Flow4>() == 56);
+const _: () = assert!(size_of::<Flow6>() == 80);

@@ -1,5 +1,5 @@
-//! `PEERS_V4`, `PEERS_V6`, `CIDRS_V4`, `CIDRS_V6`, `POLICY_SETS`, `PEER_RULES`, `PORT_RULES`, `RULE_BITS` and `RULES`:
-//! from a pod's policy set, a peer and a port to a verdict.
+//! `POD_POLICY`, `PEERS_V4`, `PEERS_V6`, `CIDRS_V4`, `CIDRS_V6`, `POLICY_SETS`, `PEER_RULES`, `PORT_RULES`, `RULE_BITS` and
+//! `RULES`: from a pod's policy set, a peer and a port to a verdict. `POLICY_FLOWS_V4` and `POLICY_FLOWS_V6` remember it.
 //!
 //! A *set* is what applies to one direction of a pod: its rules in the order of precedence, numbered from 0. A *peer class*
 //! is what an address is to all sets of this node: which of their selectors and ranges it satisfies. Two lookups give the
@@ -24,6 +24,74 @@ pub const CLASS_ANY: u32 = 0;
 
 /// The set of a pod that no policy selects in a direction: everything is allowed, and nothing is looked up.
 pub const SET_NONE: u32 = 0;
+
+/// Value of `POD_POLICY`, by the ifindex of the pod's host-side interface: its sets. A pod that no policy selects has an entry
+/// too; an interface without one is closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodPolicy {
+    /// The set for what reaches the pod.
+    pub ingress: u32,
+    /// The set for what the pod sends.
+    pub egress: u32,
+    /// What [`Self::ingress`] would be if no policy were a dry run; the same where none is.
+    pub audit_ingress: u32,
+    /// What [`Self::egress`] would be if no policy were a dry run.
+    pub audit_egress: u32,
+}
+
+/// Key of `POLICY_FLOWS_V4`: a flow as one of its pods sees it, behind the translation of services. Both directions have one entry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PolicyFlowKey4 {
+    pub pod_be: u32,
+    pub peer_be: u32,
+    /// For ICMP echo, the identifier, in both ports.
+    pub pod_port_be: u16,
+    pub peer_port_be: u16,
+    pub proto: u8,
+    pub unused: [u8; 3],
+}
+
+/// Key of `POLICY_FLOWS_V6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct PolicyFlowKey6 {
+    pub pod_be: [u32; 4],
+    pub peer_be: [u32; 4],
+    /// For ICMP echo, the identifier, in both ports.
+    pub pod_port_be: u16,
+    pub peer_port_be: u16,
+    pub proto: u8,
+    pub unused: [u8; 3],
+}
+
+/// Bits of [`PolicyFlow::flags`].
+pub mod policy_flow_flags {
+    /// The pod began the flow: its egress set is asked, else its ingress set.
+    pub const FROM_POD: u8 = 1;
+    /// The node itself began the flow, which no policy forbids.
+    pub const FROM_NODE: u8 = 2;
+}
+
+/// Value of `POLICY_FLOWS_V4` and `POLICY_FLOWS_V6`: a flow that is allowed at a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PolicyFlow {
+    /// The pod's host-side interface.
+    pub ifindex: u32,
+    /// `POLICY_REVISION` when the flow was judged.
+    pub revision: u32,
+    /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
+    pub seen_ticks: u32,
+    /// [`policy_flow_flags`].
+    pub flags: u8,
+    pub unused: [u8; 3],
+}
+
+/// Value of `POLICY_REVISION` while no pod of this node has a set: hooks ask for nothing. It changes whenever a verdict may
+/// have changed: behind every change of the tables, so that a verdict of before is not kept for one of after.
+pub const REVISION_NONE: u32 = 0;
 
 /// Value of `RULE_BITS`: the rules of a set that something satisfies. Rule `i` is bit `i % 64` of word `i / 64`.
 #[repr(C)]
@@ -119,6 +187,10 @@ pub struct PolicyRule {
     pub pad: [u8; 3],
 }
 
+const _: () = assert!(size_of::<PodPolicy>() == 16);
+const _: () = assert!(size_of::<PolicyFlowKey4>() == 16);
+const _: () = assert!(size_of::<PolicyFlowKey6>() == 40);
+const _: () = assert!(size_of::<PolicyFlow>() == 16);
 const _: () = assert!(size_of::<RuleBits>() == 128);
 const _: () = assert!(size_of::<PolicySet>() == 12);
 const _: () = assert!(size_of::<PeerRulesKey>() == 8);

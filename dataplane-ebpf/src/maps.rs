@@ -12,6 +12,10 @@ use dataplane_common::{
     device::Device,
     flow::{self, Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
+    policy::{
+        PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
+        RuleBits,
+    },
     reason::REASONS,
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet,
@@ -20,6 +24,8 @@ use dataplane_common::{
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
 };
 
+/// `BPF_F_NO_PREALLOC`: memory for entries that are there alone; only the agent makes them.
+const NO_PREALLOC: usize = 1;
 /// `BPF_F_MMAPABLE`: the agent writes through a mapping, so that a head changes by one 64-bit store.
 const MMAPABLE: usize = 1 << 10;
 
@@ -71,6 +77,37 @@ pub static OWN_ADDRS_V4: HashMap<u32, u32, 1024> = HashMap::new();
 pub static OWN_ADDRS_V6: HashMap<[u32; 4], u32, 1024> = HashMap::new();
 #[btf_map]
 pub static DEVICES: HashMap<u32, Device, 1024> = HashMap::new();
+
+/// One element, see `dataplane_common::policy::REVISION_NONE`.
+#[btf_map]
+pub static POLICY_REVISION: Array<u32, 1> = Array::new();
+#[btf_map]
+pub static POD_POLICY: HashMap<u32, PodPolicy, 1024> = HashMap::new();
+#[btf_map]
+pub static PEERS_V4: HashMap<u32, u32, 131072, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static PEERS_V6: HashMap<[u32; 4], u32, 131072, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static CIDRS_V4: LpmTrie<u32, u32, 16384> = LpmTrie::new();
+#[btf_map]
+pub static CIDRS_V6: LpmTrie<[u32; 4], u32, 16384> = LpmTrie::new();
+#[btf_map]
+pub static POLICY_SETS: Array<PolicySet, 4096> = Array::new();
+#[btf_map]
+pub static PEER_RULES: HashMap<PeerRulesKey, u32, 262144, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static PORT_RULES: LpmTrie<PortRulesKey, u32, 65536> = LpmTrie::new();
+#[btf_map]
+pub static RULE_BITS: Array<RuleBits, 16384> = Array::new();
+#[btf_map]
+pub static RULES: Array<PolicyRule, 32768> = Array::new();
+/// By index into `RULES`: flows that a rule has allowed, and packets that it has dropped.
+#[btf_map]
+pub static RULE_HITS: PerCpuArray<u64, 32768> = PerCpuArray::new();
+#[btf_map]
+pub static POLICY_FLOWS_V4: LruHashMap<PolicyFlowKey4, PolicyFlow, 131072> = LruHashMap::new();
+#[btf_map]
+pub static POLICY_FLOWS_V6: LruHashMap<PolicyFlowKey6, PolicyFlow, 131072> = LruHashMap::new();
 
 #[btf_map]
 pub static SOCK_CHOSEN: LruHashMap<SockService, SockBackend, 32768> = LruHashMap::new();

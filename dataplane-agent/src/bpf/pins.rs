@@ -11,7 +11,7 @@ use super::{Program, sys};
 use crate::path_error::PathError;
 
 /// Changes when a map's key or value changes its layout.
-pub const SCHEMA_VERSION: u32 = 4;
+pub const SCHEMA_VERSION: u32 = 5;
 
 const FOLDER_PREFIX: &str = "dataplane-v";
 /// `BPF_FS_MAGIC`.

@@ -63,16 +63,16 @@ fn side_by_side(probe: &Probe) -> Vec<Attempt> {
 fn connect_once(probe: &Probe) -> Attempt {
     let start = Instant::now();
     let timeout = Duration::from_millis(probe.timeout_ms);
-    match probe.proto {
-        Proto::Udp => datagram(probe, timeout, start),
-        proto => match connect(proto, probe.from, probe.to, timeout) {
-            Ok(stream) => {
-                // The port is free again at once: a probe may use it for its next connection.
-                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-                exchange(&stream, LINE, timeout, start)
-            }
-            Err(error) => failure(&error, start, true),
-        },
+    if probe.proto == Proto::Udp {
+        return datagram(probe, timeout, start);
+    }
+    match fresh_socket(probe).and_then(|socket| dial(socket, probe.proto, probe.to, timeout)) {
+        Ok(stream) => {
+            // The port is free again at once: a probe may use it for its next connection.
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            exchange(&stream, LINE, timeout, start)
+        }
+        Err(error) => failure(&error, start, true),
     }
 }
 
@@ -83,16 +83,24 @@ pub fn connect(
     to: SocketAddr,
     timeout: Duration,
 ) -> std::io::Result<TcpStream> {
-    let protocol = if proto == Proto::Sctp {
-        Protocol::from(libc::IPPROTO_SCTP)
-    } else {
-        Protocol::TCP
-    };
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
+    let socket = open(proto, to)?;
     if !from.ip().is_unspecified() || from.port() != 0 {
         socket.set_reuse_address(true)?;
         socket.bind(&from.into())?;
     }
+    dial(socket, proto, to, timeout)
+}
+
+fn open(proto: Proto, to: SocketAddr) -> std::io::Result<Socket> {
+    let (kind, protocol) = match proto {
+        Proto::Tcp => (Type::STREAM, Protocol::TCP),
+        Proto::Udp => (Type::DGRAM, Protocol::UDP),
+        Proto::Sctp => (Type::STREAM, Protocol::from(libc::IPPROTO_SCTP)),
+    };
+    Socket::new(Domain::for_address(to), kind, Some(protocol))
+}
+
+fn dial(socket: Socket, proto: Proto, to: SocketAddr, timeout: Duration) -> std::io::Result<TcpStream> {
     socket.connect_timeout(&to.into(), timeout)?;
     socket
         .set_tcp_nodelay(true)
@@ -140,19 +148,26 @@ pub fn identify(answer: &[u8], line: &str, start: Instant) -> Attempt {
     }
 }
 
-/// A socket whose port this process has not asked the destination from before: a datagram from a port of earlier belongs
-/// to the flow of then, which goes on with its backend as long as that serves.
-fn fresh_socket(probe: &Probe) -> std::io::Result<UdpSocket> {
-    static USED: Mutex<BTreeSet<(SocketAddr, u16)>> = Mutex::new(BTreeSet::new());
+/// A bound socket whose port this process has not asked anybody from before, unless the probe names one.
+///
+/// What comes from a port of earlier belongs to what came from it then: a datagram to the same destination goes on with its
+/// backend as long as that serves, and where the destination is another one, both ways may lead to one backend, translated by
+/// different nodes, of which none can tell the answers apart (ARCHITECTURE, "Known limits").
+fn fresh_socket(probe: &Probe) -> std::io::Result<Socket> {
+    static USED: Mutex<BTreeSet<(Proto, bool, u16)>> = Mutex::new(BTreeSet::new());
+    let named = probe.from.port() != 0;
     let mut held = Vec::new();
     loop {
-        let socket = UdpSocket::bind(probe.from)?;
-        let port = socket.local_addr()?.port();
-        let is_new = USED
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert((probe.to, port));
-        if is_new || probe.from.port() != 0 || held.len() >= TRIES {
+        let socket = open(probe.proto, probe.to)?;
+        socket.set_reuse_address(named && probe.proto != Proto::Udp)?;
+        socket.bind(&probe.from.into())?;
+        let port = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
+        let is_new = USED.lock().unwrap_or_else(PoisonError::into_inner).insert((
+            probe.proto,
+            probe.to.is_ipv6(),
+            port,
+        ));
+        if is_new || named || held.len() >= TRIES {
             return Ok(socket);
         }
         // Kept until another is found, so that the kernel does not choose it again.
@@ -162,7 +177,7 @@ fn fresh_socket(probe: &Probe) -> std::io::Result<UdpSocket> {
 
 fn datagram(probe: &Probe, timeout: Duration, start: Instant) -> Attempt {
     let talk = || -> std::io::Result<Vec<u8>> {
-        let socket = fresh_socket(probe)?;
+        let socket: UdpSocket = fresh_socket(probe)?.into();
         socket.connect(probe.to)?;
         socket.set_read_timeout(Some(timeout))?;
         socket.send(LINE.as_bytes())?;
@@ -229,4 +244,37 @@ pub fn http_get(to: SocketAddr, path: &str, timeout_ms: u64) -> Result<Response>
         status,
         body: body.to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_port_asks_twice_even_of_another_destination() -> std::io::Result<()> {
+        for proto in [Proto::Udp, Proto::Tcp] {
+            let mut seen = BTreeSet::new();
+            for number in 0..2000 {
+                let to: SocketAddr = ([127, 0, 0, 1], 1 + number % 2).into();
+                let probe = Probe {
+                    proto,
+                    to,
+                    from: any(to, 0),
+                    connections: 1,
+                    parallel: false,
+                    interval_ms: 0,
+                    timeout_ms: 0,
+                    stop_after_failures: 1,
+                    until_backend_changes: false,
+                    first_backend: None,
+                };
+                let port = fresh_socket(&probe)?
+                    .local_addr()?
+                    .as_socket()
+                    .map(|local| local.port());
+                assert!(seen.insert(port), "{proto:?} {port:?} after {number}");
+            }
+        }
+        Ok(())
+    }
 }

@@ -196,8 +196,10 @@ fn ports(
         };
         let node_port = match spec.node_port {
             None | Some(0) => None,
+            // What an API server clears when the type changes; an older one lets it stand.
             Some(_) if kind == "ClusterIP" => {
-                refused.push(Problem::new(field("nodePort"), "a ClusterIP Service has none"));
+                let reason = "ignored: a ClusterIP Service has none";
+                problems.push(Problem::new(field("nodePort"), reason));
                 None
             }
             Some(port) => parse_port(port, || field("nodePort"))
@@ -374,7 +376,9 @@ mod tests {
     fn decoded(spec: &Value, status: &Value) -> Result<(Service, Vec<Problem>), Refused> {
         let mut object = json!({"metadata": {"name": "a"}, "spec": spec, "status": status});
         object["spec"]["clusterIP"] = json!("10.96.0.1");
-        object["spec"]["ports"] = json!([{"port": 80}]);
+        if spec["ports"].is_null() {
+            object["spec"]["ports"] = json!([{"port": 80}]);
+        }
         let mut problems = Vec::new();
         let service = serde_json::from_value(object).unwrap();
         decode(Name::new("ns", "a"), service, &mut problems).map(|service| (service, problems))
@@ -399,6 +403,28 @@ mod tests {
         assert_eq!(port("LoadBalancer", "Local", 0), None);
         assert_eq!(port("LoadBalancer", "Cluster", 31000), None);
         assert_eq!(port("NodePort", "Local", 31000), None);
+    }
+
+    #[test]
+    fn node_ports_that_a_type_has_not_are_ignored_by_name() {
+        for (kind, port, node_port) in [
+            ("NodePort", 30080, Some(30080)),
+            ("ClusterIP", 30080, None),
+            ("ClusterIP", 70_000, None),
+        ] {
+            let spec = json!({"type": kind, "ports": [{"port": 80, "nodePort": port}]});
+            let (service, problems) = decoded(&spec, &json!({})).unwrap();
+            assert_eq!(service.ports[0].node_port, node_port);
+            let fields: Vec<_> = problems.iter().map(|one| &*one.field).collect();
+            let expected: &[&str] = if kind == "ClusterIP" {
+                &["spec.ports[0].nodePort"]
+            } else {
+                &[]
+            };
+            assert_eq!(fields, expected, "{kind} {port}");
+        }
+        let wrong = json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 70_000}]});
+        assert_eq!(refused(&wrong), "spec.ports[0].nodePort");
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub const PROGRAMS: &[Need] = &[
     Need {
         program: "bpftool",
         package: "bpftool",
-        why: "tests that maps can be read by other tools; the demo's examples",
+        why: "tests that maps can be read by other tools; the demo's examples; bench datapath: the tables of an older object",
     },
     Need {
         program: "curl",

@@ -6,13 +6,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use aya::Ebpf;
-use aya::maps::{Map, MapInfo};
 use serde::Serialize;
 
 use crate::cases::{Case, Tables};
+use crate::layout::{Btf, Layout};
 use crate::median;
 
 /// How many times as long as before a packet may take.
@@ -38,6 +38,63 @@ const TABLES: [&str; 10] = [
 ];
 /// Those that are there for some rows only.
 const OPTIONAL: [&str; 2] = ["AFFINITY_V4", "RANGES_V4"];
+
+/// An older object whose tables can be filled.
+#[derive(Debug)]
+pub struct Baseline {
+    pub object: PathBuf,
+    /// The tables that it lacks.
+    missing: BTreeSet<&'static str>,
+}
+
+impl Baseline {
+    /// An error names the first table that has another layout: whose keys differ, or whose values are not the beginning
+    /// of this build's. What a later build has appended, an older program does not look for.
+    pub fn open(object: &Path, ours: &Path) -> Result<Self> {
+        let (old, new) = (Btf::read(object)?, Btf::read(ours)?);
+        let mut missing = BTreeSet::new();
+        for name in TABLES {
+            let Some(found) = old.table(name)? else {
+                if !OPTIONAL.contains(&name) {
+                    bail!("the baseline has no table {name}: it is too old, or no datapath");
+                }
+                missing.insert(name);
+                continue;
+            };
+            let expected = new.table(name)?.with_context(|| format!("no map {name}"))?;
+            check(name, &found, &expected)?;
+        }
+        Ok(Self {
+            object: object.to_owned(),
+            missing,
+        })
+    }
+
+    /// Why a row has no column of the older object, if it lacks something that the row is about.
+    pub fn lacks(&self, case: &Case) -> Option<String> {
+        let needed = match case.tables {
+            Tables::Affinity => "AFFINITY_V4",
+            Tables::Ranges => "RANGES_V4",
+            _ => return None,
+        };
+        self.missing
+            .contains(needed)
+            .then(|| format!("the baseline has no table {needed}"))
+    }
+}
+
+fn check(name: &str, old: &Layout, ours: &Layout) -> Result<()> {
+    if old.key == ours.key && old.value.begins(&ours.value) {
+        return Ok(());
+    }
+    bail!(
+        "the baseline's {name} has keys of {} and values of {} bytes, this build's {} and {}, and they are not the beginning of these: it can't be filled",
+        old.key.size,
+        old.value.size,
+        ours.key.size,
+        ours.value.size
+    )
+}
 
 /// What came out of the rounds of both objects.
 #[derive(Debug, Serialize)]
@@ -94,52 +151,6 @@ fn interval(of: &[f64]) -> Option<(f64, f64)> {
     }
     let first = usize::from(left_out.saturating_sub(1));
     Some((*sorted.get(first)?, *sorted.get(sorted.len() - 1 - first)?))
-}
-
-/// Names the tables that the older object lacks; an error names the first that is there with another layout.
-pub fn check_layouts(old: &Ebpf, ours: &Ebpf) -> Result<BTreeSet<&'static str>> {
-    let mut missing = BTreeSet::new();
-    for name in TABLES {
-        let Some(found) = sizes(old, name)? else {
-            if !OPTIONAL.contains(&name) {
-                bail!("the baseline has no table {name}: it is too old, or no datapath");
-            }
-            missing.insert(name);
-            continue;
-        };
-        let (key, value) = sizes(ours, name)?.with_context(|| format!("no map {name}"))?;
-        if found != (key, value) {
-            bail!(
-                "the baseline's {name} has keys of {} and values of {} bytes, this build's {key} and {value}: tables of another layout can't be filled",
-                found.0,
-                found.1
-            );
-        }
-    }
-    Ok(missing)
-}
-
-/// Why a row has no column of the older object, if it lacks something that the row is about.
-pub fn lacks(case: &Case, missing: &BTreeSet<&'static str>) -> Option<String> {
-    let needed = match case.tables {
-        Tables::Affinity => "AFFINITY_V4",
-        Tables::Ranges => "RANGES_V4",
-        _ => return None,
-    };
-    missing
-        .contains(needed)
-        .then(|| format!("the baseline has no table {needed}"))
-}
-
-/// Bytes of a table's keys and values.
-fn sizes(object: &Ebpf, name: &str) -> Result<Option<(u32, u32)>> {
-    let data = match object.map(name) {
-        None => return Ok(None),
-        Some(Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::LpmTrie(data)) => data,
-        Some(_) => bail!("{name} is of another kind in one of the objects"),
-    };
-    let info: MapInfo = data.info().with_context(|| format!("failed to look at {name}"))?;
-    Ok(Some((info.key_size(), info.value_size())))
 }
 
 #[cfg(test)]

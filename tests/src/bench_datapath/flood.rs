@@ -4,11 +4,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::{HashMap, MapData, PerCpuArray};
 use dataplane_common::flow::{Flow4, FlowEvent, FlowKey4};
 
 use crate::cases::FLOOD;
-use crate::kernel::{Bench, Device, Raw, TO_POD, hash, program};
+use crate::kernel::{Bench, Device, Raw, TO_POD, program};
 
 const FLOWS: u32 = 262_144;
 const ESTABLISHED: u32 = 1000;
@@ -32,7 +32,8 @@ pub fn run(objects: &Path, device: &Device) -> Result<bool> {
             bench.run(BATCH, None)?;
         }
     }
-    let flows = hash::<FlowKey4, Flow4>(&mut bench.datapath, "FLOWS_V4")?;
+    let map = bench.datapath.map("FLOWS_V4").context("no map FLOWS_V4")?;
+    let flows: HashMap<&MapData, Raw<FlowKey4>, Raw<Flow4>> = HashMap::try_from(map)?;
     let left = keys
         .iter()
         .filter(|key| flows.get(&Raw(**key), 0).is_ok())

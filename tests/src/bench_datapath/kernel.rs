@@ -1,4 +1,4 @@
-//! Loads the objects for one row, fills their tables alike, and runs programs behind the trampoline.
+//! Loads the objects for one row and runs programs behind the trampoline.
 
 use std::fs;
 use std::mem::size_of;
@@ -6,45 +6,31 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, ProgramArray};
+use aya::maps::{Array, ProgramArray};
 use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp, xdp::XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use bytemuck::{Pod, Zeroable};
-use dataplane_common::{
-    addr::Mac,
-    backend::{Backend, BackendHead, backend_flags, backend_state},
-    device::{Device as DeviceEntry, device_flags},
-    flow::{Exit, Flow4, FlowKey4, FlowMeta, flow_flags},
-    service::{
-        Affinity, AffinityKey4, Frontend, FrontendKey4, PortSet, RANGE_SERVICE_BITS, Scope, Service,
-        ServiceHead, SourceRange4, TABLE_SIZES, port_set_index, service_flags,
-    },
-};
+use dataplane_common::flow::FlowKey4;
 use dataplane_tests::links::Links;
 use dataplane_tests::netns::NetNs;
 
-use crate::baseline;
-use crate::cases::{Case, Tables};
+use crate::baseline::Baseline;
+use crate::cases::Case;
+use crate::fill::{Filling, RANGES};
 
 const FRAME: usize = 64;
-const TCP: u8 = 6;
+pub const TCP: u8 = 6;
 const ACK: u8 = 0x10;
 const SYN: u8 = 0x02;
-const CLIENT: u32 = 0x0a01_0000;
+pub const CLIENT: u32 = 0x0a01_0000;
 /// The first client of flows that the walk does not meet.
 const ESTABLISHED_CLIENT: u32 = 0x0a02_0000;
-const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
-const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
-const NODE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+pub const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+pub const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
+pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const NEIGHBOUR: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const PORT: u16 = 80;
-const BACKEND_PORT: u16 = 8080;
-/// Ids and offsets of the one service and its backend.
-const ID: u32 = 1;
-/// Source ranges of other services than the one.
-const OTHER_RANGES: u32 = 1000;
-const SLOTS: u32 = 64;
+pub const PORT: u16 = 80;
+pub const BACKEND_PORT: u16 = 8080;
 
 /// Plain data in the eyes of aya.
 #[repr(transparent)]
@@ -71,7 +57,7 @@ pub const TO_POD: &str = "to_pod";
 /// The device by which packets come and go.
 #[derive(Debug)]
 pub struct Device {
-    ifindex: u32,
+    pub ifindex: u32,
 }
 
 /// A veth with a neighbour that needs no resolution, in the calling process's namespace.
@@ -116,7 +102,7 @@ impl std::fmt::Debug for Walk {
 impl Bench {
     pub fn load(
         objects: &Path,
-        baseline: Option<&Path>,
+        baseline: Option<&Baseline>,
         case: &'static Case,
         flows: u32,
         max_flows: u32,
@@ -124,15 +110,11 @@ impl Bench {
     ) -> Result<Self> {
         let mut bench = load(&objects.join("bench.o"), max_flows)?;
         let mut datapath = load(&objects.join("dataplane.o"), max_flows)?;
-        let mut older = baseline.map(|path| load(path, max_flows)).transpose()?;
-        let mut without_old = None;
-        if let Some(old) = &older {
-            let missing = baseline::check_layouts(old, &datapath)?;
-            without_old = baseline::lacks(case, &missing);
-            if without_old.is_some() {
-                older = None;
-            }
-        }
+        let without_old = baseline.and_then(|baseline| baseline.lacks(case));
+        let mut older = baseline
+            .filter(|_| without_old.is_none())
+            .map(|baseline| load(&baseline.object, max_flows))
+            .transpose()?;
         let ours = program(&mut datapath, case.program)?;
         let floor = program(&mut bench, case.floor)?;
         program(&mut bench, trampoline(case))?;
@@ -146,8 +128,9 @@ impl Bench {
                 .context("failed to attach the trampoline")?;
         }
         let old = older.as_mut().map(|old| program(old, case.program)).transpose()?;
-        for object in [&mut bench, &mut datapath].into_iter().chain(&mut older) {
-            fill(object, case, flows, device)?;
+        let exact = [&bench, &datapath].map(|object| (object, false));
+        for (object, older) in exact.into_iter().chain(older.as_ref().map(|old| (old, true))) {
+            Filling { object, older }.fill(case, flows, device)?;
         }
         Ok(Self {
             trampoline: bench,
@@ -228,8 +211,12 @@ impl Bench {
     }
 
     /// Enters flows of other clients than the walk's; the keys of the clients' packets.
-    pub fn establish(&mut self, flows: u32) -> Result<Vec<FlowKey4>> {
-        fill_flows(&mut self.datapath, false, ESTABLISHED_CLIENT, flows)
+    pub fn establish(&self, flows: u32) -> Result<Vec<FlowKey4>> {
+        Filling {
+            object: &self.datapath,
+            older: false,
+        }
+        .fill_flows(false, ESTABLISHED_CLIENT, flows)
     }
 
     /// The SYN of a flood, and the answer to it at [`TO_POD`].
@@ -317,7 +304,7 @@ fn load(path: &Path, max_flows: u32) -> Result<Ebpf> {
         .map_max_entries("FLOWS_V4", max_flows)
         .map_max_entries("HALF_OPEN_V4", (max_flows / 4).max(1))
         .map_max_entries("AFFINITY_V4", (max_flows / 4).max(1))
-        .map_max_entries("RANGES_V4", OTHER_RANGES + 1)
+        .map_max_entries("RANGES_V4", RANGES)
         .load(&bytes)
         .with_context(|| format!("failed to load {}", path.display()))
 }
@@ -336,7 +323,7 @@ pub(crate) fn program(object: &mut Ebpf, name: &str) -> Result<ProgramFd> {
         .try_clone()?)
 }
 
-fn word(addr: Ipv4Addr) -> u32 {
+pub fn word(addr: Ipv4Addr) -> u32 {
     u32::from_ne_bytes(addr.octets())
 }
 
@@ -351,193 +338,6 @@ fn frame(case: &Case) -> [u8; FRAME] {
     frame[47] = if case.begins() { SYN } else { ACK };
     frame[50..52].copy_from_slice(&[0x12, 0x34]);
     frame
-}
-
-pub(crate) fn hash<'a, K: Pod, V: Pod>(
-    object: &'a mut Ebpf,
-    name: &str,
-) -> Result<HashMap<&'a mut aya::maps::MapData, Raw<K>, Raw<V>>> {
-    let map = object.map_mut(name).with_context(|| format!("no map {name}"))?;
-    Ok(HashMap::try_from(map)?)
-}
-
-fn set<T: Pod>(object: &mut Ebpf, name: &str, index: u32, value: T) -> Result<()> {
-    let map = object.map_mut(name).with_context(|| format!("no map {name}"))?;
-    Array::<_, Raw<T>>::try_from(map)?
-        .set(index, Raw(value), 0)
-        .with_context(|| format!("failed to write {name}"))
-}
-
-/// One service with one backend, and what the case asks for.
-fn fill(object: &mut Ebpf, case: &Case, flows: u32, device: &Device) -> Result<()> {
-    if case.port_in_use {
-        let bit = 1u64 << (PORT & 63);
-        let ports = PortSet {
-            any: bit,
-            wildcard: 0,
-        };
-        set(object, "PORTS", port_set_index(TCP, PORT), ports)?;
-    }
-    let mut addr_be = [0; 4];
-    addr_be[0] = word(BACKEND);
-    let local = case.program == "from_netdev";
-    let backend = Backend {
-        head: BackendHead {
-            generation: 1,
-            port_be: BACKEND_PORT.to_be(),
-            state: backend_state::ACTIVE,
-            flags: if local { backend_flags::LOCAL } else { 0 },
-        },
-        addr_be,
-        ..Backend::default()
-    };
-    set(object, "BACKENDS", ID, backend)?;
-    let service = Service {
-        head: ServiceHead {
-            slots_offset: SLOTS,
-            generation: 1,
-            size_class: 1,
-            flags: match case.tables {
-                Tables::Affinity => service_flags::AFFINITY,
-                Tables::Ranges => service_flags::RANGES,
-                _ => 0,
-            },
-        },
-        // Three hours, what the API sets where nothing else is said.
-        affinity: 3 * 60 * 60 * 8,
-        ..Service::default()
-    };
-    set(object, "SERVICES", ID, service)?;
-    // All slots are zero: number 0 of the list of ids before them, which has one.
-    set(object, "MAGLEV", SLOTS - 1, 1u64)?;
-    set(object, "MAGLEV", SLOTS - 2, u64::from(ID))?;
-    debug_assert!(TABLE_SIZES[1] > 0);
-    let entry = DeviceEntry {
-        flags: device_flags::ETHERNET | device_flags::XDP,
-        snat4_be: word(NODE),
-        ..DeviceEntry::default()
-    };
-    hash(object, "DEVICES")?.insert(Raw(device.ifindex), Raw(entry), 0)?;
-    match case.tables {
-        Tables::None => Ok(()),
-        Tables::Frontend | Tables::Affinity | Tables::Ranges => {
-            let key = FrontendKey4 {
-                addr_be: word(SERVICE),
-                port_be: PORT.to_be(),
-                proto: TCP,
-                scope: Scope::Internal as u8,
-            };
-            hash(object, "FRONTENDS_V4")?.insert(
-                Raw(key),
-                Raw(Frontend {
-                    service: ID,
-                    owner: 0,
-                }),
-                0,
-            )?;
-            match case.tables {
-                Tables::Affinity => fill_affinity(object, flows),
-                Tables::Ranges => fill_ranges(object),
-                _ => Ok(()),
-            }
-        }
-        Tables::Flows => fill_flows(object, false, CLIENT, flows).map(drop),
-        Tables::RoutedFlows => fill_flows(object, true, CLIENT, flows).map(drop),
-    }
-}
-
-/// Every client of the walk, with the one backend.
-fn fill_affinity(object: &mut Ebpf, flows: u32) -> Result<()> {
-    let seen_eighths = now_ticks()? << 3;
-    let mut clients = hash(object, "AFFINITY_V4")?;
-    for client in 0..flows.div_ceil(1 << 15) {
-        let key = AffinityKey4 {
-            service: ID,
-            service_generation: 1,
-            addr_be: (CLIENT + client).to_be(),
-        };
-        let affinity = Affinity {
-            backend: ID,
-            backend_generation: 1,
-            seen_eighths,
-        };
-        clients
-            .insert(Raw(key), Raw(affinity), 0)
-            .context("failed to write AFFINITY_V4")?;
-    }
-    Ok(())
-}
-
-/// The network that all clients are in, for the one service and for others.
-fn fill_ranges(object: &mut Ebpf) -> Result<()> {
-    let map = object.map_mut("RANGES_V4").context("no map RANGES_V4")?;
-    let mut ranges: LpmTrie<_, Raw<SourceRange4>, u32> = LpmTrie::try_from(map)?;
-    let addr_be = (CLIENT & 0xff00_0000).to_be();
-    for service in ID..=ID + OTHER_RANGES {
-        let key = Key::new(RANGE_SERVICE_BITS + 8, Raw(SourceRange4 { service, addr_be }));
-        ranges.insert(&key, 1, 0).context("failed to write RANGES_V4")?;
-    }
-    Ok(())
-}
-
-/// Flows as the walk's packets have them, of clients from `first` on. The keys of the clients' packets.
-fn fill_flows(object: &mut Ebpf, routed: bool, first: u32, flows: u32) -> Result<Vec<FlowKey4>> {
-    let mut keys = Vec::new();
-    let mut map = hash::<FlowKey4, Flow4>(object, "FLOWS_V4")?;
-    let meta = FlowMeta {
-        backend: ID,
-        backend_generation: 1,
-        service: ID,
-        service_generation: 1,
-        flags: if routed { flow_flags::SNAT } else { 0 },
-        exit: if routed {
-            Exit::Route as u8
-        } else {
-            Exit::Pass as u8
-        },
-        seen_ticks: now_ticks()?,
-        ifindex: 0,
-        state: 0,
-        sequence: [0; 3],
-        mac_dst: Mac::default(),
-        mac_src: Mac::default(),
-    };
-    for flow in 0..flows {
-        let port = 1024 + (flow & 0x7fff) as u16;
-        let client = (first + (flow >> 15)).to_be();
-        let key = FlowKey4 {
-            src_be: client,
-            dst_be: word(SERVICE),
-            sport_be: port.to_be(),
-            dport_be: PORT.to_be(),
-            proto: TCP,
-            side: 0,
-            unused: [0; 2],
-        };
-        let value = Flow4 {
-            src_be: if routed { word(NODE) } else { client },
-            dst_be: word(BACKEND),
-            sport_be: port.to_be(),
-            dport_be: BACKEND_PORT.to_be(),
-            meta,
-        };
-        map.insert(Raw(key), Raw(value), 0)
-            .context("failed to write FLOWS_V4")?;
-        keys.push(key);
-    }
-    Ok(keys)
-}
-
-/// The clock of the datapath.
-fn now_ticks() -> Result<u32> {
-    let path = "/proc/uptime";
-    let text = fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
-    let seconds: f64 = text
-        .split(' ')
-        .next()
-        .and_then(|word| word.parse().ok())
-        .context("no number in /proc/uptime")?;
-    Ok((std::time::Duration::from_secs_f64(seconds).as_nanos() >> 30) as u32)
 }
 
 const _: () = assert!(size_of::<Walk>() == 80);

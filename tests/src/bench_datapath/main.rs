@@ -5,8 +5,10 @@
 
 mod baseline;
 mod cases;
+mod fill;
 mod flood;
 mod kernel;
+mod layout;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,7 +19,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 use serde::Serialize;
 
-use crate::baseline::Comparison;
+use crate::baseline::{Baseline, Comparison};
 use crate::cases::{CASES, Case};
 use crate::kernel::Bench;
 
@@ -87,6 +89,9 @@ fn main() -> Result<ExitCode> {
     cpus.set(args.cpu).context("there is no such CPU")?;
     sched_setaffinity(Pid::from_raw(0), &cpus).context("failed to stay on one CPU")?;
 
+    let older = args.baseline.as_ref();
+    let older = older.map(|older| Baseline::open(older, &args.objects.join("dataplane.o")));
+    let older = older.transpose()?;
     let device = kernel::make_device()?;
     let mut rows = Vec::new();
     println!(
@@ -108,7 +113,7 @@ fn main() -> Result<ExitCode> {
             continue;
         }
         for &flows in case.flows {
-            let (row, note) = measure(&args, case, flows, &device)
+            let (row, note) = measure(&args, older.as_ref(), case, flows, &device)
                 .with_context(|| format!("failed to measure {} at {flows} flows", case.name))?;
             println!(
                 "{:<44} {:>8} {:>10.1} {:>8.1} {:>8.1} {:>7.2}{note}",
@@ -148,9 +153,14 @@ fn main() -> Result<ExitCode> {
 }
 
 /// The row, and what is to be printed behind it.
-fn measure(args: &Args, case: &'static Case, flows: u32, device: &kernel::Device) -> Result<(Row, String)> {
-    let baseline = args.baseline.as_deref();
-    let mut bench = Bench::load(&args.objects, baseline, case, flows, args.max_flows, device)?;
+fn measure(
+    args: &Args,
+    older: Option<&Baseline>,
+    case: &'static Case,
+    flows: u32,
+    device: &kernel::Device,
+) -> Result<(Row, String)> {
+    let mut bench = Bench::load(&args.objects, older, case, flows, args.max_flows, device)?;
     bench.check()?;
     let mut row = Row {
         case: case.name,

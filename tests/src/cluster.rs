@@ -13,7 +13,7 @@ use crate::netns::{NetNs, set_sysctls};
 use crate::places::Places;
 use crate::pod_network;
 use crate::process::Helper;
-use crate::shape::{PodShape, Shape, Uplink, contains};
+use crate::shape::{Network, PodShape, Shape, Uplink, contains};
 use crate::underlay::{COMMON, FORWARD, UPLINK, Underlay};
 use crate::worker::Worker;
 use crate::worker::protocol::{Proto, Request};
@@ -26,8 +26,12 @@ pub struct Cluster {
     shape: Shape,
     workers: HashMap<String, Worker>,
     nodes: Vec<Node>,
-    /// Namespaces of pods and clients, held open while their workers run.
-    namespaces: Vec<NetNs>,
+    /// Namespaces of pods and clients by name, held open while their workers run.
+    namespaces: HashMap<String, NetNs>,
+    /// The host-side devices of pods.
+    ports: HashMap<String, String>,
+    /// Pods that there have been, which number their devices.
+    connected: usize,
     underlay: Underlay,
     helper: Helper,
     places: Owned,
@@ -67,7 +71,9 @@ impl Cluster {
             shape,
             workers: HashMap::new(),
             nodes: Vec::new(),
-            namespaces: Vec::new(),
+            namespaces: HashMap::new(),
+            ports: HashMap::new(),
+            connected: 0,
             underlay,
             helper: helper.clone(),
             places,
@@ -79,7 +85,7 @@ impl Cluster {
             cluster.add_external(index)?;
         }
         for index in 0..cluster.shape.pods.len() {
-            cluster.add_pod(index)?;
+            cluster.start_pod(index)?;
         }
         Ok(cluster)
     }
@@ -119,6 +125,40 @@ impl Cluster {
         worker
             .map(drop)
             .with_context(|| format!("there is no process of {name}"))
+    }
+
+    /// Starts one more pod on a node that there is.
+    pub fn add_pod(&mut self, pod: PodShape) -> Result<()> {
+        self.shape.pods.push(pod);
+        check_names(&self.shape)?;
+        self.start_pod(self.shape.pods.len() - 1)
+    }
+
+    /// Ends a pod, with its process, its namespace and its device: its address may be another's at once.
+    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
+        let index = self.shape.pods.iter().position(|pod| pod.name == name);
+        let pod = self
+            .shape
+            .pods
+            .remove(index.with_context(|| format!("there is no pod {name}"))?);
+        self.kill(name)?;
+        if let Some(port) = self.ports.remove(name) {
+            let node = self.node_index(&pod.node)?;
+            self.nodes[node].links.delete(&port)?;
+        }
+        if let Some(netns) = self.namespaces.remove(name) {
+            netns.remove();
+        }
+        Ok(())
+    }
+
+    /// Tells the router the way to pods also where the network is an overlay, so that clients outside reach them.
+    pub fn route_pods(&mut self) -> Result<()> {
+        if self.shape.network != Network::Vxlan {
+            return Ok(());
+        }
+        let nodes = self.shape.nodes.iter();
+        nodes.clone().try_for_each(|node| self.underlay.route_pods(node))
     }
 
     /// The namespace of a pod or client outside.
@@ -232,34 +272,37 @@ impl Cluster {
             self.helper.worker(&external.name, netns.path(), None),
         )?;
         self.workers.insert(external.name.clone(), worker);
-        self.namespaces.push(netns);
+        self.namespaces.insert(external.name.clone(), netns);
         Ok(())
     }
 
-    fn add_pod(&mut self, number: usize) -> Result<()> {
-        let pod = &self.shape.pods[number];
+    fn start_pod(&mut self, index: usize) -> Result<()> {
+        let pod = &self.shape.pods[index];
         let PodShape {
             name,
             node,
             host_network,
             ..
         } = pod;
-        let index = self.node_index(node)?;
-        let cgroup = self.nodes[index].cgroup.join("pods").join(name);
+        let node = self.node_index(node)?;
+        let cgroup = self.nodes[node].cgroup.join("pods").join(name);
         cgroup::create(&cgroup)?;
         let worker = if *host_network {
             Worker::start(
                 name,
                 self.helper
-                    .worker(name, self.nodes[index].netns.path(), Some(&cgroup)),
+                    .worker(name, self.nodes[node].netns.path(), Some(&cgroup)),
             )?
         } else {
             let netns = NetNs::create(&self.places.0.netns(&format!("pod-{name}")))?;
-            pod_network::connect_pod(&self.shape, number, pod, &mut self.nodes[index].links, &netns)?;
+            let links = &mut self.nodes[node].links;
+            pod_network::connect_pod(&self.shape, self.connected, pod, links, &netns)?;
+            self.ports.insert(name.clone(), pod_network::port(self.connected));
             let worker = Worker::start(name, self.helper.worker(name, netns.path(), Some(&cgroup)))?;
-            self.namespaces.push(netns);
+            self.namespaces.insert(name.clone(), netns);
             worker
         };
+        self.connected += 1;
         self.workers.insert(name.clone(), worker);
         Ok(())
     }

@@ -98,6 +98,16 @@ impl Links {
         )
     }
 
+    /// Removes a device, and of a veth its other end.
+    pub fn delete(&mut self, name: &str) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(name)?;
+        self.netlink
+            .request(RouteNetlinkMessage::DelLink(message), 0)
+            .map(drop)
+            .with_context(|| format!("failed to remove device {name}"))
+    }
+
     /// A bridge that forwards at once and floods multicast (neighbour discovery) to every port.
     pub fn add_bridge(&mut self, name: &str, mtu: Option<u32>) -> Result<()> {
         let data = InfoData::Bridge(vec![InfoBridge::MulticastSnooping(false)]);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// A network namespace, held by an open descriptor and a bind mount that gives it a name.
@@ -52,6 +52,12 @@ impl NetNs {
                 .with_context(|| format!("failed to enter {}", self.path.display()))?;
             work()
         })
+    }
+
+    /// Takes the namespace's name away; it goes with the last process in it.
+    pub fn remove(self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+        let _ = std::fs::remove_file(&self.path);
     }
 
     /// Where the namespace is mounted.

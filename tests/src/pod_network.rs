@@ -142,6 +142,11 @@ fn masquerade(netns: &NetNs, cidr: Prefix) -> Result<()> {
     })
 }
 
+/// The host-side device of the pod `number` of a cluster.
+pub fn port(number: usize) -> String {
+    format!("veth{number:04x}")
+}
+
 /// Connects a pod's namespace to its node.
 pub fn connect_pod(
     shape: &Shape,
@@ -152,7 +157,7 @@ pub fn connect_pod(
 ) -> Result<()> {
     netns.enter(|| set_sysctls(&COMMON))?;
     let mut links = Links::open(netns)?;
-    let port = format!("veth{number:04x}");
+    let port = port(number);
     let mtu = (shape.network == Network::Vxlan).then_some(OVERLAY_MTU);
     node_links.add_veth(&port, UPLINK, netns.fd(), mtu)?;
     if shape.network != Network::Routed {

@@ -45,7 +45,7 @@ impl Uplink {
 }
 
 /// Nodes, pods and clients outside.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Shape {
     pub nodes: Vec<NodeShape>,
     pub pods: Vec<PodShape>,
@@ -53,7 +53,7 @@ pub struct Shape {
     pub network: Network,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeShape {
     pub name: String,
     /// The node's internal addresses, one or two families.
@@ -63,7 +63,7 @@ pub struct NodeShape {
     pub pod_cidrs: Vec<Prefix>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodShape {
     pub name: String,
     pub node: String,
@@ -71,7 +71,7 @@ pub struct PodShape {
     pub host_network: bool,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExternalShape {
     pub name: String,
     pub addresses: Vec<IpAddr>,

@@ -100,16 +100,22 @@ impl Underlay {
             )?;
         }
         if network != Network::Vxlan {
-            for cidr in &node.pod_cidrs {
-                if let Some(via) = node.address(cidr.0) {
-                    self.links.add_route(
-                        *cidr,
-                        Route {
-                            via: Some(via),
-                            ..Route::default()
-                        },
-                    )?;
-                }
+            self.route_pods(node)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the router the way to a node's pods.
+    pub fn route_pods(&mut self, node: &NodeShape) -> Result<()> {
+        for cidr in &node.pod_cidrs {
+            if let Some(via) = node.address(cidr.0) {
+                self.links.add_route(
+                    *cidr,
+                    Route {
+                        via: Some(via),
+                        ..Route::default()
+                    },
+                )?;
             }
         }
         Ok(())

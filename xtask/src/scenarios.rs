@@ -1,5 +1,6 @@
-//! `cargo xtask scenarios …`: builds, then runs the scenario runner: once, once for every configuration, or each
-//! scenario once with the configuration rotated. `--on host` judges policy scenarios without packets.
+//! `cargo xtask scenarios …`: builds, then runs the scenario runner on files of Services and of policies: once, once for
+//! every configuration, or each scenario once with the configuration rotated. `--on host` judges policy scenarios without
+//! packets.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -3,6 +3,7 @@
 pub mod file;
 pub mod flows;
 pub mod judge;
+pub mod netpol;
 pub mod plan;
 pub mod probing;
 pub mod report;

@@ -6,6 +6,9 @@ use serde::Serialize;
 
 use super::judge::Status;
 
+/// So many failures of a scenario are written out; the JSON document has them all.
+const TOLD: usize = 20;
+
 /// One probe.
 #[derive(Debug, Clone, Serialize)]
 pub struct ProbeReport {
@@ -28,7 +31,18 @@ pub struct ScenarioReport {
     pub status: Status,
     pub reason: Option<String>,
     pub seconds: f64,
+    /// Of a table, those that failed.
     pub probes: Vec<ProbeReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cells: Option<Cells>,
+}
+
+/// How much of a policy scenario's tables was probed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Cells {
+    pub probed: usize,
+    /// The kernel has no SCTP.
+    pub sctp_left_out: usize,
 }
 
 /// The whole run.
@@ -51,6 +65,7 @@ impl ScenarioReport {
             reason: Some(reason),
             seconds: 0.0,
             probes: Vec::new(),
+            cells: None,
         }
     }
 
@@ -65,7 +80,26 @@ impl ScenarioReport {
         if let Some(reason) = &self.reason {
             let _ = write!(text, "  {reason}");
         }
+        if let Some(Cells {
+            probed,
+            sctp_left_out,
+        }) = self.cells
+        {
+            let _ = write!(text, "  {probed} cells");
+            if sctp_left_out > 0 {
+                let _ = write!(text, ", {sctp_left_out} of SCTP left out: the kernel lacks it");
+            }
+        }
+        let mut untold = 0;
+        let mut told = 0;
         for probe in &self.probes {
+            if probe.status == Status::Failed {
+                told += 1;
+                if told > TOLD {
+                    untold += 1;
+                    continue;
+                }
+            }
             let ProbeReport {
                 id,
                 step,
@@ -89,6 +123,9 @@ impl ScenarioReport {
                 }
                 _ => Ok(()),
             };
+        }
+        if untold > 0 {
+            let _ = write!(text, "\n      and {untold} more");
         }
         text
     }

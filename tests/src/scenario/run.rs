@@ -70,7 +70,8 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
     report
 }
 
-fn kernel_has_sctp() -> bool {
+/// Whether probes of SCTP can be made.
+pub fn kernel_has_sctp() -> bool {
     let sctp = socket2::Protocol::from(nix::libc::IPPROTO_SCTP);
     socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(sctp)).is_ok()
 }
@@ -112,12 +113,7 @@ fn drive(
     let result = steps();
     let mut told = HashSet::new();
     problems.retain(|problem| told.insert(problem.clone()));
-    if let Some(dir) = &options.logs {
-        for (node, log) in agents.logs() {
-            let kept = dir.join(format!("{}-{node}.log", scenario.id));
-            std::fs::copy(log, &kept).with_context(|| format!("failed to keep {}", kept.display()))?;
-        }
-    }
+    keep_logs(options, &scenario.id, &agents)?;
     if options.hold {
         hold(cluster.places().id.as_str())?;
     }
@@ -159,7 +155,18 @@ fn act(step: &Step, folder: &Manifests, agents: &mut Agents, running: &mut bool)
     Ok(changed)
 }
 
-fn hold(id: &str) -> Result<()> {
+/// Copies the agents' logs to where they are wanted, if anywhere.
+pub fn keep_logs(options: &RunOptions, id: &str, agents: &Agents) -> Result<()> {
+    let Some(dir) = &options.logs else { return Ok(()) };
+    for (node, log) in agents.logs() {
+        let kept = dir.join(format!("{id}-{node}.log"));
+        std::fs::copy(log, &kept).with_context(|| format!("failed to keep {}", kept.display()))?;
+    }
+    Ok(())
+}
+
+/// Waits for Enter.
+pub fn hold(id: &str) -> Result<()> {
     eprintln!("the cluster {id} is up: `ip netns list`, `ip netns exec {id}-node1 …`; Enter removes it");
     std::io::stdin()
         .read_line(&mut String::new())

@@ -2,8 +2,6 @@
 
 use anyhow::{Result, bail};
 
-use super::file::Scenario;
-
 /// A parsed filter expression.
 #[derive(Debug, Default)]
 pub struct Filter {
@@ -36,15 +34,6 @@ impl Filter {
         };
         (self.wanted.is_empty() || any(&self.wanted)) && !any(&self.unwanted)
     }
-}
-
-/// What a filter may name of a scenario.
-pub fn names<'a>(scenario: &'a Scenario, file: &'a str) -> Vec<&'a str> {
-    let tags = scenario.tags.iter().map(String::as_str);
-    [scenario.id.as_str(), &scenario.name, file]
-        .into_iter()
-        .chain(tags)
-        .collect()
 }
 
 /// `*` stands for any text, `?` for one character.

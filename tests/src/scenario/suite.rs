@@ -11,16 +11,50 @@ use anyhow::{Context, Result, ensure};
 
 use super::file::Scenario;
 use super::judge::Status;
+use super::netpol::bed::Bed;
+use super::netpol::file::Case;
+use super::netpol::{self, layout};
 use super::report::ScenarioReport;
 use super::run::{RunOptions, run};
-use super::select::{Filter, names};
+use super::select::Filter;
 use crate::places;
 
 /// A file that was read: a scenario, or the reason why it is none.
 #[derive(Debug)]
 pub struct Entry {
     file: String,
-    scenario: Result<Scenario>,
+    scenario: Result<Any>,
+}
+
+/// A scenario of either schema.
+#[derive(Debug)]
+enum Any {
+    Services(Box<Scenario>),
+    Policies(Box<Case>),
+}
+
+impl Any {
+    /// Decodes a file by the schema that it names.
+    fn parse(text: &[u8]) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        struct Head {
+            schema: String,
+        }
+        let Head { schema } = serde_json::from_slice(text)?;
+        Ok(match schema.as_str() {
+            netpol::file::SCHEMA => Self::Policies(Box::new(Case::parse(text)?)),
+            _ => Self::Services(Box::new(Scenario::parse(text)?)),
+        })
+    }
+
+    /// What a filter may name, beside the file.
+    fn names(&self) -> Vec<&str> {
+        let (id, name, tags) = match self {
+            Self::Services(scenario) => (&scenario.id, &scenario.name, &scenario.tags),
+            Self::Policies(case) => (&case.id, &case.name, &case.tags),
+        };
+        [id, name].into_iter().chain(tags).map(String::as_str).collect()
+    }
 }
 
 /// Reads every `*.json` of folders (deep) and single files, sorted, and keeps what the filter chooses. A file that
@@ -40,9 +74,9 @@ pub fn read(places: &[PathBuf], filter: &Filter) -> Result<Vec<Entry>> {
             .to_string_lossy()
             .into_owned();
         let text = fs::read(&path).with_context(|| format!("failed to read {}", path.display()))?;
-        let scenario = Scenario::parse(&text);
+        let scenario = Any::parse(&text);
         let chosen = match &scenario {
-            Ok(scenario) => filter.matches(&names(scenario, &file)),
+            Ok(scenario) => filter.matches(&[scenario.names(), vec![&file]].concat()),
             Err(_) => matches_raw(filter, &text, &file),
         };
         if chosen {
@@ -91,12 +125,23 @@ pub fn run_all(
     let queue = Mutex::new(VecDeque::from(entries));
     let reports = Mutex::new(Vec::new());
     let work = |job: usize| {
+        let mut bed = None;
         loop {
-            let Some(entry) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
+            let next = next(
+                &mut queue.lock().unwrap_or_else(PoisonError::into_inner),
+                bed.as_ref(),
+                options,
+            );
+            let Some(entry) = next else {
                 return;
             };
+            let name = job.to_string();
             let report = match &entry.scenario {
-                Ok(scenario) => run(scenario, &job.to_string(), options),
+                Ok(Any::Services(scenario)) => {
+                    bed = None;
+                    run(scenario, &name, options)
+                }
+                Ok(Any::Policies(case)) => netpol::run::run(case, &mut bed, &name, options),
                 Err(error) => {
                     ScenarioReport::without_probes(&entry.file, "", Status::Failed, format!("{error:#}"))
                 }
@@ -121,6 +166,20 @@ pub fn run_all(
         }
     });
     reports.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The first in the queue, but one that the cluster at hand serves before others.
+fn next(queue: &mut VecDeque<Entry>, bed: Option<&Bed>, options: &RunOptions) -> Option<Entry> {
+    let served = |entry: &Entry| match (&entry.scenario, bed) {
+        (Ok(Any::Policies(case)), Some(bed)) => {
+            let needs =
+                layout::Layout::of(case).and_then(|found| layout::Needs::of(case, &found, options.network));
+            needs.is_ok_and(|needs| bed.serves(&needs))
+        }
+        _ => false,
+    };
+    let at = queue.iter().position(served).unwrap_or_default();
+    queue.remove(at)
 }
 
 /// Prints one report. A reader that has gone away does not stop the run, which has namespaces to remove.

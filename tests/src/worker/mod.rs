@@ -1,6 +1,7 @@
 //! One process in one namespace that answers, connects and keeps flows, driven over its standard input and output by a
 //! JSON document a line.
 
+mod arrivals;
 pub mod flow;
 mod handle;
 mod herd;
@@ -9,7 +10,9 @@ pub mod protocol;
 mod responder;
 mod serve;
 mod stream;
+mod sweep;
 mod transfer;
 
 pub use handle::Worker;
 pub use serve::serve;
+pub use sweep::PORTS;

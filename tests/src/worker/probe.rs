@@ -91,7 +91,7 @@ pub fn connect(
     dial(socket, proto, to, timeout)
 }
 
-fn open(proto: Proto, to: SocketAddr) -> std::io::Result<Socket> {
+pub(super) fn open(proto: Proto, to: SocketAddr) -> std::io::Result<Socket> {
     let (kind, protocol) = match proto {
         Proto::Tcp => (Type::STREAM, Protocol::TCP),
         Proto::Udp => (Type::DGRAM, Protocol::UDP),

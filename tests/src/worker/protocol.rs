@@ -74,6 +74,43 @@ pub enum Request {
     },
     /// Which of them were answered.
     StreamReport { name: String, stop: bool },
+    /// One connection or datagram to each of many targets.
+    Sweep(Sweep),
+    /// What has arrived at the responders since the last time; the first time begins the watch.
+    Arrivals,
+}
+
+/// Targets that are tried all at once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sweep {
+    pub targets: Vec<Target>,
+    /// The first source port; each try has the next.
+    pub first_port: u16,
+    /// How long a target that should not answer is listened to at least.
+    pub silence_ms: u64,
+    /// How long a try of one that should may take.
+    pub patience_ms: u64,
+    /// How often one that should answer is tried.
+    pub tries: u32,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Target {
+    pub proto: Proto,
+    pub to: SocketAddr,
+    /// Whether an answer is expected.
+    pub answers: bool,
+}
+
+/// What became of a target.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Swept {
+    pub attempt: Attempt,
+    /// Whether in any try a connection was established or anything came back.
+    pub reached: bool,
+    pub tries: u32,
+    /// The addresses tried from.
+    pub sources: Vec<SocketAddr>,
 }
 
 /// New connections to one destination.
@@ -141,6 +178,9 @@ pub enum Response {
         answered: Vec<Option<String>>,
         reopened: Vec<String>,
     },
+    Swept(Vec<Swept>),
+    /// Protocol, own port and client of each.
+    Arrivals(Vec<(Proto, u16, SocketAddr)>),
     Failed(String),
 }
 

@@ -17,6 +17,7 @@ use nix::sys::socket::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::arrivals;
 use super::protocol::{Identity, Proto, Reply, plain};
 
 /// How long a responder waits for the next line of a connection.
@@ -56,7 +57,7 @@ pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
                     .listen(1024)
                     .with_context(|| format!("failed to listen at {addr}"))?;
                 let listener: TcpListener = socket.into();
-                thread::spawn(move || accept(&name, &listener));
+                thread::spawn(move || accept(&name, &listener, (proto, port)));
             }
         }
     }
@@ -76,8 +77,13 @@ pub(super) fn bind(addr: SocketAddr, kind: Type, protocol: Protocol) -> Result<S
     Ok(socket)
 }
 
-fn accept(name: &Arc<str>, listener: &TcpListener) {
-    for stream in listener.incoming().flatten() {
+fn accept(name: &Arc<str>, listener: &TcpListener, (proto, port): (Proto, u16)) {
+    loop {
+        // A client may have gone again.
+        let Ok((stream, client)) = listener.accept() else {
+            continue;
+        };
+        arrivals::note(proto, port, client);
         let name = Arc::clone(name);
         // A connection that breaks is the client's to report.
         thread::spawn(move || answer_lines(&name, &stream).ok());
@@ -147,6 +153,7 @@ fn answer_datagram(name: &str, socket: &UdpSocket, port: u16) -> Result<()> {
             local.context("a datagram without destination")?,
         )
     };
+    arrivals::note(Proto::Udp, port, client);
     let identity = Identity {
         name: name.to_owned(),
         at: SocketAddr::new(local, port),

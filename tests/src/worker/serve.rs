@@ -10,7 +10,7 @@ use super::flow::{Flows, Route};
 use super::herd::Herds;
 use super::protocol::{Answer, Call, Request, Response};
 use super::stream::Streams;
-use super::{probe, responder, transfer};
+use super::{arrivals, probe, responder, sweep, transfer};
 
 /// Serves until the driver closes the input or dies.
 pub fn serve(name: &str) -> Result<()> {
@@ -63,6 +63,8 @@ fn handle(
             connections,
             timeout_ms,
         } => Ok(herds.open(&name, to, connections, timeout_ms)),
+        Request::Sweep(sweep) => Ok(Response::Swept(sweep::run(&sweep))),
+        Request::Arrivals => Ok(Response::Arrivals(arrivals::take())),
         Request::HerdExchange { name, timeout_ms } => Ok(herds.exchange(&name, timeout_ms)),
     }
 }

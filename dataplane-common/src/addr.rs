@@ -72,6 +72,18 @@ impl<'a, A: Copy> Rewrite<'a, A> {
         }
     }
 
+    /// The tuple by itself.
+    #[inline(always)]
+    #[must_use]
+    pub fn tuple(&self) -> Tuple<A> {
+        Tuple {
+            src: *self.src,
+            dst: *self.dst,
+            sport_be: self.sport_be,
+            dport_be: self.dport_be,
+        }
+    }
+
     /// The tuple of the answer to a packet that has got this one.
     #[inline(always)]
     #[must_use]

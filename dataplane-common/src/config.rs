@@ -18,6 +18,8 @@ pub mod config_flags {
     pub const SOCKET_HOST_ONLY: u32 = 8;
     /// Socket hooks translate for pods too: what a pod sends may be a datagram of a socket that was given a backend.
     pub const SOCKET_PODS: u32 = 16;
+    /// A change of policies is for new flows: one that was allowed is not judged again.
+    pub const POLICY_NEW_FLOWS_ONLY: u32 = 32;
 }
 
 /// Constants for one load of the object.

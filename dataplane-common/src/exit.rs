@@ -37,7 +37,7 @@ pub(crate) fn leave<F: RewriteIp, P: Packet, W: World<F>>(
     let meta = F::meta(flow);
     let exit = meta.exit & 0x0f;
     if exit == Exit::Pass as u8 {
-        return Leave::Exit(Verdict::PASS);
+        return Leave::Exit(Verdict::ONWARD);
     }
     let verdict = if exit == Exit::Back as u8 {
         macs(packet)
@@ -46,7 +46,7 @@ pub(crate) fn leave<F: RewriteIp, P: Packet, W: World<F>>(
             .map(|()| Verdict::to(Action::Pod, at.ifindex))
     } else if exit == Exit::Host as u8 {
         if at.ifindex == meta.ifindex && at.side() as u8 == Side::Ingress as u8 {
-            return Leave::Exit(Verdict::PASS);
+            return Leave::Exit(Verdict::ONWARD);
         }
         write_link(packet, at, meta.mac_dst, meta.mac_src).map(|()| Verdict::to(Action::Host, meta.ifindex))
     } else if exit == Exit::Pod as u8 && meta.flags & flow_flags::REPLY != 0 {

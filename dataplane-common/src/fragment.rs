@@ -16,10 +16,11 @@ use crate::{
     addr::{AnyAddr, Family, Tuple, proto},
     balance::flow_hash,
     datagram::{DatagramHead, FragmentSource, HELD_OF_DATAGRAM, HeldHead, WAYS, datagram_state},
+    enforce,
     exit::{Leave, leave},
     packet::Packet,
     parse::{Fragment, Headers, parse_l4},
-    pipeline::{Context, Stages, Work, World, established, not_understood},
+    pipeline::{Context, Stages, Work, World, established, not_understood, settle},
     reason::Reason,
     rewrite::RewriteIp,
     tables::{Entry, InsertError},
@@ -132,7 +133,13 @@ pub(crate) fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     if is_first {
         let mut verdict = stages.first(packet, world, at);
         if verdict.is_pending() {
-            verdict = stages.decide(packet, world, at, verdict);
+            verdict = settle::<F, P, W, S>(packet, world, at, stages, verdict);
+        }
+        if enforce::is_asked(world, at) && verdict.is_open() {
+            verdict = stages.enforce(packet, world, at, verdict);
+            if verdict == Verdict::PASS {
+                verdict = Verdict::ONWARD;
+            }
         }
         let waiting = stages.remember(packet, world, at, verdict);
         if waiting.held != 0 {
@@ -150,7 +157,7 @@ pub(crate) fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     }
     if verdict.action() == Action::Next {
         world.count(Reason::FragmentLimit as u32);
-        return Verdict::PASS;
+        return Verdict::UNREADABLE;
     }
     verdict
 }
@@ -261,7 +268,7 @@ pub fn later<F: RewriteIp, P: Packet, W: Fragments<F, P>>(
         return Verdict::NEXT;
     }
     match head.state {
-        datagram_state::PASSED => Verdict::PASS,
+        datagram_state::PASSED => Verdict::ONWARD,
         datagram_state::DROPPED => Verdict::drop(Reason::FragmentDropped),
         datagram_state::TRANSLATED => follow::<F, P, W>(packet, world, at, work),
         _ => Verdict::NEXT,
@@ -358,7 +365,7 @@ pub fn hold<F: Family, P: Packet, W: Fragments<F, P> + Store<P>>(
 #[inline(always)]
 fn no_room<F: Family, W: World<F>>(world: &W, reason: Reason) -> Verdict {
     world.count(reason as u32);
-    Verdict::PASS
+    Verdict::UNREADABLE
 }
 
 /// Finds or makes the entry of a datagram that is waiting; how many fragments it has. `None`: its first one has come.

@@ -29,7 +29,7 @@ pub const CHECKSUM_AT: usize = 2;
 
 /// Whether a type is an error, that is, quotes a packet (RFC 792, RFC 4443).
 #[inline(always)]
-fn is_error<F: Family>(kind: u8) -> bool {
+pub(crate) fn is_error<F: Family>(kind: u8) -> bool {
     if F::VERSION == 4 {
         matches!(kind, 3 | 11 | 12)
     } else {

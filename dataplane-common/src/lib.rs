@@ -11,6 +11,7 @@ pub mod backend;
 pub mod config;
 pub mod datagram;
 pub mod device;
+pub mod enforce;
 pub mod flow;
 pub mod policy;
 pub mod reason;

@@ -9,23 +9,28 @@ use std::{collections::HashMap, vec::Vec};
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
-    addr::{AnyAddr, Family, Mac, V4, V6, ethertype},
+    addr::{AnyAddr, Family, Mac, Tuple, V4, V6, ethertype},
     backend::{Backend, BackendHead},
     checksum,
     config::Config,
     datagram::{DatagramHead, FIRST_BYTES, FragmentSource, HELD_BYTES, HeldHead},
     device::Device,
+    enforce,
     flow::{FLOW_EVENTS, FlowEvent},
     fragment::{self, Fragments, Store, Waiting},
     packet::{Checksum, Packet},
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
+    policy::{
+        self, Judgement, PeerRulesKey, PodPolicy, PolicyFlow, PolicyRule, PolicySet, PolicyTables,
+        PortRulesKey, RuleBits, port_prefix,
+    },
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     sock::SockBackend,
     tables::{Entry, Env, InsertError, Route, Router, Tables},
-    verdict::{Hook, Verdict},
+    verdict::{Action, Hook, Verdict},
 };
 
 /// The tables of one family.
@@ -40,6 +45,9 @@ pub struct FamilyTables<F: Family> {
     pub ranges: Vec<MemoryRange>,
     /// What socket hooks have given the socket that sends, by address and port.
     pub given: HashMap<(F::Addr, u16), SockBackend>,
+    /// Peer classes of addresses.
+    pub peers: HashMap<F::Addr, u32>,
+    pub policy_flows: RefCell<HashMap<F::PolicyFlowKey, PolicyFlow>>,
 }
 
 impl<F: Family> Default for FamilyTables<F> {
@@ -53,6 +61,8 @@ impl<F: Family> Default for FamilyTables<F> {
             datagrams: RefCell::default(),
             ranges: Vec::new(),
             given: HashMap::new(),
+            peers: HashMap::new(),
+            policy_flows: RefCell::default(),
         }
     }
 }
@@ -119,6 +129,34 @@ pub struct Memory {
     pub refusals_left: Cell<u32>,
     pub midstream_ticks: Cell<u32>,
     pub fragments: HeldFragments,
+    pub policies: Policies,
+}
+
+/// The tables of policies that both families share.
+#[derive(Clone, Debug, Default)]
+pub struct Policies {
+    pub revision: u32,
+    /// By ifindex.
+    pub pods: HashMap<u32, PodPolicy>,
+    /// Ranges and their classes.
+    pub cidrs: Vec<MemoryCidr>,
+    pub sets: Vec<PolicySet>,
+    pub peer_rules: HashMap<PeerRulesKey, u32>,
+    /// With the length of the prefix.
+    pub port_rules: HashMap<(u32, PortRulesKey), u32>,
+    pub bits: Vec<RuleBits>,
+    pub rules: Vec<PolicyRule>,
+    /// By index of a rule.
+    pub hits: RefCell<HashMap<u32, u64>>,
+}
+
+/// A range of `CIDRS_*`.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryCidr {
+    pub version: u8,
+    pub network: AnyAddr,
+    pub length: u8,
+    pub class: u32,
 }
 
 /// The store of held fragments, and what comes out of it.
@@ -150,6 +188,7 @@ impl Default for Memory {
             refusals_left: Cell::new(u32::MAX),
             midstream_ticks: Cell::new(0),
             fragments: HeldFragments::default(),
+            policies: Policies::default(),
         }
     }
 }
@@ -169,7 +208,11 @@ impl Memory {
     }
 
     fn run_as<F: MemoryFamily>(&self, frame: &mut Frame, at: &Context) -> Verdict {
-        process::<F, _, _, _>(frame, self, at, &mut Scratch(work::<F>()))
+        match process::<F, _, _, _>(frame, self, at, &mut Scratch(work::<F>())) {
+            // However it came to that.
+            verdict if verdict.action() == Action::Pass => Verdict::PASS,
+            verdict => verdict,
+        }
     }
 
     /// How often a reason was counted.
@@ -215,6 +258,14 @@ struct Scratch<F: Family>(Work<F>);
 impl<F: MemoryFamily> Stages<F, Frame, Memory> for Scratch<F> {
     fn work(&mut self) -> Option<&mut Work<F>> {
         Some(&mut self.0)
+    }
+
+    fn enforce(&mut self, packet: &mut Frame, world: &Memory, at: &Context, verdict: Verdict) -> Verdict {
+        enforce::untranslated::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn judge(&mut self, _packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
+        enforce::again::<F, _>(world, at, &mut self.0)
     }
 
     fn first(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
@@ -363,6 +414,9 @@ fn work<F: Family>() -> Work<F> {
         datagram_key: F::DatagramKey::zeroed(),
         datagram: F::Datagram::zeroed(),
         source: AnyAddr::default(),
+        from_pod: Tuple::default(),
+        policy_key: F::PolicyFlowKey::zeroed(),
+        policy_flow: PolicyFlow::default(),
     }
 }
 
@@ -403,6 +457,12 @@ impl<F: Family> Entry<F> for MemoryEntry<'_, F> {
             meta.state = state;
         }
     }
+
+    fn set_judged(&self, revision: u32) {
+        if let Some(flow) = self.table.borrow_mut().get_mut(&self.key) {
+            F::meta_mut(flow).judged = revision;
+        }
+    }
 }
 
 fn find<'a, F: Family>(
@@ -415,6 +475,50 @@ fn find<'a, F: Family>(
         key: *key,
         flow,
     })
+}
+
+impl<F: MemoryFamily> PolicyTables<F> for Memory {
+    fn peer(&self, addr: &F::Addr) -> Option<u32> {
+        F::tables(self).peers.get(addr).copied()
+    }
+
+    fn cidr(&self, addr: &F::Addr) -> Option<u32> {
+        let addr = F::to_any(*addr);
+        let cidrs = self
+            .policies
+            .cidrs
+            .iter()
+            .filter(|cidr| cidr.version == F::VERSION);
+        let holding = cidrs.filter(|cidr| is_within(cidr.network, cidr.length, addr));
+        holding.max_by_key(|cidr| cidr.length).map(|cidr| cidr.class)
+    }
+
+    fn set(&self, id: u32) -> Option<&PolicySet> {
+        self.policies.sets.get(id as usize)
+    }
+
+    fn peer_rules(&self, key: PeerRulesKey) -> Option<u32> {
+        self.policies.peer_rules.get(&key).copied()
+    }
+
+    fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
+        (0..=port_prefix::PORT).rev().find_map(|length| {
+            let bits: u64 = bytemuck::cast(key);
+            let mask = u64::MAX.checked_shl(64 - length).unwrap_or(0).to_be();
+            self.policies
+                .port_rules
+                .get(&(length, bytemuck::cast(bits & mask)))
+                .copied()
+        })
+    }
+
+    fn bits(&self, id: u32) -> Option<&RuleBits> {
+        self.policies.bits.get(id as usize)
+    }
+
+    fn rule(&self, index: u32) -> Option<&PolicyRule> {
+        self.policies.rules.get(index as usize)
+    }
 }
 
 impl<F: MemoryFamily> Tables<F> for Memory {
@@ -440,6 +544,20 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         }
         table.insert(*key, *flow);
         Ok(())
+    }
+
+    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<PolicyFlow> {
+        F::tables(self).policy_flows.borrow().get(key).copied()
+    }
+
+    fn touch_policy_flow(&self, key: &F::PolicyFlowKey, seen_ticks: u32) {
+        if let Some(flow) = F::tables(self).policy_flows.borrow_mut().get_mut(key) {
+            flow.seen_ticks = seen_ticks;
+        }
+    }
+
+    fn put_policy_flow(&self, key: &F::PolicyFlowKey, flow: &PolicyFlow) {
+        F::tables(self).policy_flows.borrow_mut().insert(*key, *flow);
     }
 
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32> {
@@ -517,6 +635,23 @@ impl Env for Memory {
         self.devices.get(&ifindex).copied()
     }
 
+    fn policy_revision(&self) -> u32 {
+        self.policies.revision
+    }
+
+    fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {
+        self.policies.pods.get(&ifindex).copied()
+    }
+
+    fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement {
+        // Sets are of no family.
+        policy::judge::<V4, Self>(self, set, class, proto, port_be)
+    }
+
+    fn count_rule(&self, index: u32) {
+        *self.policies.hits.borrow_mut().entry(index).or_default() += 1;
+    }
+
     fn count(&self, reason: u32) {
         self.counters.borrow_mut()[reason as usize] += 1;
     }
@@ -546,6 +681,10 @@ impl Env for Memory {
 
 impl<F: Family> Router<F> for Memory {
     fn route(&self, _ifindex: u32, src: &F::Addr, dst: &F::Addr, _proto: u8, len: u16) -> Route {
+        // Of this host.
+        if F::is_loopback(dst) {
+            return Route::None;
+        }
         // As the kernel's answer is for IPv6 alone (`rt6_need_strict`).
         if F::VERSION == 6 && F::is_loopback(src) {
             return Route::None;

@@ -9,19 +9,21 @@
 //! first answer in [`crate::half_open`], which keep what is large in [`Work`]: a BPF program has 512 bytes of stack in all.
 
 use crate::{
-    addr::{AnyAddr, Family, proto},
+    addr::{AnyAddr, Family, Tuple, proto},
     answer,
     backend::backend_state,
     balance::find_service,
     begin,
     config::config_flags,
     device::own_flags,
+    enforce,
     exit::{Leave, leave},
     flow::{Exit, FlowMeta, Side, flow_flags, flow_state},
     fragment::{self, Waiting},
     half_open, icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
+    policy::{PolicyFlow, PolicyTables},
     reason::Reason,
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
@@ -84,8 +86,8 @@ impl Context {
 }
 
 /// Everything that the datapath asks for, in one bound.
-pub trait World<F: Family>: Tables<F> + Env + Router<F> {}
-impl<F: Family, W: Tables<F> + Env + Router<F>> World<F> for W {}
+pub trait World<F: Family>: Tables<F> + Env + Router<F> + PolicyTables<F> {}
+impl<F: Family, W: Tables<F> + Env + Router<F> + PolicyTables<F>> World<F> for W {}
 
 /// What is being made of one packet that is not established. All zeros is a valid value.
 #[repr(C)]
@@ -110,6 +112,10 @@ pub struct Work<F: Family> {
     pub datagram: F::Datagram,
     /// Where it comes from.
     pub source: AnyAddr,
+    /// The flow at a pod, as the pod would send it, behind the translation of services.
+    pub from_pod: Tuple<F::Addr>,
+    pub policy_key: F::PolicyFlowKey,
+    pub policy_flow: PolicyFlow,
 }
 
 /// In [`Work::service`]: an index that no table is large enough for.
@@ -141,6 +147,10 @@ pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
         }
     }
 
+    // The stages of policies, see `enforce`.
+    fn enforce(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict;
+    fn judge(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+
     // The stages of fragments, see `fragment`. XDP leaves fragments to TC.
     fn first(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
     fn later(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
@@ -164,7 +174,7 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     let mut verdict = if F::VERSION == 4 {
         let mut headers = Headers::default();
         let verdict = glance::<F, P, W>(packet, world, at, &mut headers);
-        if verdict.is_pending()
+        if (verdict.is_pending() || enforce::is_asked(world, at))
             && let Some(work) = stages.work()
         {
             work.headers = headers;
@@ -179,11 +189,32 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
         verdict = if verdict.action() == Action::Fragment {
             fragment::process::<F, P, W, S>(packet, world, &at, stages, verdict.value() == 0)
         } else {
-            stages.decide(packet, world, &at, verdict)
+            settle::<F, P, W, S>(packet, world, &at, stages, verdict)
         };
+    }
+    if enforce::is_asked(world, at) && verdict.is_open() {
+        verdict = stages.enforce(packet, world, at, verdict);
     }
     if verdict.action() == Action::Drop {
         world.count(verdict.value());
+    }
+    verdict
+}
+
+/// Brings what [`glance`] has left undecided to an end.
+#[inline(always)]
+pub(crate) fn settle<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    stages: &mut S,
+    mut verdict: Verdict,
+) -> Verdict {
+    if verdict.action() == Action::Judge {
+        verdict = stages.judge(packet, world, at);
+    }
+    if verdict.is_pending() {
+        verdict = stages.decide(packet, world, at, verdict);
     }
     verdict
 }
@@ -207,10 +238,10 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
             verdict = begin::plan::<F, P, W>(packet, world, at, work);
         }
         if verdict.action() == Action::Next {
-            verdict = begin::claim::<F, W>(world, work);
+            verdict = enforce::beginning::<F, W>(world, at, work);
         }
-        if verdict.action() == Action::Translate {
-            verdict = begin::translate::<F, P, W>(packet, world, at, work);
+        if verdict.action() == Action::Next {
+            verdict = begin::claim::<F, W>(world, work);
         }
     } else if verdict.action() == Action::Icmp {
         verdict = icmp::echo::<F, P, W>(packet, world, at, work);
@@ -219,6 +250,9 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
         }
     } else if verdict.action() == Action::Given {
         verdict = begin::given::<F, W>(world, work);
+    }
+    if verdict.action() == Action::Translate {
+        verdict = begin::translate::<F, P, W>(packet, world, at, work);
     }
     if verdict.action() == Action::Refuse {
         verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers, verdict.value());
@@ -255,7 +289,7 @@ pub(crate) fn not_understood<F: Family, W: World<F>>(world: &W, at: &Context, re
     if at.hook != Hook::Xdp {
         world.count(reason as u32);
     }
-    Verdict::PASS
+    Verdict::UNREADABLE
 }
 
 /// What kind of attention a packet needs.
@@ -325,13 +359,10 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
             if at.hook == Hook::Xdp && !xdp_finishes(meta) {
                 return Verdict::PASS;
             }
-            let state = if headers.has_flags(tcp::FIN | tcp::RST) {
-                flow_state::CLOSING
-            } else if headers.payload {
-                flow_state::OPEN
-            } else {
-                meta.state
-            };
+            if enforce::is_stale(world, at, meta) {
+                return Verdict::to(Action::Judge, 0);
+            }
+            let state = state_after(headers, meta.state);
             if state != meta.state || now != meta.seen_ticks {
                 entry.touch(now, state);
             }
@@ -350,6 +381,18 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
         return Verdict::to(Action::Given, 0);
     }
     Verdict::PASS
+}
+
+/// The state of a flow after one of its packets.
+#[inline(always)]
+pub(crate) fn state_after<A>(headers: &Headers<A>, before: u8) -> u8 {
+    if headers.has_flags(tcp::FIN | tcp::RST) {
+        flow_state::CLOSING
+    } else if headers.payload {
+        flow_state::OPEN
+    } else {
+        before
+    }
 }
 
 /// Whether XDP is done with a packet at the first look, as with most that arrive at a node: its headers are plain, and

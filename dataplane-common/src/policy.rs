@@ -69,9 +69,9 @@ pub struct PolicyFlowKey6 {
 /// Bits of [`PolicyFlow::flags`].
 pub mod policy_flow_flags {
     /// The pod began the flow: its egress set is asked, else its ingress set.
-    pub const FROM_POD: u8 = 1;
+    pub const FROM_POD: u32 = 1;
     /// The node itself began the flow, which no policy forbids.
-    pub const FROM_NODE: u8 = 2;
+    pub const FROM_NODE: u32 = 2;
 }
 
 /// Value of `POLICY_FLOWS_V4` and `POLICY_FLOWS_V6`: a flow that is allowed at a pod.
@@ -85,8 +85,7 @@ pub struct PolicyFlow {
     /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
     pub seen_ticks: u32,
     /// [`policy_flow_flags`].
-    pub flags: u8,
-    pub unused: [u8; 3],
+    pub flags: u32,
 }
 
 /// Value of `POLICY_REVISION` while no pod of this node has a set: hooks ask for nothing. It changes whenever a verdict may
@@ -132,8 +131,9 @@ pub struct PolicySet {
 
 /// Bits of [`PolicySet::flags`].
 pub mod set_flags {
-    /// What no rule decides is denied: a `NetworkPolicy` isolates the pod, or its policies cannot be honoured.
-    pub const DENY_BY_DEFAULT: u8 = 1;
+    /// What no rule decides is allowed: no `NetworkPolicy` isolates the pod. Without it, also in an element that was never
+    /// written, it is denied.
+    pub const ALLOW_BY_DEFAULT: u8 = 1;
 }
 
 /// Key of `PEER_RULES`; the value is an id in `RULE_BITS`. Without an entry it is [`PolicySet::any_peer`].
@@ -164,14 +164,14 @@ pub mod port_prefix {
     pub const PORT: u32 = 64;
 }
 
-/// What a rule does with what it matches.
+/// What a rule does with what it matches. 0 is no action: an element that was never written.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RuleAction {
-    Allow = 0,
-    Deny = 1,
+    Allow = 1,
+    Deny = 2,
     /// Leaves the decision to the tiers behind.
-    Pass = 2,
+    Pass = 3,
 }
 
 /// Value of `RULES`: a rule of a set.
@@ -198,7 +198,7 @@ const _: () = assert!(size_of::<PortRulesKey>() == 8);
 const _: () = assert!(size_of::<PolicyRule>() == 12);
 
 /// What policy asks of its surroundings.
-pub trait PolicyTables<F: Family> {
+pub trait PolicyTables<F: Family>: Sized {
     /// The class that `PEERS_*` has for an address.
     fn peer(&self, addr: &F::Addr) -> Option<u32>;
     /// The class of the longest range of `CIDRS_*` that holds an address.
@@ -213,7 +213,19 @@ pub trait PolicyTables<F: Family> {
     fn bits(&self, id: u32) -> Option<&RuleBits>;
     /// `RULES`.
     fn rule(&self, index: u32) -> Option<&PolicyRule>;
+
+    /// The lowest rule from `from` on that two elements of `RULE_BITS` have both; [`NO_RULE`] if there is none, and
+    /// [`NO_BITS`] if one of the two is missing.
+    #[inline(always)]
+    fn lowest(&self, by_peer: u32, by_port: u32, words: u8, from: u32) -> u32 {
+        lowest_of::<F, Self>(self, by_peer, by_port, words, from)
+    }
 }
+
+/// Of [`PolicyTables::lowest`].
+pub const NO_RULE: u32 = SET_RULES;
+/// Of [`PolicyTables::lowest`].
+pub const NO_BITS: u32 = u32::MAX;
 
 /// A verdict and what gave it, one word: what a BPF function returns (ARCHITECTURE, decision 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,8 +248,25 @@ impl Judgement {
     }
 
     #[inline(always)]
+    pub const fn to_raw(self) -> u32 {
+        self.0
+    }
+
+    /// The judgement of [`Self::to_raw`].
+    #[inline(always)]
+    pub const fn from_raw(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    #[inline(always)]
     pub const fn is_allowed(self) -> bool {
         self.0 & Self::DENIED == 0
+    }
+
+    /// Something was not there that the tables refer to.
+    #[inline(always)]
+    pub const fn is_broken(self) -> bool {
+        self.0 == Self::BROKEN.0
     }
 
     /// Index into `RULES` of the rule that decided; `None`: none did.
@@ -274,7 +303,7 @@ pub fn judge<F: Family, T: PolicyTables<F>>(
     let Some(header) = tables.set(set) else {
         return Judgement::BROKEN;
     };
-    let denies = header.flags & set_flags::DENY_BY_DEFAULT != 0;
+    let denies = header.flags & set_flags::ALLOW_BY_DEFAULT == 0;
     let by_peer = tables
         .peer_rules(PeerRulesKey { set, class })
         .unwrap_or(header.any_peer);
@@ -285,38 +314,71 @@ pub fn judge<F: Family, T: PolicyTables<F>>(
     }) else {
         return Judgement::by_default(denies);
     };
-    let (Some(by_peer), Some(by_port)) = (tables.bits(by_peer), tables.bits(by_port)) else {
-        return Judgement::BROKEN;
-    };
-    let first = lowest(by_peer, by_port, header.words, 0);
-    if first >= SET_RULES {
-        return Judgement::by_default(denies);
+    let first = tables.lowest(by_peer, by_port, header.words, 0);
+    if first >= NO_RULE {
+        return nothing(first, denies);
     }
     let index = header.rules.wrapping_add(first);
     let Some(rule) = tables.rule(index) else {
         return Judgement::BROKEN;
     };
     if rule.action != RuleAction::Pass as u8 {
-        return Judgement::by_rule(rule.action != RuleAction::Allow as u8, index);
+        return decided(rule.action, index);
     }
     // Behind the baseline tier there is nothing more to ask.
     if first >= u32::from(header.admin_rules) {
         return Judgement::by_rule(denies, index);
     }
-    let second = lowest(by_peer, by_port, header.words, u32::from(header.admin_rules));
-    if second >= SET_RULES {
-        return Judgement::by_default(denies);
+    let second = tables.lowest(by_peer, by_port, header.words, u32::from(header.admin_rules));
+    if second >= NO_RULE {
+        return nothing(second, denies);
     }
     let index = header.rules.wrapping_add(second);
     match tables.rule(index) {
-        Some(rule) if rule.action == RuleAction::Deny as u8 => Judgement::by_rule(true, index),
-        Some(rule) if rule.action == RuleAction::Allow as u8 => Judgement::by_rule(false, index),
-        Some(_) => Judgement::by_rule(denies, index),
+        Some(rule) if rule.action == RuleAction::Pass as u8 => Judgement::by_rule(denies, index),
+        Some(rule) => decided(rule.action, index),
         None => Judgement::BROKEN,
     }
 }
 
-/// The lowest rule from `from` on that both have; [`SET_RULES`] if there is none.
+/// By a rule that does not pass.
+#[inline(always)]
+fn decided(action: u8, index: u32) -> Judgement {
+    if action == RuleAction::Allow as u8 {
+        Judgement::by_rule(false, index)
+    } else if action == RuleAction::Deny as u8 {
+        Judgement::by_rule(true, index)
+    } else {
+        Judgement::BROKEN
+    }
+}
+
+/// Without a rule that decides.
+#[inline(always)]
+fn nothing(found: u32, denies: bool) -> Judgement {
+    if found == NO_BITS {
+        Judgement::BROKEN
+    } else {
+        Judgement::by_default(denies)
+    }
+}
+
+/// [`PolicyTables::lowest`] of these tables.
+#[inline(always)]
+pub fn lowest_of<F: Family, T: PolicyTables<F>>(
+    tables: &T,
+    by_peer: u32,
+    by_port: u32,
+    words: u8,
+    from: u32,
+) -> u32 {
+    match (tables.bits(by_peer), tables.bits(by_port)) {
+        (Some(by_peer), Some(by_port)) => lowest(by_peer, by_port, words, from),
+        _ => NO_BITS,
+    }
+}
+
+/// The lowest rule from `from` on that both have; [`NO_RULE`] if there is none.
 #[inline(always)]
 fn lowest(a: &RuleBits, b: &RuleBits, words: u8, from: u32) -> u32 {
     let mut i = 0;
@@ -334,7 +396,7 @@ fn lowest(a: &RuleBits, b: &RuleBits, words: u8, from: u32) -> u32 {
         }
         i += 1;
     }
-    SET_RULES
+    NO_RULE
 }
 
 #[cfg(test)]
@@ -400,33 +462,33 @@ mod tests {
             let judgement = judge::<V4, _>(tables, 7, 0, proto, 80);
             (judgement.is_allowed(), judgement.rule())
         };
-        let closed = set_flags::DENY_BY_DEFAULT;
+        let open = set_flags::ALLOW_BY_DEFAULT;
         assert_eq!(
-            judged(&one([Deny, Allow, Allow], 0b111, 0), proto::TCP),
+            judged(&one([Deny, Allow, Allow], 0b111, open), proto::TCP),
             (false, Some(100))
         );
         assert_eq!(
-            judged(&one([Deny, Allow, Deny], 0b110, 0), proto::TCP),
+            judged(&one([Deny, Allow, Deny], 0b110, open), proto::TCP),
             (true, Some(101))
         );
         assert_eq!(
-            judged(&one([Pass, Deny, Allow], 0b111, closed), proto::TCP),
+            judged(&one([Pass, Deny, Allow], 0b111, 0), proto::TCP),
             (true, Some(102))
         );
         assert_eq!(
-            judged(&one([Pass, Deny, Deny], 0b111, 0), proto::TCP),
+            judged(&one([Pass, Deny, Deny], 0b111, open), proto::TCP),
             (false, Some(102))
         );
         assert_eq!(
-            judged(&one([Pass, Deny, Allow], 0b011, closed), proto::TCP),
+            judged(&one([Pass, Deny, Allow], 0b011, 0), proto::TCP),
             (false, None)
         );
         assert_eq!(
-            judged(&one([Deny, Deny, Pass], 0b100, 0), proto::TCP),
+            judged(&one([Deny, Deny, Pass], 0b100, open), proto::TCP),
             (true, Some(102))
         );
-        assert_eq!(judged(&one([Allow; 3], 0b111, closed), proto::UDP), (false, None));
-        assert_eq!(judged(&one([Allow; 3], 0, 0), proto::TCP), (true, None));
+        assert_eq!(judged(&one([Allow; 3], 0b111, 0), proto::UDP), (false, None));
+        assert_eq!(judged(&one([Allow; 3], 0, open), proto::TCP), (true, None));
     }
 
     #[test]

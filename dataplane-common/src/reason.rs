@@ -71,6 +71,14 @@ reasons! {
     TtlExceeded = "ttl-exceeded",
     /// Answered: larger than the path's MTU (fragmentation needed or packet too big sent).
     FragmentationNeeded = "fragmentation-needed",
+    /// Dropped: a policy denies the flow, or isolates the pod and no rule allows it.
+    PolicyDenied = "policy-denied",
+    /// Dropped: the interface's pod is not known yet, nor its policies.
+    PolicyUnknownPod = "policy-unknown-pod",
+    /// Dropped: a pod with policies, and the packet does not tell what flow it belongs to.
+    PolicyUnreadable = "policy-unreadable",
+    /// Dropped: the tables of policies lack an entry that they refer to.
+    PolicyBroken = "policy-broken",
     /// Dropped: the packet could not be rewritten.
     RewriteFailed = "rewrite-failed",
 }

@@ -6,6 +6,7 @@ use crate::{
     config::Config,
     device::Device,
     flow::FlowEvent,
+    policy::{Judgement, PodPolicy, PolicyFlow},
     service::{Affinity, PortSet, ServiceHead},
     sock::SockBackend,
 };
@@ -15,6 +16,8 @@ pub trait Entry<F: Family> {
     fn flow(&self) -> &F::Flow;
     /// Stores when the entry was last used, and its `flow_state`.
     fn touch(&self, seen_ticks: u32, state: u8);
+    /// Stores [`FlowMeta::judged`](crate::flow::FlowMeta::judged).
+    fn set_judged(&self, revision: u32);
 }
 
 /// Why an insert did nothing.
@@ -36,6 +39,12 @@ pub trait Tables<F: Family> {
     fn put_flow(&self, key: &F::FlowKey, flow: &F::Flow) -> Result<(), InsertError>;
     /// Inserts, or replaces when `replace`.
     fn put_half_open(&self, key: &F::FlowKey, flow: &F::Flow, replace: bool) -> Result<(), InsertError>;
+
+    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<PolicyFlow>;
+    /// Stores when an entry was last used, if it is still there.
+    fn touch_policy_flow(&self, key: &F::PolicyFlowKey, seen_ticks: u32);
+    /// Inserts or replaces. A full table evicts; where even that fails, the flow is judged anew.
+    fn put_policy_flow(&self, key: &F::PolicyFlowKey, flow: &PolicyFlow);
 
     /// The service index of a frontend.
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
@@ -69,6 +78,15 @@ pub trait Env {
     fn maglev(&self, index: u32) -> Option<u64>;
     fn ports(&self, index: u32) -> PortSet;
     fn device(&self, ifindex: u32) -> Option<Device>;
+
+    /// `POLICY_REVISION`.
+    fn policy_revision(&self) -> u32;
+    /// `POD_POLICY`, by the pod's host-side interface.
+    fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy>;
+    /// [`policy::judge`](crate::policy::judge) by these tables.
+    fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement;
+    /// Counts a verdict of a rule, by its index in `RULES`.
+    fn count_rule(&self, index: u32);
 
     /// Counts a [`Reason`](crate::reason::Reason), given by its number.
     fn count(&self, reason: u32);

@@ -33,6 +33,8 @@ pub enum Action {
     Next,
     /// Not decided yet, between the steps of a stage: to be translated by its new entry.
     Translate,
+    /// Not decided yet: policies have changed since the flow was judged.
+    Judge,
     /// Not decided yet: a fragment, the datagram's first one if `value` is 0.
     Fragment,
 }
@@ -46,7 +48,12 @@ pub enum Action {
 pub struct Verdict(u64);
 
 impl Verdict {
+    /// Nothing to us.
     pub const PASS: Self = Self::to(Action::Pass, 0);
+    /// Passed because it can't be read.
+    pub(crate) const UNREADABLE: Self = Self::to(Action::Pass, 1);
+    /// What was to be done is done, and policies have been asked.
+    pub(crate) const ONWARD: Self = Self::to(Action::Pass, 2);
     pub const ANSWER: Self = Self::to(Action::Answer, 0);
     pub(crate) const NEXT: Self = Self::to(Action::Next, 0);
     pub(crate) const TRANSLATE: Self = Self::to(Action::Translate, 0);
@@ -83,6 +90,7 @@ impl Verdict {
             11 => Action::TooBig,
             12 => Action::Next,
             13 => Action::Translate,
+            14 => Action::Judge,
             _ => Action::Fragment,
         }
     }
@@ -96,6 +104,12 @@ impl Verdict {
     #[inline(always)]
     pub const fn from_raw(raw: u64) -> Self {
         Self(raw)
+    }
+
+    /// Whether no policy has been asked about a packet that goes on.
+    #[inline(always)]
+    pub(crate) const fn is_open(self) -> bool {
+        self.0 == Self::PASS.0 || self.0 == Self::UNREADABLE.0
     }
 
     /// Whether another stage has to decide.

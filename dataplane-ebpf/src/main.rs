@@ -8,8 +8,10 @@ extern crate self as aya_log_ebpf;
 
 mod access;
 mod debug;
+mod enforce;
 mod fragments;
 mod maps;
+mod policies;
 mod sock;
 mod stages;
 mod tc;

@@ -13,8 +13,8 @@ use dataplane_common::{
     flow::{self, Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
     policy::{
-        PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
-        RuleBits,
+        PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
+        PortRulesKey, RuleBits,
     },
     reason::REASONS,
     service::{

@@ -11,6 +11,7 @@ use dataplane_common::{
 
 use crate::{
     access::{SkbPacket, XdpPacket},
+    enforce::{no_policies, policies},
     fragments::{fragments, no_fragments},
     maps::{WORK_V4, WORK_V6},
     world::{World, work},
@@ -20,7 +21,7 @@ use crate::{
 pub struct Apart<C>(pub *mut C);
 
 macro_rules! stages {
-    ($family:ident, $context:ident, $packet:ident, $work:ident, $fragments:ident, $decide:ident $(, $glance:ident)?) => {
+    ($family:ident, $context:ident, $packet:ident, $work:ident, $fragments:ident, $policies:ident, $decide:ident $(, $glance:ident)?) => {
         impl Stages<$family, $packet, World<$context>> for Apart<$context> {
             #[inline(always)]
             fn work(&mut self) -> Option<&mut Work<$family>> {
@@ -37,6 +38,7 @@ macro_rules! stages {
                 Verdict::from_raw($decide(self.0, at.to_raw(), verdict.to_raw()))
             }
             $fragments!($family);
+            $policies!($family);
         }
 
         $(
@@ -63,23 +65,41 @@ macro_rules! stages {
     };
 }
 
-stages!(V4, xdp_md, XdpPacket, WORK_V4, no_fragments, decide_xdp4);
+stages!(
+    V4,
+    xdp_md,
+    XdpPacket,
+    WORK_V4,
+    no_fragments,
+    no_policies,
+    decide_xdp4
+);
 stages!(
     V6,
     xdp_md,
     XdpPacket,
     WORK_V6,
     no_fragments,
+    no_policies,
     decide_xdp6,
     glance_xdp6
 );
-stages!(V4, __sk_buff, SkbPacket, WORK_V4, fragments, decide_skb4);
+stages!(
+    V4,
+    __sk_buff,
+    SkbPacket,
+    WORK_V4,
+    fragments,
+    policies,
+    decide_skb4
+);
 stages!(
     V6,
     __sk_buff,
     SkbPacket,
     WORK_V6,
     fragments,
+    policies,
     decide_skb6,
     glance_skb6
 );

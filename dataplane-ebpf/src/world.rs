@@ -19,6 +19,7 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
+    policy::{Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, REVISION_NONE},
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
@@ -27,7 +28,7 @@ use dataplane_common::{
     tables::{Entry, Env, InsertError, Route, Router, Tables},
 };
 
-use crate::maps::*;
+use crate::{maps::*, policies};
 
 /// Written by the agent before the object is loaded.
 #[unsafe(no_mangle)]
@@ -112,7 +113,8 @@ pub struct MapEntry<V>(*mut V);
 
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
-     $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr) => {
+     $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr,
+     $policy_key:ty, $policy_flows:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -128,6 +130,11 @@ macro_rules! family_tables {
                     ptr::write_volatile(&raw mut (*meta).seen_ticks, seen_ticks);
                     ptr::write_volatile(&raw mut (*meta).state, state);
                 }
+            }
+            #[inline(always)]
+            fn set_judged(&self, revision: u32) {
+                // SAFETY: as above.
+                unsafe { ptr::write_volatile(&raw mut (*self.0).meta.judged, revision) };
             }
         }
 
@@ -159,6 +166,22 @@ macro_rules! family_tables {
                     flow,
                     if replace { 0 } else { u64::from(BPF_NOEXIST) },
                 )
+            }
+            #[inline(always)]
+            fn policy_flow(&self, key: &$policy_key) -> Option<PolicyFlow> {
+                // SAFETY: may be torn when the entry is reused meanwhile, for a flow that was allowed, too.
+                unsafe { $policy_flows.get(key) }.copied()
+            }
+            #[inline(always)]
+            fn touch_policy_flow(&self, key: &$policy_key, seen_ticks: u32) {
+                if let Some(flow) = $policy_flows.get_ptr_mut(key) {
+                    // SAFETY: a single store of an aligned field of an element that exists.
+                    unsafe { ptr::write_volatile(&raw mut (*flow).seen_ticks, seen_ticks) };
+                }
+            }
+            #[inline(always)]
+            fn put_policy_flow(&self, key: &$policy_key, flow: &PolicyFlow) {
+                let _ = insert(&$policy_flows, key, flow, 0);
             }
             #[inline(always)]
             fn frontend(&self, key: &$frontend) -> Option<u32> {
@@ -222,7 +245,9 @@ family_tables!(
     SourceRange4,
     RANGES_V4,
     SOCK_REVERSE_V4,
-    SockKey4::new
+    SockKey4::new,
+    PolicyFlowKey4,
+    POLICY_FLOWS_V4
 );
 family_tables!(
     V6,
@@ -238,7 +263,9 @@ family_tables!(
     SourceRange6,
     RANGES_V6,
     SOCK_REVERSE_V6,
-    SockKey6::new
+    SockKey6::new,
+    PolicyFlowKey6,
+    POLICY_FLOWS_V6
 );
 
 /// `EEXIST`, as helpers return it.
@@ -261,7 +288,10 @@ pub fn insert<K, V, const M: usize, const F: usize>(
 }
 
 #[inline(always)]
-fn value<K: Copy, V: Copy, const M: usize, const F: usize>(map: &HashMap<K, V, M, F>, key: &K) -> Option<V> {
+pub fn value<K: Copy, V: Copy, const M: usize, const F: usize>(
+    map: &HashMap<K, V, M, F>,
+    key: &K,
+) -> Option<V> {
     let key = Aligned(*key);
     // SAFETY: values of these maps never change in place, see `dataplane_common::service::Frontend`.
     unsafe { map.get(key.in_place()) }.copied()
@@ -347,6 +377,33 @@ impl<C> Env for World<C> {
     #[inline(always)]
     fn device(&self, ifindex: u32) -> Option<Device> {
         value(&DEVICES, &ifindex)
+    }
+
+    #[inline(always)]
+    fn policy_revision(&self) -> u32 {
+        let Some(revision) = POLICY_REVISION.get_ptr(0) else {
+            return REVISION_NONE;
+        };
+        // SAFETY: the element exists; one aligned load.
+        unsafe { ptr::read_volatile(revision) }
+    }
+
+    #[inline(always)]
+    fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {
+        value(&POD_POLICY, &ifindex)
+    }
+
+    #[inline(always)]
+    fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement {
+        policies::judge(set, class, proto, port_be)
+    }
+
+    #[inline(always)]
+    fn count_rule(&self, index: u32) {
+        if let Some(hits) = RULE_HITS.get_ptr_mut(index) {
+            // SAFETY: as in `count`.
+            unsafe { *hits += 1 };
+        }
     }
 
     #[inline(always)]

@@ -33,6 +33,8 @@ mod access;
 #[path = "../maps.rs"]
 #[expect(dead_code, reason = "shared with the datapath")]
 mod maps;
+#[path = "../policies.rs"]
+mod policies;
 #[path = "../world.rs"]
 mod world;
 

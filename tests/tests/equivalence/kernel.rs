@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, MapData};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
@@ -99,6 +99,7 @@ impl Kernel {
             (["AFFINITY_V4", "AFFINITY_V6"], FLOWS),
             (["FLOWS_V4", "FLOWS_V6"], FLOWS),
             (["HALF_OPEN_V4", "HALF_OPEN_V6"], FLOWS),
+            (["POLICY_FLOWS_V4", "POLICY_FLOWS_V6"], FLOWS),
             (["DATAGRAMS_V4", "DATAGRAMS_V6"], FLOWS),
             (["HELD", "HELD"], config.held),
         ] {
@@ -220,14 +221,37 @@ impl Kernel {
         Ok(())
     }
 
-    /// Adds a service's source range to a trie.
-    pub fn insert_range<A: Pod, const N: usize>(&mut self, name: &str, length: u32, range: &A) -> Result<()> {
+    /// Adds a prefix to a trie.
+    pub fn insert_prefix<A: Pod, const N: usize>(
+        &mut self,
+        name: &str,
+        length: u32,
+        prefix: &A,
+        value: u32,
+    ) -> Result<()> {
         let map = self
             .object
             .map_mut(name)
             .with_context(|| format!("no map {name}"))?;
         let mut trie: LpmTrie<&mut MapData, [u8; N], u32> = LpmTrie::try_from(map)?;
-        Ok(trie.insert(&Key::new(length, to_array::<A, N>(range)), 1, 0)?)
+        Ok(trie.insert(&Key::new(length, to_array::<A, N>(prefix)), value, 0)?)
+    }
+
+    /// Removes an entry of a hash.
+    pub fn remove<A: Pod, const K: usize, const V: usize>(&mut self, name: &str, key: &A) -> Result<()> {
+        Ok(self.hash::<K, V>(name)?.remove(&to_array::<A, K>(key))?)
+    }
+
+    /// Sums up an element of a per-CPU array, and sets it to 0.
+    pub fn take_count(&mut self, name: &str, index: u32) -> Result<u64> {
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        let mut counts: PerCpuArray<&mut MapData, u64> = PerCpuArray::try_from(map)?;
+        let values = counts.get(&index, 0)?;
+        counts.set(index, PerCpuValues::try_from(vec![0; values.len()])?, 0)?;
+        Ok(values.iter().sum())
     }
 
     /// Takes every entry out of a hash.

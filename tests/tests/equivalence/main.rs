@@ -6,6 +6,7 @@
 
 mod kernel;
 mod packets;
+mod policies;
 mod setting;
 
 use std::collections::HashMap;
@@ -28,6 +29,7 @@ use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::packet::Packet;
 use dataplane_common::parse::{ETHERNET_LEN, Headers, ParseIp, parse_l4};
 use dataplane_common::pipeline::Context;
+use dataplane_common::reason::Reason;
 use dataplane_common::service::{
     Affinity, AffinityKey4, AffinityKey6, Frontend, RANGE_SERVICE_BITS, SourceRange4, SourceRange6,
     service_flags,
@@ -79,19 +81,22 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
     let started = Instant::now();
 
     let (_netns, mut links) = setting::enter()?;
-    let setting = Setting::new(&mut links)?;
+    let mut setting = Setting::new(&mut links)?;
     let mut kernel = Kernel::load(&object, &setting.memory.config, &setting.memory, debug_lines)?;
     links.attach_xdp("up0", &kernel.xdp()?)?;
+    let mut random = Random(seed);
+    setting.add_policies(&mut random);
     fill(&mut kernel, &setting.memory)?;
     let mut run = Run {
         setting,
         kernel,
-        random: Random(seed),
+        random,
         talks: Vec::new(),
         codes: [[0; 8]; 6],
         refused: 0,
         remembered: 0,
         held: 0,
+        judged: 0,
     };
     for number in 0..packets {
         if number % CHANGE == 0 {
@@ -134,7 +139,7 @@ fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
             addr_be: range.network[0],
         };
         let length = RANGE_SERVICE_BITS + u32::from(range.length);
-        kernel.insert_range::<_, 8>("RANGES_V4", length, &data)?;
+        kernel.insert_prefix::<_, 8>("RANGES_V4", length, &data, 1)?;
     }
     for range in &memory.v6.ranges {
         let data = SourceRange6 {
@@ -142,12 +147,12 @@ fn fill(kernel: &mut Kernel, memory: &Memory) -> Result<()> {
             addr_be: range.network,
         };
         let length = RANGE_SERVICE_BITS + u32::from(range.length);
-        kernel.insert_range::<_, 20>("RANGES_V6", length, &data)?;
+        kernel.insert_prefix::<_, 20>("RANGES_V6", length, &data, 1)?;
     }
     let (v4, v6) = (values(&memory.v4.frontends), values(&memory.v6.frontends));
     kernel.insert::<_, _, 8, 8>("FRONTENDS_V4", v4.iter())?;
     kernel.insert::<_, _, 20, 8>("FRONTENDS_V6", v6.iter())?;
-    Ok(())
+    policies::fill(kernel, memory)
 }
 
 /// Frontends as the kernel's tables have them.
@@ -182,6 +187,7 @@ struct Run {
     remembered: usize,
     /// Fragments that were still held when tables were compared.
     held: usize,
+    judged: usize,
 }
 
 impl Run {
@@ -208,6 +214,9 @@ impl Run {
             }
         }
         let by_host = Outcome::of_host(verdict, &at, out);
+        if by_host != by_kernel {
+            self.tell_counters()?;
+        }
         ensure!(
             by_host == by_kernel,
             "{at:?}, gso size {}, {talk:?}\n   in  {}\n host  {} {verdict:?}\n       {}\nkernel {}\n       {}",
@@ -224,6 +233,20 @@ impl Run {
             self.codes[hook][6] -= 1;
             self.codes[hook][7] += 1;
         }
+        Ok(())
+    }
+
+    /// What both builds have counted, and the policies at hand.
+    fn tell_counters(&mut self) -> Result<()> {
+        let of_host = self.setting.memory.counters.borrow().clone();
+        for (reason, of_host) in Reason::ALL.iter().zip(of_host) {
+            let of_kernel = self.kernel.take_count("COUNTERS", *reason as u32)?;
+            if of_kernel != of_host {
+                println!("{}: host {of_host}, kernel {of_kernel}", reason.label());
+            }
+        }
+        let policies = &self.setting.memory.policies;
+        println!("revision {}, pods {:?}", policies.revision, policies.pods);
         Ok(())
     }
 
@@ -327,22 +350,24 @@ impl Run {
             head.flags |= service_flags::DELETED;
         }
         self.kernel
-            .set_element::<_, 32>("SERVICES", index as u32, &memory.services[index])
+            .set_element::<_, 32>("SERVICES", index as u32, &memory.services[index])?;
+        policies::change(&mut self.setting, &mut self.kernel, &mut self.random)
     }
 
     /// Both builds remember the same flows; forgets them.
     fn compare_tables(&mut self) -> Result<()> {
-        self.compare::<V4, FlowKey4, Flow4, 16, 52>("FLOWS_V4", "HALF_OPEN_V4", |memory| &mut memory.v4)?;
-        self.compare::<V6, FlowKey6, Flow6, 40, 76>("FLOWS_V6", "HALF_OPEN_V6", |memory| &mut memory.v6)?;
+        self.compare::<V4, FlowKey4, Flow4, 16, 56>("FLOWS_V4", "HALF_OPEN_V4", |memory| &mut memory.v4)?;
+        self.compare::<V6, FlowKey6, Flow6, 40, 80>("FLOWS_V6", "HALF_OPEN_V6", |memory| &mut memory.v6)?;
         self.compare_affinity::<V4, AffinityKey4, 12>("AFFINITY_V4", |memory| &mut memory.v4)?;
         self.compare_affinity::<V6, AffinityKey6, 24>("AFFINITY_V6", |memory| &mut memory.v6)?;
-        self.compare_datagrams::<V4, DatagramKey4, Datagram4, 16, 64>("DATAGRAMS_V4", |memory| {
+        self.compare_datagrams::<V4, DatagramKey4, Datagram4, 16, 68>("DATAGRAMS_V4", |memory| {
             &mut memory.v4
         })?;
-        self.compare_datagrams::<V6, DatagramKey6, Datagram6, 40, 88>("DATAGRAMS_V6", |memory| {
+        self.compare_datagrams::<V6, DatagramKey6, Datagram6, 40, 92>("DATAGRAMS_V6", |memory| {
             &mut memory.v6
         })?;
         self.compare_held()?;
+        self.judged += policies::compare(&mut self.setting, &mut self.kernel)?;
         self.talks.clear();
         Ok(())
     }
@@ -482,7 +507,7 @@ impl Run {
                 codes[7]
             );
         }
-        for (reason, count) in dataplane_common::reason::Reason::ALL
+        for (reason, count) in Reason::ALL
             .iter()
             .zip(self.setting.memory.counters.borrow().iter())
         {
@@ -494,6 +519,7 @@ impl Run {
         }
         println!("clients remembered: {}", self.remembered);
         println!("fragments held at the end of an episode: {}", self.held);
+        println!("flows that policies allowed: {}", self.judged);
         println!("refused as too short: {}", self.refused);
     }
 }

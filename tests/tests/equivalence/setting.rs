@@ -62,7 +62,7 @@ fn v6(c: u8, d: u8) -> IpAddr {
     [0xfd00, 0x244, u16::from(c), 0, 0, 0, 0, u16::from(d)].into()
 }
 
-fn any(ip: IpAddr) -> AnyAddr {
+pub fn any(ip: IpAddr) -> AnyAddr {
     match ip {
         IpAddr::V4(ip) => V4::to_any(u32::from_ne_bytes(ip.octets())),
         IpAddr::V6(ip) => bytemuck::cast(ip.octets()),

@@ -71,9 +71,9 @@ impl Tables {
                 admin_rules: set.admin_rules,
                 words: set.key.rules.len().div_ceil(64) as u8,
                 flags: if set.key.deny_by_default {
-                    set_flags::DENY_BY_DEFAULT
-                } else {
                     0
+                } else {
+                    set_flags::ALLOW_BY_DEFAULT
                 },
             };
             tables.sets.insert(id, header);

@@ -1,0 +1,355 @@
+//! `from_pod` and `to_pod`: what the policies of a pod say of a packet, and what is remembered of it.
+//!
+//! Policies see pods, so the tuple that is judged is the one behind the translation of services. A translated flow keeps
+//! in its entry when it was judged last ([`FlowMeta::judged`](crate::flow::FlowMeta::judged)); any other flow has an entry in
+//! `POLICY_FLOWS` at each of its pods. Either way the first look finds it, and nothing else is asked until `POLICY_REVISION`
+//! changes; then each flow is judged again, in the direction in which it began.
+//!
+//! What is not judged: replies (they belong to a flow that was), ICMP errors about such flows, neighbour discovery, a pod and
+//! itself, and what this node sends itself, which has entered by no device and has an address of the node.
+//!
+//! A TCP segment in the middle of a connection that nothing is known of, because its entry was evicted or the policies are
+//! newer, is allowed if it would be in either direction: who began cannot be told.
+
+use crate::{
+    addr::{Family, proto},
+    config::config_flags,
+    flow::{Exit, FlowMeta, flow_flags, flow_state},
+    icmp,
+    packet::Packet,
+    parse::{Fragment, parse_ports},
+    pipeline::{Context, Work, World, state_after, timeout_ticks},
+    policy::{self, PodPolicy, PolicyFlow, REVISION_NONE, SET_NONE, policy_flow_flags},
+    reason::Reason,
+    rewrite::RewriteIp,
+    tables::{Entry, Env},
+    verdict::{Hook, Verdict},
+};
+
+impl Context {
+    /// Whether this hook is a pod's interface.
+    #[inline(always)]
+    pub(crate) fn is_pod(&self) -> bool {
+        matches!(self.hook, Hook::FromPod | Hook::ToPod)
+    }
+}
+
+/// Whether policies have to be asked at this hook.
+#[inline(always)]
+pub(crate) fn is_asked<W: Env>(world: &W, at: &Context) -> bool {
+    at.is_pod() && world.policy_revision() != REVISION_NONE
+}
+
+/// Whether a translated flow has to be judged before its packet goes on.
+#[inline(always)]
+pub(crate) fn is_stale<W: Env>(world: &W, at: &Context, meta: &FlowMeta) -> bool {
+    if !at.is_pod() {
+        return false;
+    }
+    let revision = world.policy_revision();
+    meta.judged != revision
+        && revision != REVISION_NONE
+        && (meta.judged == REVISION_NONE || !keeps_verdicts(world))
+}
+
+/// A change of policies is for new flows only.
+#[inline(always)]
+fn keeps_verdicts<W: Env>(world: &W) -> bool {
+    world.config(|c| &c.flags) & config_flags::POLICY_NEW_FLOWS_ONLY != 0
+}
+
+/// What a packet says about its flow.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// It begins one: not a reply, whatever is known.
+    Beginning,
+    /// It may begin one.
+    Any,
+    /// It belongs to one that has begun, in one direction or the other.
+    Middle,
+    /// No policy is about it.
+    Exempt,
+    /// It says that a packet of a flow was lost, and belongs to that.
+    Error,
+    /// That can't be told.
+    Unreadable,
+}
+
+/// A packet that no translated flow speaks for; one that could not be read, if `verdict` says so.
+#[inline(always)]
+pub fn untranslated<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &P,
+    world: &W,
+    at: &Context,
+    work: &mut Work<F>,
+    verdict: Verdict,
+) -> Verdict {
+    if verdict != Verdict::PASS {
+        return unreadable(world, at);
+    }
+    let tuple = &work.headers.tuple;
+    if tuple.src == tuple.dst {
+        return Verdict::PASS;
+    }
+    let from_pod = at.hook as u8 == Hook::FromPod as u8;
+    let part = world.forget(part::<F, P>(packet, work) as u32);
+    if part == Part::Exempt as u32 {
+        return Verdict::PASS;
+    }
+    if part == Part::Unreadable as u32 {
+        return unreadable(world, at);
+    }
+    if part == Part::Error as u32 {
+        if related::<F, P, W>(packet, world, at, work) {
+            return Verdict::PASS;
+        }
+        work.headers.tuple.sport_be = 0;
+        work.headers.tuple.dport_be = 0;
+    }
+    work.from_pod = if from_pod {
+        work.headers.tuple
+    } else {
+        work.headers.tuple.reversed()
+    };
+    work.policy_key = F::policy_flow_key(&work.from_pod, work.headers.proto);
+    let now = world.now_ticks();
+    work.policy_flow = PolicyFlow {
+        ifindex: at.ifindex,
+        revision: REVISION_NONE,
+        seen_ticks: now,
+        flags: if from_pod { policy_flow_flags::FROM_POD } else { 0 },
+    };
+    if let Some(known) = world.policy_flow(&work.policy_key) {
+        let is_own = (known.flags & policy_flow_flags::FROM_POD != 0) == from_pod;
+        let timeout = timeout_ticks(world, work.headers.proto == proto::TCP, flow_state::OPEN);
+        if known.ifindex == at.ifindex
+            && now.wrapping_sub(known.seen_ticks) <= timeout
+            && (is_own || part != Part::Beginning as u32)
+        {
+            if known.revision == world.policy_revision() || keeps_verdicts(world) {
+                if known.seen_ticks != now {
+                    world.touch_policy_flow(&work.policy_key, now);
+                }
+                return Verdict::PASS;
+            }
+            work.policy_flow.flags = known.flags;
+            work.policy_flow.revision = known.revision;
+        }
+    }
+    enter::<F, W>(world, at, work, part == Part::Middle as u32)
+}
+
+/// What a packet says about its flow. Adds the ports to the headers where the protocol has some.
+#[inline(always)]
+fn part<F: RewriteIp, P: Packet>(packet: &P, work: &mut Work<F>) -> Part {
+    let headers = &mut work.headers;
+    match headers.proto {
+        proto::TCP | proto::UDP if headers.fragment == Fragment::Later => Part::Unreadable,
+        proto::TCP if headers.is_syn() => Part::Beginning,
+        proto::TCP => Part::Middle,
+        proto::SCTP if headers.fragment != Fragment::Later => {
+            // RFC 9260, sections 3.1 and 3.2: the ports begin the common header, a chunk's type follows it.
+            if parse_ports::<F, P>(packet, headers).is_err() {
+                return Part::Unreadable;
+            }
+            match packet.load::<[u8; 2]>(headers.l4() + 12) {
+                Some([1, _]) => Part::Beginning,
+                Some(_) => Part::Middle,
+                None => Part::Unreadable,
+            }
+        }
+        proto if proto == F::ICMP && headers.fragment != Fragment::Later => {
+            match packet.load::<[u8; 2]>(headers.l4()) {
+                Some([kind, _]) => icmp_part::<F>(kind),
+                None => Part::Unreadable,
+            }
+        }
+        _ => Part::Any,
+    }
+}
+
+/// Types: RFC 792; RFC 4443, RFC 4861 (neighbour discovery), RFC 2710 and RFC 3810 (multicast listeners).
+#[inline(always)]
+fn icmp_part<F: Family>(kind: u8) -> Part {
+    if icmp::is_error::<F>(kind) {
+        return Part::Error;
+    }
+    match (F::VERSION, kind) {
+        (4, 8) | (6, 128) => Part::Beginning,
+        (6, 130..=137 | 143) => Part::Exempt,
+        _ => Part::Any,
+    }
+}
+
+/// Whether an ICMP error is about a flow that the pod has.
+#[inline(always)]
+fn related<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &P,
+    world: &W,
+    at: &Context,
+    work: &mut Work<F>,
+) -> bool {
+    let quoted = &mut work.quoted;
+    if F::parse_ip(packet, work.headers.l4() + icmp::HEADER_LEN, quoted).is_err()
+        || quoted.fragment == Fragment::Later
+    {
+        return false;
+    }
+    if matches!(quoted.proto, proto::TCP | proto::UDP | proto::SCTP)
+        && parse_ports::<F, P>(packet, quoted).is_err()
+    {
+        return false;
+    }
+    // It travels against the packet that it quotes.
+    work.from_pod = if at.hook as u8 == Hook::FromPod as u8 {
+        quoted.tuple.reversed()
+    } else {
+        quoted.tuple
+    };
+    work.policy_key = F::policy_flow_key(&work.from_pod, quoted.proto);
+    world
+        .policy_flow(&work.policy_key)
+        .is_some_and(|known| known.ifindex == at.ifindex)
+}
+
+/// A packet of which it can't be told what flow it belongs to: no policy could allow it.
+#[inline(never)]
+fn unreadable<W: Env>(world: &W, at: &Context) -> Verdict {
+    match world.pod_policy(at.ifindex) {
+        Some(pod) if pod.ingress == SET_NONE && pod.egress == SET_NONE => Verdict::PASS,
+        Some(_) => Verdict::drop(Reason::PolicyUnreadable),
+        None => Verdict::drop(Reason::PolicyUnknownPod),
+    }
+}
+
+/// Judges a flow that is not known, or was judged before the policies changed, and remembers it.
+#[inline(never)]
+fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>, is_middle: bool) -> Verdict {
+    let is_known = work.policy_flow.revision != REVISION_NONE;
+    // Before anything else is read: what changes meanwhile makes another revision.
+    work.policy_flow.revision = world.policy_revision();
+    let Some(pod) = world.pod_policy(at.ifindex) else {
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    };
+    if at.from_host && at.hook as u8 == Hook::ToPod as u8 && world.own_address(work.headers.tuple.src) != 0 {
+        work.policy_flow.flags = policy_flow_flags::FROM_NODE;
+    }
+    if work.policy_flow.flags & policy_flow_flags::FROM_NODE == 0 {
+        let outward = work.policy_flow.flags & policy_flow_flags::FROM_POD != 0;
+        let mut verdict = judge::<F, W>(world, &pod, work, outward);
+        if verdict != Verdict::PASS && is_middle && !is_known {
+            work.policy_flow.flags ^= policy_flow_flags::FROM_POD;
+            verdict = judge::<F, W>(world, &pod, work, !outward);
+        }
+        if verdict != Verdict::PASS {
+            return verdict;
+        }
+    }
+    world.put_policy_flow(&work.policy_key, &work.policy_flow);
+    Verdict::PASS
+}
+
+/// What a pod's set says of `work.from_pod`: of what the pod sends, or else of what reaches it.
+#[inline(never)]
+fn judge<F: Family, W: World<F>>(world: &W, pod: &PodPolicy, work: &Work<F>, outward: bool) -> Verdict {
+    let tuple = &work.from_pod;
+    let (set, port_be) = if outward {
+        (pod.egress, tuple.dport_be)
+    } else {
+        (pod.ingress, tuple.sport_be)
+    };
+    if set == SET_NONE {
+        return Verdict::PASS;
+    }
+    let class = world.forget(policy::class::<F, W>(world, &tuple.dst));
+    let judgement = world.judge(set, class, work.headers.proto, port_be);
+    if let Some(rule) = judgement.rule() {
+        world.count_rule(rule);
+    }
+    if judgement.is_allowed() {
+        Verdict::PASS
+    } else if judgement.is_broken() {
+        Verdict::drop(Reason::PolicyBroken)
+    } else {
+        Verdict::drop(Reason::PolicyDenied)
+    }
+}
+
+/// A packet of a translated flow, whose entry is `work.forward`: what the policies of its pods say that meet here. With
+/// the fast path, both do: the packet does not pass the other pod's hooks.
+#[inline(never)]
+pub(crate) fn translated<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    let meta = F::meta(&work.forward);
+    let is_reply = meta.flags & flow_flags::REPLY != 0;
+    let exit = meta.exit & 0x0f;
+    // A pod and itself, and the node's own connection.
+    if exit == Exit::Back as u8 || is_reply && exit == Exit::Host as u8 {
+        return Verdict::PASS;
+    }
+    let mut far = 0;
+    if exit == Exit::Pod as u8 {
+        far = if is_reply {
+            meta.ifindex
+        } else {
+            world.backend(meta.backend).map_or(0, |backend| backend.ifindex)
+        };
+    }
+    let at_client = at.hook as u8 == Hook::ToPod as u8;
+    work.from_pod = if at_client {
+        work.headers.tuple.reversed()
+    } else if is_reply {
+        work.headers.tuple
+    } else {
+        F::rewrite(&work.forward).tuple()
+    };
+    let outward = at_client || !is_reply;
+    let Some(pod) = world.pod_policy(at.ifindex) else {
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    };
+    let verdict = judge::<F, W>(world, &pod, work, outward);
+    if verdict != Verdict::PASS || far == 0 {
+        return verdict;
+    }
+    let Some(pod) = world.pod_policy(far) else {
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    };
+    work.from_pod = work.from_pod.reversed();
+    judge::<F, W>(world, &pod, work, !outward)
+}
+
+/// Judges a flow that is about to begin, whose entries are in `work`. `NEXT`: it may.
+#[inline(always)]
+pub(crate) fn beginning<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    if !is_asked(world, at) {
+        return Verdict::NEXT;
+    }
+    let revision = world.policy_revision();
+    let verdict = translated::<F, W>(world, at, work);
+    if verdict != Verdict::PASS {
+        return verdict;
+    }
+    F::meta_mut(&mut work.forward).judged = revision;
+    F::meta_mut(&mut work.reply).judged = revision;
+    Verdict::NEXT
+}
+
+/// Judges a translated flow again. `TRANSLATE`, by `work.forward`: it may go on.
+#[inline(always)]
+pub fn again<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    let revision = world.policy_revision();
+    work.key = F::flow_key(&work.headers.tuple, work.headers.proto, at.side());
+    let Some(entry) = world.flow(&work.key) else {
+        // Evicted just now; a packet that is not translated must not go on.
+        return Verdict::drop(Reason::RewriteFailed);
+    };
+    work.forward = *entry.flow();
+    let verdict = translated::<F, W>(world, at, work);
+    if verdict != Verdict::PASS {
+        return verdict;
+    }
+    let meta = F::meta(&work.forward);
+    entry.touch(world.now_ticks(), state_after(&work.headers, meta.state));
+    entry.set_judged(revision);
+    Verdict::TRANSLATE
+}

@@ -96,7 +96,9 @@ fn run(case: &Case) -> Outcome {
         objects,
         problems: Vec::new(),
     };
-    before.iter().for_each(|object| cluster.apply(object));
+    for object in &before {
+        cluster.apply(object);
+    }
     let mut outcome = Outcome::default();
     for (i, step) in case.steps.iter().enumerate() {
         for action in &step.actions {

@@ -49,9 +49,12 @@ pub struct Config {
     pub fragment_ticks: u32,
     /// Elements of `HELD`.
     pub held: u32,
+    /// Verdicts of policies about one pod that are told in a tick at the most; 0: none.
+    pub verdicts_per_tick: u32,
+    pub unused: u32,
 }
 
-const _: () = assert!(size_of::<Config>() == 56);
+const _: () = assert!(size_of::<Config>() == 64);
 
 impl Config {
     /// What holds where nothing else is configured.
@@ -73,6 +76,8 @@ impl Config {
         // Longer than hosts wait (Linux: 30 s for IPv4, 60 s for IPv6) would be of no use to most.
         fragment_ticks: Self::ticks(30),
         held: 2048,
+        verdicts_per_tick: 100,
+        unused: 0,
     };
 
     /// Ticks for a duration in seconds.

@@ -19,7 +19,7 @@ use crate::{
     packet::Packet,
     parse::{Fragment, parse_ports},
     pipeline::{Context, Work, World, state_after, timeout_ticks},
-    policy::{self, PodPolicy, PolicyFlow, REVISION_NONE, SET_NONE, policy_flow_flags},
+    policy::{self, Judgement, NO_RULE_INDEX, PolicyFlow, REVISION_NONE, SET_NONE, policy_flow_flags},
     reason::Reason,
     rewrite::RewriteIp,
     tables::{Entry, Env},
@@ -229,18 +229,15 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
     let is_known = work.policy_flow.revision != REVISION_NONE;
     // Before anything else is read: what changes meanwhile makes another revision.
     work.policy_flow.revision = world.policy_revision();
-    let Some(pod) = world.pod_policy(at.ifindex) else {
-        return Verdict::drop(Reason::PolicyUnknownPod);
-    };
     if at.from_host && at.hook as u8 == Hook::ToPod as u8 && world.own_address(work.headers.tuple.src) != 0 {
         work.policy_flow.flags = policy_flow_flags::FROM_NODE;
     }
     if work.policy_flow.flags & policy_flow_flags::FROM_NODE == 0 {
         let outward = work.policy_flow.flags & policy_flow_flags::FROM_POD != 0;
-        let mut verdict = judge::<F, W>(world, &pod, work, outward);
+        let mut verdict = judge::<F, W>(world, at.ifindex, work, outward);
         if verdict != Verdict::PASS && is_middle && !is_known {
             work.policy_flow.flags ^= policy_flow_flags::FROM_POD;
-            verdict = judge::<F, W>(world, &pod, work, !outward);
+            verdict = judge::<F, W>(world, at.ifindex, work, !outward);
         }
         if verdict != Verdict::PASS {
             return verdict;
@@ -250,16 +247,19 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
     Verdict::PASS
 }
 
-/// What a pod's set says of `work.from_pod`: of what the pod sends, or else of what reaches it.
+/// What a pod's set says of `work.from_pod`: of what the pod sends, or else of what reaches it. `ifindex` is the pod's.
 #[inline(never)]
-fn judge<F: Family, W: World<F>>(world: &W, pod: &PodPolicy, work: &Work<F>, outward: bool) -> Verdict {
-    let tuple = &work.from_pod;
-    let (set, port_be) = if outward {
-        (pod.egress, tuple.dport_be)
-    } else {
-        (pod.ingress, tuple.sport_be)
+fn judge<F: Family, W: World<F>>(world: &W, ifindex: u32, work: &mut Work<F>, outward: bool) -> Verdict {
+    let Some(pod) = world.pod_policy(ifindex) else {
+        return Verdict::drop(Reason::PolicyUnknownPod);
     };
-    if set == SET_NONE {
+    let tuple = &work.from_pod;
+    let (set, audit, port_be) = if outward {
+        (pod.egress, pod.audit_egress, tuple.dport_be)
+    } else {
+        (pod.ingress, pod.audit_ingress, tuple.sport_be)
+    };
+    if set == SET_NONE && audit == SET_NONE {
         return Verdict::PASS;
     }
     let class = world.forget(policy::class::<F, W>(world, &tuple.dst));
@@ -267,13 +267,70 @@ fn judge<F: Family, W: World<F>>(world: &W, pod: &PodPolicy, work: &Work<F>, out
     if let Some(rule) = judgement.rule() {
         world.count_rule(rule);
     }
-    if judgement.is_allowed() {
-        Verdict::PASS
-    } else if judgement.is_broken() {
-        Verdict::drop(Reason::PolicyBroken)
-    } else {
-        Verdict::drop(Reason::PolicyDenied)
+    let allowed = judgement.is_allowed();
+    if !allowed {
+        let reason = denied(judgement);
+        tell::<F, W>(world, ifindex, work, outward, judgement, reason);
     }
+    if audit != set {
+        let other = world.judge(audit, class, work.headers.proto, port_be);
+        if other.is_allowed() != allowed {
+            let reason = if allowed {
+                Reason::DryRunDenied
+            } else {
+                Reason::DryRunAllowed
+            };
+            world.count(reason as u32);
+            tell::<F, W>(world, ifindex, work, outward, other, reason);
+        }
+    }
+    if allowed {
+        Verdict::PASS
+    } else {
+        Verdict::drop(denied(judgement))
+    }
+}
+
+#[inline(always)]
+fn denied(judgement: Judgement) -> Reason {
+    if judgement.is_broken() {
+        Reason::PolicyBroken
+    } else {
+        Reason::PolicyDenied
+    }
+}
+
+/// Tells user space of a verdict, unless there have been too many about the pod just now.
+#[inline(never)]
+fn tell<F: Family, W: World<F>>(
+    world: &W,
+    ifindex: u32,
+    work: &mut Work<F>,
+    outward: bool,
+    judgement: Judgement,
+    reason: Reason,
+) {
+    let Some(untold) = world.may_tell(ifindex) else {
+        return;
+    };
+    let event = &mut work.told;
+    let tuple = &work.from_pod;
+    if outward {
+        (event.src_be, event.dst_be) = (F::to_any(tuple.src), F::to_any(tuple.dst));
+        (event.sport_be, event.dport_be) = (tuple.sport_be, tuple.dport_be);
+    } else {
+        (event.src_be, event.dst_be) = (F::to_any(tuple.dst), F::to_any(tuple.src));
+        (event.sport_be, event.dport_be) = (tuple.dport_be, tuple.sport_be);
+    }
+    event.ifindex = ifindex;
+    event.rule = judgement.rule().unwrap_or(NO_RULE_INDEX);
+    event.reason = reason as u32;
+    event.revision = world.policy_revision();
+    event.untold = untold;
+    event.family = F::VERSION;
+    event.proto = work.headers.proto;
+    event.outward = u8::from(outward);
+    world.tell(event);
 }
 
 /// A packet of a translated flow, whose entry is `work.forward`: what the policies of its pods say that meet here. With
@@ -304,18 +361,12 @@ pub(crate) fn translated<F: Family, W: World<F>>(world: &W, at: &Context, work: 
         F::rewrite(&work.forward).tuple()
     };
     let outward = at_client || !is_reply;
-    let Some(pod) = world.pod_policy(at.ifindex) else {
-        return Verdict::drop(Reason::PolicyUnknownPod);
-    };
-    let verdict = judge::<F, W>(world, &pod, work, outward);
+    let verdict = judge::<F, W>(world, at.ifindex, work, outward);
     if verdict != Verdict::PASS || far == 0 {
         return verdict;
     }
-    let Some(pod) = world.pod_policy(far) else {
-        return Verdict::drop(Reason::PolicyUnknownPod);
-    };
     work.from_pod = work.from_pod.reversed();
-    judge::<F, W>(world, &pod, work, !outward)
+    judge::<F, W>(world, far, work, !outward)
 }
 
 /// Judges a flow that is about to begin, whose entries are in `work`. `NEXT`: it may.

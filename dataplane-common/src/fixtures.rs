@@ -4,6 +4,7 @@ extern crate std;
 
 mod datagrams;
 mod endings;
+mod policies;
 
 use std::{vec, vec::Vec};
 

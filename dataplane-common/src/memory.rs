@@ -23,7 +23,7 @@ use crate::{
     pipeline::{Context, Stages, Work, process},
     policy::{
         self, Judgement, PeerRulesKey, PodPolicy, PolicyFlow, PolicyRule, PolicySet, PolicyTables,
-        PortRulesKey, RuleBits, port_prefix,
+        PortRulesKey, RuleBits, VerdictEvent, port_prefix,
     },
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
@@ -148,6 +148,8 @@ pub struct Policies {
     pub rules: Vec<PolicyRule>,
     /// By index of a rule.
     pub hits: RefCell<HashMap<u32, u64>>,
+    /// What was told of verdicts.
+    pub told: RefCell<Vec<VerdictEvent>>,
 }
 
 /// A range of `CIDRS_*`.
@@ -417,6 +419,7 @@ fn work<F: Family>() -> Work<F> {
         from_pod: Tuple::default(),
         policy_key: F::PolicyFlowKey::zeroed(),
         policy_flow: PolicyFlow::default(),
+        told: VerdictEvent::default(),
     }
 }
 
@@ -650,6 +653,14 @@ impl Env for Memory {
 
     fn count_rule(&self, index: u32) {
         *self.policies.hits.borrow_mut().entry(index).or_default() += 1;
+    }
+
+    fn may_tell(&self, _ifindex: u32) -> Option<u32> {
+        (self.config.verdicts_per_tick != 0).then_some(0)
+    }
+
+    fn tell(&self, event: &mut VerdictEvent) {
+        self.policies.told.borrow_mut().push(*event);
     }
 
     fn count(&self, reason: u32) {

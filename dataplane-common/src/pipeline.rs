@@ -23,7 +23,7 @@ use crate::{
     half_open, icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
-    policy::{PolicyFlow, PolicyTables},
+    policy::{PolicyFlow, PolicyTables, VerdictEvent},
     reason::Reason,
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
@@ -116,6 +116,7 @@ pub struct Work<F: Family> {
     pub from_pod: Tuple<F::Addr>,
     pub policy_key: F::PolicyFlowKey,
     pub policy_flow: PolicyFlow,
+    pub told: VerdictEvent,
 }
 
 /// In [`Work::service`]: an index that no table is large enough for.

@@ -11,7 +11,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::addr::Family;
+use crate::addr::{AnyAddr, Family};
 
 /// Rules that a set may have.
 pub const SET_RULES: u32 = 1024;
@@ -86,6 +86,50 @@ pub struct PolicyFlow {
     pub seen_ticks: u32,
     /// [`policy_flow_flags`].
     pub flags: u32,
+}
+
+/// A record of `VERDICTS`, a ring buffer: a verdict and what it was about, behind the translation of services.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct VerdictEvent {
+    /// When, on the monotonic clock, in nanoseconds.
+    pub at_ns: u64,
+    /// Who began the flow. IPv4 in the first word.
+    pub src_be: AnyAddr,
+    pub dst_be: AnyAddr,
+    pub sport_be: u16,
+    pub dport_be: u16,
+    /// The host-side interface of the pod whose policies these are.
+    pub ifindex: u32,
+    /// Index into `RULES` of the rule that decided, or [`NO_RULE_INDEX`].
+    pub rule: u32,
+    /// The number of the [`Reason`](crate::reason::Reason).
+    pub reason: u32,
+    /// `POLICY_REVISION`.
+    pub revision: u32,
+    /// Verdicts about the pod that were not told since the last one that was.
+    pub untold: u32,
+    /// 4 or 6.
+    pub family: u8,
+    pub proto: u8,
+    /// 1: about what the pod sends, 0: about what reaches it.
+    pub outward: u8,
+    pub unused: [u8; 5],
+}
+
+/// In [`VerdictEvent::rule`]: none decided.
+pub const NO_RULE_INDEX: u32 = u32::MAX;
+
+/// Value of `VERDICTS_TOLD`, by ifindex: how many verdicts about a pod are told in a tick.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct VerdictBudget {
+    /// Told in the tick.
+    pub told: u32,
+    /// Not told since the last one that was.
+    pub untold: u32,
+    /// When one was told last, in ticks.
+    pub ticks: u32,
 }
 
 /// Value of `POLICY_REVISION` while no pod of this node has a set: hooks ask for nothing. It changes whenever a verdict may
@@ -191,6 +235,8 @@ const _: () = assert!(size_of::<PodPolicy>() == 16);
 const _: () = assert!(size_of::<PolicyFlowKey4>() == 16);
 const _: () = assert!(size_of::<PolicyFlowKey6>() == 40);
 const _: () = assert!(size_of::<PolicyFlow>() == 16);
+const _: () = assert!(size_of::<VerdictEvent>() == 72);
+const _: () = assert!(size_of::<VerdictBudget>() == 12);
 const _: () = assert!(size_of::<RuleBits>() == 128);
 const _: () = assert!(size_of::<PolicySet>() == 12);
 const _: () = assert!(size_of::<PeerRulesKey>() == 8);

@@ -79,6 +79,10 @@ reasons! {
     PolicyUnreadable = "policy-unreadable",
     /// Dropped: the tables of policies lack an entry that they refer to.
     PolicyBroken = "policy-broken",
+    /// Passed: a policy that is a dry run would deny the flow.
+    DryRunDenied = "dry-run-denied",
+    /// Denied: with the policies that are a dry run it would be allowed.
+    DryRunAllowed = "dry-run-allowed",
     /// Dropped: the packet could not be rewritten.
     RewriteFailed = "rewrite-failed",
 }

@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     device::Device,
     flow::FlowEvent,
-    policy::{Judgement, PodPolicy, PolicyFlow},
+    policy::{Judgement, PodPolicy, PolicyFlow, VerdictEvent},
     service::{Affinity, PortSet, ServiceHead},
     sock::SockBackend,
 };
@@ -87,6 +87,10 @@ pub trait Env {
     fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement;
     /// Counts a verdict of a rule, by its index in `RULES`.
     fn count_rule(&self, index: u32);
+    /// Whether a verdict about the pod behind an interface may be told now; then, how many were not since the last one.
+    fn may_tell(&self, ifindex: u32) -> Option<u32>;
+    /// Puts a record into `VERDICTS`; fills in the time.
+    fn tell(&self, event: &mut VerdictEvent);
 
     /// Counts a [`Reason`](crate::reason::Reason), given by its number.
     fn count(&self, reason: u32);

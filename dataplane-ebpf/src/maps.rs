@@ -2,7 +2,7 @@
 //! the agent sets them from its configuration before it loads the object.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use dataplane_common::{
@@ -14,7 +14,7 @@ use dataplane_common::{
     pipeline::Work,
     policy::{
         PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
-        PortRulesKey, RuleBits,
+        PortRulesKey, RuleBits, VerdictBudget,
     },
     reason::REASONS,
     service::{
@@ -101,6 +101,11 @@ pub static PORT_RULES: LpmTrie<PortRulesKey, u32, 65536> = LpmTrie::new();
 pub static RULE_BITS: Array<RuleBits, 16384> = Array::new();
 #[btf_map]
 pub static RULES: Array<PolicyRule, 32768> = Array::new();
+/// `dataplane_common::policy::VerdictEvent`s.
+#[btf_map]
+pub static VERDICTS: RingBuf<(), 65536> = RingBuf::new();
+#[btf_map]
+pub static VERDICTS_TOLD: LruHashMap<u32, VerdictBudget, 1024> = LruHashMap::new();
 /// By index into `RULES`: flows that a rule has allowed, and packets that it has dropped.
 #[btf_map]
 pub static RULE_HITS: PerCpuArray<u64, 32768> = PerCpuArray::new();

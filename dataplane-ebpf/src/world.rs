@@ -10,6 +10,7 @@ use aya_ebpf::{
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{
         bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_coarse_ns,
+        bpf_ktime_get_ns,
     },
 };
 use dataplane_common::{
@@ -19,7 +20,10 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    policy::{Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, REVISION_NONE},
+    policy::{
+        Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, REVISION_NONE, VerdictBudget,
+        VerdictEvent,
+    },
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
@@ -396,6 +400,48 @@ impl<C> Env for World<C> {
     #[inline(always)]
     fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement {
         policies::judge(set, class, proto, port_be)
+    }
+
+    #[inline(always)]
+    fn may_tell(&self, ifindex: u32) -> Option<u32> {
+        let most = config(|c| &c.verdicts_per_tick);
+        if most == 0 {
+            return None;
+        }
+        let now = self.now_ticks();
+        let key = Aligned(ifindex);
+        let Some(budget) = VERDICTS_TOLD.get_ptr_mut(key.in_place()) else {
+            let first = Aligned(VerdictBudget {
+                ticks: now,
+                told: 1,
+                untold: 0,
+            });
+            let _ = insert(&VERDICTS_TOLD, key.in_place(), first.in_place(), 0);
+            return Some(0);
+        };
+        // SAFETY: an element that exists. CPUs that add to it at once may tell a few too many, or lose count of some.
+        unsafe {
+            if (*budget).ticks != now {
+                (*budget).ticks = now;
+                (*budget).told = 0;
+            }
+            if (*budget).told >= most {
+                (*budget).untold += 1;
+                return None;
+            }
+            (*budget).told += 1;
+            let untold = (*budget).untold;
+            (*budget).untold = 0;
+            Some(untold)
+        }
+    }
+
+    #[inline(always)]
+    fn tell(&self, event: &mut VerdictEvent) {
+        // SAFETY: a helper without arguments.
+        event.at_ns = unsafe { bpf_ktime_get_ns() };
+        // Full: nobody reads, or not fast enough.
+        let _ = VERDICTS.output_untyped::<VerdictEvent>(&*event, 0);
     }
 
     #[inline(always)]

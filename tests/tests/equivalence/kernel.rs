@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
@@ -102,6 +102,8 @@ impl Kernel {
             (["POLICY_FLOWS_V4", "POLICY_FLOWS_V6"], FLOWS),
             (["DATAGRAMS_V4", "DATAGRAMS_V6"], FLOWS),
             (["HELD", "HELD"], config.held),
+            // Room for what an episode tells.
+            (["VERDICTS", "VERDICTS"], 1 << 22),
         ] {
             for name in names {
                 loader.map_max_entries(name, entries);
@@ -252,6 +254,21 @@ impl Kernel {
         let values = counts.get(&index, 0)?;
         counts.set(index, PerCpuValues::try_from(vec![0; values.len()])?, 0)?;
         Ok(values.iter().sum())
+    }
+
+    /// Takes every record out of a ring buffer.
+    pub fn take_records<T: Pod>(&mut self, name: &str) -> Result<Vec<T>> {
+        let map = self
+            .object
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))?;
+        let mut ring: RingBuf<&mut MapData> = RingBuf::try_from(map)?;
+        let mut records = Vec::new();
+        while let Some(record) = ring.next() {
+            let bytes = record.get(..size_of::<T>()).context("a short record")?;
+            records.push(bytemuck::pod_read_unaligned(bytes));
+        }
+        Ok(records)
     }
 
     /// Takes every entry out of a hash.

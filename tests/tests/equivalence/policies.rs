@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use dataplane_common::addr::{AnyAddr, Family, V4, V6, proto};
 use dataplane_common::memory::{FamilyTables, Memory, MemoryCidr};
 use dataplane_common::policy::{
     PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
-    RuleBits, port_prefix, set_flags,
+    RuleBits, VerdictEvent, port_prefix, set_flags,
 };
 
 use crate::kernel::Kernel;
@@ -151,10 +151,13 @@ pub fn change(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -
         };
         let ifindex = random.pick(&indexes);
         if random.percent(85) {
+            let (ingress, egress) = (set(random), set(random));
+            let mut audit = |same| if random.percent(30) { set(random) } else { same };
             let pod = PodPolicy {
-                ingress: set(random),
-                egress: set(random),
-                ..PodPolicy::default()
+                ingress,
+                egress,
+                audit_ingress: audit(ingress),
+                audit_egress: audit(egress),
             };
             tables.pods.insert(ifindex, pod);
             kernel.insert::<_, _, 4, 16>("POD_POLICY", HashMap::from([(ifindex, pod)]).iter())?;
@@ -173,7 +176,8 @@ pub fn change(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -
     Ok(())
 }
 
-/// Both builds remember the same flows as allowed, and rules have decided as often; forgets the flows.
+/// Both builds remember the same flows as allowed, rules have decided as often, and the same was told of verdicts; forgets
+/// all of that.
 pub fn compare(setting: &mut Setting, kernel: &mut Kernel) -> Result<usize> {
     let memory = &mut setting.memory;
     let count = compare_flows::<V4, PolicyFlowKey4, 16>(kernel, "POLICY_FLOWS_V4", &mut memory.v4)?
@@ -184,6 +188,14 @@ pub fn compare(setting: &mut Setting, kernel: &mut Kernel) -> Result<usize> {
             of_kernel == hits,
             "rule {index}: host {hits} verdicts, kernel {of_kernel}"
         );
+    }
+    let mut of_kernel = kernel.take_records::<VerdictEvent>("VERDICTS")?.into_iter();
+    for own in memory.policies.told.get_mut().drain(..) {
+        let other = of_kernel.next().map(|event| VerdictEvent { at_ns: 0, ..event });
+        ensure!(other == Some(own), "told: host {own:?}, kernel {other:?}");
+    }
+    if let Some(event) = of_kernel.next() {
+        bail!("only the kernel build has told {event:?}");
     }
     Ok(count)
 }

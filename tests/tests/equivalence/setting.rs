@@ -186,6 +186,7 @@ impl Setting {
                     snat_port_min: 61_000,
                     snat_port_max: 61_015,
                     refusals_per_tick: u32::MAX,
+                    verdicts_per_tick: u32::MAX,
                     // One clock stands still. And so many places that none has to be taken from another.
                     fragment_ticks: u32::MAX / 2,
                     held: HELD,

@@ -79,9 +79,9 @@ reasons! {
     PolicyUnreadable = "policy-unreadable",
     /// Dropped: the tables of policies lack an entry that they refer to.
     PolicyBroken = "policy-broken",
-    /// Passed: a policy that is a dry run would deny the flow.
+    /// Judged: a policy that is a dry run would deny the packet, which was allowed.
     DryRunDenied = "dry-run-denied",
-    /// Denied: with the policies that are a dry run it would be allowed.
+    /// Judged: a policy that is a dry run would allow the packet, which was denied.
     DryRunAllowed = "dry-run-allowed",
     /// Dropped: the packet could not be rewritten.
     RewriteFailed = "rewrite-failed",

@@ -70,6 +70,7 @@ pub fn outcome(reason: Reason) -> (&'static str, &'static str) {
         "Answered" => "answered",
         "Held" => "held",
         "Sent on" => "released",
+        "Judged" => "judged",
         _ => "other",
     };
     (outcome, meaning)
@@ -80,7 +81,7 @@ pub fn families(packets: &[(Reason, u64)], tables: &[TableUse]) -> Vec<MetricFam
     let of_packets = IntCounterVec::new(
         Opts::new(
             "dataplane_packets_total",
-            "Packets that were dropped, refused, answered, held, released, or passed though they looked like ours, by reason",
+            "Packets that were dropped, refused, answered, held, released, judged, or passed though they looked like ours, by reason",
         ),
         &["outcome", "reason"],
     );

@@ -53,7 +53,7 @@ impl Setting {
         tables.bits.push(RuleBits::default());
         for _ in 1..BITS {
             let mut bits = RuleBits::default();
-            for _ in 0..1 + random.below(60) {
+            for _ in 0..=random.below(60) {
                 // Also rules that no set has.
                 bits.insert(random.below(RULES_OF_SET + 10) as u32);
             }

@@ -19,7 +19,7 @@ use crate::{
         SourceRangesFor,
     },
     explain::{End, Port},
-    store::Limits,
+    store::{Limits, policy::PolicyLimits},
 };
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -207,6 +207,19 @@ struct Settings {
     /// Uplinks and tunnel devices [default: 1024].
     #[arg(long, env = "DATAPLANE_MAX_DEVICES")]
     max_devices: Option<u32>,
+    /// Addresses of Pods and Nodes that policies tell apart, by family; memory for those in use alone [default: 131072].
+    #[arg(long, env = "DATAPLANE_MAX_POLICY_PEERS")]
+    max_policy_peers: Option<u32>,
+    /// Ranges of addresses that policies name, by family; memory for those in use alone [default: 16384].
+    #[arg(long, env = "DATAPLANE_MAX_POLICY_RANGES")]
+    max_policy_ranges: Option<u32>,
+    /// Rules of the policies that select Pods of this node, once for Pods that share all their policies; 100 bytes each,
+    /// with what is sized after it [default: 32768].
+    #[arg(long, env = "DATAPLANE_MAX_POLICY_RULES")]
+    max_policy_rules: Option<u32>,
+    /// Flows that policies have allowed and Services do not translate, by family; 100 bytes each [default: 131072].
+    #[arg(long, env = "DATAPLANE_MAX_POLICY_FLOWS")]
+    max_policy_flows: Option<u32>,
     /// Log a line for every packet that the datapath rewrites, redirects or drops. Slow: for looking into one case.
     #[arg(long, env = "DATAPLANE_DEBUG_LOG", num_args = 0..=1, default_missing_value = "true")]
     debug_log: Option<bool>,
@@ -261,7 +274,8 @@ impl Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
-            max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices, debug_log,
+            max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
+            max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
     }
 
@@ -318,10 +332,15 @@ impl Settings {
             max_sockets,
             max_addresses,
             max_devices,
+            max_policy_peers,
+            max_policy_ranges,
+            max_policy_rules,
+            max_policy_flows,
             debug_log,
         } = self;
         let sizes = Sizes::default();
         let limits = sizes.limits;
+        let policy = limits.policy;
         let config = Config {
             node_name: node_name
                 .filter(|name| !name.is_empty())
@@ -361,9 +380,25 @@ impl Settings {
                         limits.source_ranges,
                         ROWS_AT_MOST,
                     )?,
+                    policy: PolicyLimits::new(
+                        size("max-policy-peers", max_policy_peers, policy.peers, ROWS_AT_MOST)?,
+                        size(
+                            "max-policy-ranges",
+                            max_policy_ranges,
+                            policy.ranges,
+                            ROWS_AT_MOST,
+                        )?,
+                        size("max-policy-rules", max_policy_rules, policy.rules, RULES_AT_MOST)?,
+                    ),
                 },
                 affinity: size("max-affinity", max_affinity, sizes.affinity, FLOWS_AT_MOST)?,
                 flows: size("max-flows", max_flows, sizes.flows, FLOWS_AT_MOST)?,
+                policy_flows: size(
+                    "max-policy-flows",
+                    max_policy_flows,
+                    sizes.policy_flows,
+                    FLOWS_AT_MOST,
+                )?,
                 half_open: size("max-half-open", max_half_open, sizes.half_open, FLOWS_AT_MOST)?,
                 datagrams: size("max-datagrams", max_datagrams, sizes.datagrams, FLOWS_AT_MOST)?,
                 held: size("max-held-fragments", max_held_fragments, sizes.held, HELD_AT_MOST)?,
@@ -415,10 +450,11 @@ fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddress
 }
 
 /// What fits into the kernel's arithmetic and into memory that a node may have: 2^24 rows that the agent keeps, 2^28
-/// elements (2 GiB) of Maglev tables, 2^26 flows (8 GiB and more).
+/// elements (2 GiB) of Maglev tables, 2^26 flows (8 GiB and more), 2^22 rules (some 400 MiB).
 const ROWS_AT_MOST: u32 = 1 << 24;
 const ELEMENTS_AT_MOST: u32 = 1 << 28;
 const FLOWS_AT_MOST: u32 = 1 << 26;
+const RULES_AT_MOST: u32 = 1 << 22;
 const HELD_AT_MOST: u32 = 1 << 20;
 
 /// A size of a table, or its default.

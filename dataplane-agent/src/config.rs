@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::store::Limits;
+use crate::store::{Limits, policy::PolicyLimits};
 
 /// Everything that `run` is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +57,8 @@ pub struct Sizes {
     pub affinity: u32,
     /// Each of `FLOWS_V4` and `FLOWS_V6`.
     pub flows: u32,
+    /// Each of `POLICY_FLOWS_V4` and `POLICY_FLOWS_V6`.
+    pub policy_flows: u32,
     /// Each of `HALF_OPEN_V4` and `HALF_OPEN_V6`.
     pub half_open: u32,
     /// Each of `DATAGRAMS_V4` and `DATAGRAMS_V6`.
@@ -81,9 +83,11 @@ impl Default for Sizes {
                 backends: object.backends,
                 maglev: object.maglev,
                 source_ranges: 65_536,
+                policy: PolicyLimits::new(131_072, 16_384, 32_768),
             },
             affinity: 65_536,
             flows: 262_144,
+            policy_flows: 131_072,
             half_open: 65_536,
             datagrams: 16_384,
             held: object.held,

@@ -6,7 +6,7 @@ use dataplane_agent::{
     compile::Compiler,
     model::{Dirty, Index, ObjectRef},
     source::{Batch, Change, manifests::Folder},
-    store::{Limits, memory::Memory},
+    store::{Limits, memory::Memory, policy::PolicyLimits},
     sync::{HostTables, Syncer},
 };
 
@@ -16,6 +16,7 @@ const LIMITS: Limits = Limits {
     backends: 100,
     maglev: 10_000,
     source_ranges: 100,
+    policy: PolicyLimits::new(100, 100, 100),
 };
 
 struct Pipeline {

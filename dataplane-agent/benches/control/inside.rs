@@ -19,7 +19,7 @@ use dataplane_agent::{
     host::{Kernel, WantedPods},
     metrics::Metrics,
     source::{self, Batch, Change},
-    store::Limits,
+    store::{Limits, policy::PolicyLimits},
     sync::Syncer,
 };
 use serde::{Deserialize, Serialize};
@@ -94,9 +94,11 @@ fn sizes(fleet: Fleet) -> Sizes {
             backends: (fleet.endpoints * 5 / 4) as u32,
             maglev: (fleet.endpoints * 64) as u32,
             source_ranges: 1024,
+            policy: PolicyLimits::new(1024, 1024, 1024),
         },
         affinity: 1024,
         flows: 4096,
+        policy_flows: 1024,
         half_open: 1024,
         datagrams: 1024,
         held: 64,

@@ -3,14 +3,18 @@
 use std::{io, os::fd::AsFd};
 
 use super::{map_names, pins::Pins, sys};
-use crate::{config::Sizes, store::Limits};
+use crate::{
+    config::Sizes,
+    store::{Limits, policy::PolicyLimits},
+};
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 22] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 35] {
     let Sizes {
         limits,
         affinity,
         flows,
+        policy_flows,
         half_open,
         datagrams,
         held,
@@ -24,7 +28,18 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 22] {
         backends,
         maglev,
         source_ranges,
+        policy,
     } = limits;
+    let PolicyLimits {
+        pods,
+        peers,
+        ranges,
+        sets,
+        peer_rules,
+        port_rules,
+        bits,
+        rules,
+    } = policy;
     [
         (map_names::FRONTENDS_V4, frontends),
         (map_names::FRONTENDS_V6, frontends),
@@ -48,6 +63,19 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 22] {
         (map_names::OWN_ADDRS_V4, own_addresses),
         (map_names::OWN_ADDRS_V6, own_addresses),
         (map_names::DEVICES, devices),
+        (map_names::POD_POLICY, pods),
+        (map_names::PEERS_V4, peers),
+        (map_names::PEERS_V6, peers),
+        (map_names::CIDRS_V4, ranges),
+        (map_names::CIDRS_V6, ranges),
+        (map_names::POLICY_SETS, sets),
+        (map_names::PEER_RULES, peer_rules),
+        (map_names::PORT_RULES, port_rules),
+        (map_names::RULE_BITS, bits),
+        (map_names::RULES, rules),
+        (map_names::RULE_HITS, rules),
+        (map_names::POLICY_FLOWS_V4, policy_flows),
+        (map_names::POLICY_FLOWS_V6, policy_flows),
     ]
 }
 

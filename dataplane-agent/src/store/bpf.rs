@@ -1,5 +1,7 @@
 //! [`Store`] over the pinned BPF maps. Arrays are written through their mapping, hashes by system call.
 
+mod policy;
+
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -11,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use dataplane_common::{
     backend::Backend,
     device::Device,
+    policy::PortRulesKey,
     service::{
         Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, RANGE_SERVICE_BITS, Service, SourceRange4,
         SourceRange6,
@@ -18,6 +21,7 @@ use dataplane_common::{
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use self::policy::PolicyMaps;
 use super::{FrontendKey, Limits, Store, StoreError};
 use crate::bpf::{
     map_names as names,
@@ -45,6 +49,12 @@ struct Prefix<T> {
 unsafe impl Pod for Prefix<SourceRange4> {}
 // SAFETY: as above.
 unsafe impl Pod for Prefix<SourceRange6> {}
+// SAFETY: as above.
+unsafe impl Pod for Prefix<u32> {}
+// SAFETY: as above.
+unsafe impl Pod for Prefix<[u32; 4]> {}
+// SAFETY: as above.
+unsafe impl Pod for Prefix<PortRulesKey> {}
 
 /// 64-bit words of the largest element.
 const WORDS_AT_MOST: usize = 8;
@@ -72,6 +82,7 @@ pub struct BpfStore {
     own4: Table<u32, u32>,
     own6: Table<[u32; 4], u32>,
     devices: Table<u32, Device>,
+    policy: PolicyMaps,
 }
 
 impl BpfStore {
@@ -82,12 +93,14 @@ impl BpfStore {
         let backends = Array::open(pins, names::BACKENDS)?;
         let maglev = Array::open(pins, names::MAGLEV)?;
         let ranges4 = Table::open(pins, names::RANGES_V4)?;
+        let policy = PolicyMaps::open(pins)?;
         let limits = Limits {
             frontends: frontends4.map.info().max_entries,
             services: services.len(),
             backends: backends.len(),
             maglev: maglev.len(),
             source_ranges: ranges4.map.info().max_entries,
+            policy: policy.limits(),
         };
         Ok(Self {
             limits,
@@ -102,6 +115,7 @@ impl BpfStore {
             own4: Table::open(pins, names::OWN_ADDRS_V4)?,
             own6: Table::open(pins, names::OWN_ADDRS_V6)?,
             devices: Table::open(pins, names::DEVICES)?,
+            policy,
         })
     }
 }

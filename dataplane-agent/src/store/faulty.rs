@@ -7,10 +7,15 @@ use ipnet::IpNet;
 use dataplane_common::{
     backend::Backend,
     device::Device,
+    policy::{PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     service::{Frontend, PortSet, Service},
 };
 
-use super::{FrontendKey, Limits, Store, StoreError, memory::Memory};
+use super::{
+    FrontendKey, Limits, Store, StoreError,
+    memory::Memory,
+    policy::{PolicyRows, PolicyStore},
+};
 
 /// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.
 #[derive(Debug)]
@@ -108,5 +113,57 @@ impl<F: FnMut(usize, &Memory) -> bool> Store for Faulty<F> {
     }
     fn devices(&self) -> Result<Vec<(u32, Device)>, StoreError> {
         Store::devices(&self.memory)
+    }
+}
+
+impl<F: FnMut(usize, &Memory) -> bool> PolicyStore for Faulty<F> {
+    fn put_peer(&mut self, addr: IpAddr, class: u32) -> Result<(), StoreError> {
+        self.attempt("write", "PEERS")?.put_peer(addr, class)
+    }
+    fn delete_peer(&mut self, addr: IpAddr) -> Result<(), StoreError> {
+        self.attempt("delete", "PEERS")?.delete_peer(addr)
+    }
+    fn put_cidr(&mut self, range: IpNet, class: u32) -> Result<(), StoreError> {
+        self.attempt("write", "CIDRS")?.put_cidr(range, class)
+    }
+    fn delete_cidr(&mut self, range: IpNet) -> Result<(), StoreError> {
+        self.attempt("delete", "CIDRS")?.delete_cidr(range)
+    }
+    fn write_set(&mut self, id: u32, set: &PolicySet) -> Result<(), StoreError> {
+        self.attempt("write", "POLICY_SETS")?.write_set(id, set)
+    }
+    fn put_peer_rules(&mut self, key: PeerRulesKey, bits: u32) -> Result<(), StoreError> {
+        self.attempt("write", "PEER_RULES")?.put_peer_rules(key, bits)
+    }
+    fn delete_peer_rules(&mut self, key: PeerRulesKey) -> Result<(), StoreError> {
+        self.attempt("delete", "PEER_RULES")?.delete_peer_rules(key)
+    }
+    fn put_port_rules(&mut self, length: u32, key: PortRulesKey, bits: u32) -> Result<(), StoreError> {
+        self.attempt("write", "PORT_RULES")?
+            .put_port_rules(length, key, bits)
+    }
+    fn delete_port_rules(&mut self, length: u32, key: PortRulesKey) -> Result<(), StoreError> {
+        self.attempt("delete", "PORT_RULES")?
+            .delete_port_rules(length, key)
+    }
+    fn write_bits(&mut self, id: u32, bits: &RuleBits) -> Result<(), StoreError> {
+        self.attempt("write", "RULE_BITS")?.write_bits(id, bits)
+    }
+    fn write_rule(&mut self, index: u32, rule: &PolicyRule) -> Result<(), StoreError> {
+        self.attempt("write", "RULES")?.write_rule(index, rule)
+    }
+    fn put_pod_policy(&mut self, ifindex: u32, policy: &PodPolicy) -> Result<(), StoreError> {
+        self.attempt("write", "POD_POLICY")?
+            .put_pod_policy(ifindex, policy)
+    }
+    fn delete_pod_policy(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.attempt("delete", "POD_POLICY")?.delete_pod_policy(ifindex)
+    }
+    fn write_policy_revision(&mut self, revision: u32) -> Result<(), StoreError> {
+        self.attempt("write", "POLICY_REVISION")?
+            .write_policy_revision(revision)
+    }
+    fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
+        self.memory.policy_rows()
     }
 }

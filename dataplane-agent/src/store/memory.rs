@@ -1,5 +1,7 @@
 //! The tables in memory: for tests, and for looking at what would be programmed.
 
+mod policy;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Write,
@@ -14,6 +16,7 @@ use dataplane_common::{
     service::{Frontend, PORT_SETS, PortSet, Scope, Service, TABLE_SIZES, port_set_index, service_flags},
 };
 
+pub use self::policy::PolicyMemory;
 use super::{FrontendKey, Limits, Store, StoreError};
 
 /// Tables with the limits of the real ones.
@@ -28,6 +31,7 @@ pub struct Memory {
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
+    pub policy: PolicyMemory,
     /// Writes and deletions so far.
     pub writes: usize,
     pub grace_periods: usize,
@@ -45,6 +49,7 @@ impl Memory {
             ports: vec![PortSet::default(); PORT_SETS as usize],
             own_addresses: BTreeMap::new(),
             devices: BTreeMap::new(),
+            policy: PolicyMemory::new(limits.policy),
             writes: 0,
             grace_periods: 0,
         }

@@ -8,6 +8,7 @@ pub mod bpf;
 #[cfg(test)]
 pub mod faulty;
 pub mod memory;
+pub mod policy;
 pub mod sockets;
 
 use std::net::IpAddr;
@@ -19,6 +20,8 @@ use dataplane_common::{
     device::Device,
     service::{Frontend, FrontendKey4, FrontendKey6, PortSet, Service},
 };
+
+use self::policy::{PolicyLimits, PolicyStore};
 
 /// Key of `FRONTENDS_V4` or `FRONTENDS_V6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,6 +41,7 @@ pub struct Limits {
     pub maglev: u32,
     /// Entries of each of `RANGES_V4` and `RANGES_V6`.
     pub source_ranges: u32,
+    pub policy: PolicyLimits,
 }
 
 /// A write or read that the kernel refused.
@@ -55,7 +59,7 @@ pub enum StoreError {
 }
 
 /// The datapath's tables.
-pub trait Store {
+pub trait Store: PolicyStore {
     fn limits(&self) -> Limits;
 
     fn put_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), StoreError>;

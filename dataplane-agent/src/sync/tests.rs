@@ -18,7 +18,7 @@ use crate::{
         Dirty, Endpoint, EndpointSlice, Index, Kind, Labels, Name, Object, ObjectRef, Placement, Protocol,
         Service, ServicePort, SliceFamily, SlicePort, TargetPort,
     },
-    store::{Limits, faulty::Faulty, memory::Memory},
+    store::{Limits, faulty::Faulty, memory::Memory, policy::PolicyLimits},
 };
 
 const LIMITS: Limits = Limits {
@@ -27,6 +27,7 @@ const LIMITS: Limits = Limits {
     backends: 200,
     maglev: 20_000,
     source_ranges: 100,
+    policy: PolicyLimits::new(100, 100, 100),
 };
 
 #[derive(Clone, Debug)]

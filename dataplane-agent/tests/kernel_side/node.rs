@@ -21,7 +21,7 @@ use dataplane_agent::{
     },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
-    store::Limits,
+    store::{Limits, policy::PolicyLimits},
 };
 use dataplane_tests::{
     links::{Links, Route, everywhere, host},
@@ -38,9 +38,11 @@ pub const SIZES: Sizes = Sizes {
         backends: 1024,
         maglev: 65536,
         source_ranges: 1024,
+        policy: PolicyLimits::new(1024, 1024, 1024),
     },
     affinity: 1024,
     flows: 4096,
+    policy_flows: 1024,
     half_open: 1024,
     datagrams: 1024,
     held: 64,

@@ -103,7 +103,8 @@ impl Tables {
     }
 }
 
-fn port_key(set: SetId, prefix: PortPrefix) -> PortRulesKey {
+/// The key of a prefix, without its length.
+pub fn port_key(set: SetId, prefix: PortPrefix) -> PortRulesKey {
     PortRulesKey {
         set,
         proto_be: u16::from(prefix.proto).to_be(),
@@ -148,7 +149,8 @@ impl<F: Family> PolicyTables<F> for Tables {
     }
 }
 
-fn ip<F: Family>(addr: &F::Addr) -> IpAddr {
+/// An address as the standard library has it.
+pub fn ip<F: Family>(addr: &F::Addr) -> IpAddr {
     let words = F::to_any(*addr);
     if F::VERSION == 4 {
         IpAddr::from(words[0].to_ne_bytes())

@@ -1,10 +1,12 @@
 //! The loop: batches of the source and observations of the machine in, table entries out.
 
 mod machine;
+mod policies;
 mod reports;
 mod sockets;
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     time::{Duration, Instant},
@@ -23,16 +25,19 @@ use self::sockets::HostSockets;
 use crate::{
     attach,
     bpf::sys,
-    compile::{Compiler, Options},
+    compile::{
+        Compiler, Options,
+        policy::{PolicyCompiler, Subjects},
+    },
     config::{Config, NodePortAddresses},
     events::Recorder,
     health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
     metrics::{Metrics, kernel_side::KernelSide},
-    model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Rejected},
+    model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Pod, Rejected},
     source::{self, Batch, Change},
     store::Store,
-    sync::{Failure, Subject, Syncer},
+    sync::{Failure, Subject, Syncer, policy::PolicySyncer},
 };
 
 /// The first wait after a failed write; it doubles up to [`RETRY_AT_MOST`].
@@ -69,6 +74,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         given_sockets,
     } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
+    let policy_syncer = PolicySyncer::restore(&*store).context("failed to read the tables of policies")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
     let (asks, mut asked) = mpsc::unbounded_channel();
     let health_checks = node_ports::Servers::new(progress_seen.clone());
@@ -98,7 +104,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         health_checks,
         metrics,
     };
-    let mut agent = Agent::new(&config, store, syncer, outward);
+    let mut agent = Agent::new(&config, store, syncer, policy_syncer, outward);
     agent.sockets = given_sockets.and_then(sockets::open);
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
     loop {
@@ -150,6 +156,8 @@ pub struct Agent {
     index: Index,
     compiler: Compiler,
     syncer: Syncer,
+    policies: PolicyCompiler,
+    policy_syncer: PolicySyncer,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
     host: Option<HostState>,
@@ -187,7 +195,13 @@ impl fmt::Debug for Agent {
 }
 
 impl Agent {
-    pub fn new(config: &Config, store: Box<dyn Store + Send>, syncer: Syncer, outward: Outward) -> Self {
+    pub fn new(
+        config: &Config,
+        store: Box<dyn Store + Send>,
+        syncer: Syncer,
+        policy_syncer: PolicySyncer,
+        outward: Outward,
+    ) -> Self {
         let Outward {
             wanted,
             progress,
@@ -204,6 +218,8 @@ impl Agent {
                 service_echo: config.service_echo,
             }),
             syncer,
+            policies: PolicyCompiler::new(Subjects::Node(config.node_name.as_str().into())),
+            policy_syncer,
             store,
             sockets: None,
             host: None,
@@ -262,6 +278,8 @@ impl Agent {
             let dirty = std::mem::take(&mut self.dirty);
             let updates = self.compiler.update(&self.index, &dirty);
             self.syncer.update(updates);
+            let changes = self.policies.update(&self.index, &dirty.policy);
+            self.policy_syncer.update(changes);
         }
         for kind in Kind::ALL {
             self.metrics.count_objects(kind, self.index.count(kind));
@@ -282,9 +300,6 @@ impl Agent {
     fn take_change(&mut self, change: Change) -> Dirty {
         match change {
             Change::Apply { key, object, origin } => {
-                if key.kind.is_policy() && self.ignored.insert(key.kind.as_str().to_owned()) {
-                    tracing::warn!(kind = key.kind.as_str(), "policies are not enforced yet");
-                }
                 self.metrics.changed(key.kind);
                 self.note_trigger(&object);
                 if has_problems_later(key.kind) {
@@ -344,7 +359,11 @@ impl Agent {
     /// Tells the kernel side which pods' interfaces to find, and the node's addresses.
     fn publish_wanted(&mut self, look_again: bool) {
         let mut pods = BTreeMap::new();
-        for pod in self.index.local_pods().filter(|pod| !pod.host_network) {
+        let local = self.index.local_pods().filter(|pod| !pod.host_network);
+        let mut local: Vec<&Pod> = local.collect();
+        // Of several that claim an address it is the one that policies take it for: the last to be entered.
+        local.sort_by_key(|pod| (!pod.terminating, pod.created_ns, Reverse(&pod.name)));
+        for pod in local {
             pods.extend(pod.ips.iter().map(|ip| (*ip, pod.name.to_string())));
         }
         let node = self.index.node();
@@ -368,14 +387,20 @@ impl Agent {
             return;
         };
         let tables = self.host_tables(host);
+        let bound = self.bound_pods(host);
         self.listen(&tables);
         let own = tables.own_addresses.iter();
         let own = own.map(|(addr, flags)| (*addr, flags & own_flags::NODE_PORT != 0));
         let updates = self.compiler.set_own_addresses(&self.index, own.collect());
         self.syncer.update(updates);
         self.syncer.set_host(tables);
-        let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
+        self.policy_syncer.set_pods(bound);
+        let (report, of_policies) = tokio::task::block_in_place(|| {
+            let of_policies = self.policy_syncer.run(&mut *self.store, &self.policies);
+            (self.syncer.run(&mut *self.store), of_policies)
+        });
         self.end_sockets(&report);
+        let report = report.with(of_policies);
         if report.writes >= MANY_WRITES {
             sys::give_memory_back();
         }
@@ -403,7 +428,8 @@ impl Agent {
             .observe(started.elapsed().as_secs_f64());
         self.retry_at = (!self.failed.is_empty()).then(|| Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(RETRY_AT_MOST);
-        if self.syncer.has_garbage() && self.reclaim_at.is_none() {
+        let has_garbage = self.syncer.has_garbage() || self.policy_syncer.has_garbage();
+        if has_garbage && self.reclaim_at.is_none() {
             self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
         }
         self.publish_progress();
@@ -412,9 +438,15 @@ impl Agent {
     /// Frees what was replaced.
     pub fn reclaim(&mut self) {
         self.reclaim_at = None;
-        if let Err(error) = tokio::task::block_in_place(|| self.syncer.reclaim(&mut *self.store)) {
-            tracing::warn!("failed to wait for a grace period: {error}");
+        let outcome = tokio::task::block_in_place(|| {
+            self.syncer.reclaim(&mut *self.store)?;
+            self.policy_syncer.reclaim(&mut *self.store, &mut self.policies)
+        });
+        if let Err(error) = outcome {
+            tracing::warn!("failed to free what was replaced: {error}");
             self.reclaim_at = Some(Instant::now() + RETRY_AT_MOST);
+        } else if self.policy_syncer.has_moves() {
+            self.write(Instant::now());
         }
         if let Some(sockets) = &mut self.sockets {
             tokio::task::block_in_place(|| sockets.end_late_ones(&*self.store));

@@ -42,8 +42,8 @@ pub enum Command {
         /// The folder of manifests.
         folder: PathBuf,
     },
-    /// Say whether policies allow a flow, and which rule decides; exit status 1 if they do not. From the manifests alone:
-    /// the agent does not enforce policies yet.
+    /// Say whether policies allow a flow, and which rule decides; exit status 1 if they do not. From the manifests
+    /// alone.
     Explain {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
@@ -299,6 +299,7 @@ impl Settings {
             .with_context(|| format!("failed to parse {}", path.display()))
     }
 
+    #[expect(clippy::too_many_lines, reason = "one line for each setting")]
     fn resolve(self) -> anyhow::Result<Config> {
         let Settings {
             node_name,

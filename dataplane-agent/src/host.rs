@@ -23,6 +23,8 @@ pub struct HostState {
     pub devices: BTreeMap<u32, HostDevice>,
     /// The interfaces of this node's pods, by pod address: those of [`WantedPods`] that were found.
     pub pod_interfaces: BTreeMap<IpAddr, PodInterface>,
+    /// The same interfaces by ifindex, with their pods as `namespace/name`.
+    pub bound_pods: BTreeMap<u32, String>,
 }
 
 /// An address of this node. Whether node ports answer at it is the agent's decision.

@@ -109,7 +109,6 @@ fn policy_verdicts_are_explained() {
                 "selected by NetworkPolicy shop/back, NetworkPolicy shop/odd",
                 "no rule decides, and no NetworkPolicy selects it in this direction",
                 "spec.ingress[0].when: not known here: the rule allows nothing",
-                "does not enforce policies yet",
             ][..],
         ),
         (

@@ -20,7 +20,7 @@ use dataplane_agent::{
     metrics::Metrics,
     source::{self, Batch, Change},
     store::{Limits, policy::PolicyLimits},
-    sync::Syncer,
+    sync::{Syncer, policy::PolicySyncer},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -194,6 +194,7 @@ async fn measure(inside: &Inside) -> Result<Outcome> {
     let Kernel { store, mut host, .. } = start(prepare(&config)?, &config, wanted_seen)?;
     let started = Instant::now();
     let syncer = Syncer::restore(&*store)?;
+    let policies = PolicySyncer::restore(&*store)?;
     let restore_s = started.elapsed().as_secs_f64();
     let (progress, seen) = watch::channel(Progress::default());
     let outward = Outward {
@@ -203,7 +204,7 @@ async fn measure(inside: &Inside) -> Result<Outcome> {
         metrics: Metrics::new(),
     };
     let mut driven = Driven {
-        agent: Agent::new(&config, store, syncer, outward),
+        agent: Agent::new(&config, store, syncer, policies, outward),
         progress: seen,
         revision: 0,
     };

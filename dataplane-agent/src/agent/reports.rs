@@ -19,7 +19,8 @@ impl Agent {
         self.report_rejected();
         let host_revision = self.host.as_ref().map_or(0, |host| host.wanted_revision);
         let started = self.complete && self.host.is_some();
-        let settled = started && self.failed.is_empty() && self.syncer.is_settled();
+        let settled =
+            started && self.failed.is_empty() && self.syncer.is_settled() && self.policy_syncer.is_settled();
         let conditions = served::conditions(&self.problems());
         self.progress.send_modify(|progress| {
             progress.alive = Instant::now();
@@ -56,7 +57,8 @@ impl Agent {
         });
         let of_objects = self.compiler.rejected(origin).into_iter();
         let of_source = self.source_rejected.iter().cloned();
-        let rejected: BTreeSet<Rejected> = of_source.chain(of_objects).chain(of_health_checks).collect();
+        let all = of_source.chain(of_objects).chain(of_health_checks);
+        let rejected: BTreeSet<Rejected> = all.chain(self.rejected_by_policies()).collect();
         let event = |reason, one: &Rejected| Event {
             reason,
             regarding: one.object.parse().ok(),

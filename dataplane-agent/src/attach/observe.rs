@@ -303,6 +303,7 @@ impl Observer {
                 .iter()
                 .filter_map(|(addr, pod)| interface(*addr, pod))
                 .collect(),
+            bound_pods: self.pods.names(),
         }
     }
 

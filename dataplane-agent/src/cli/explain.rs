@@ -11,8 +11,6 @@ use crate::{
     source::{Change, manifests::Folder},
 };
 
-const NOT_ENFORCED: &str = "This is what the policies say. The agent does not enforce policies yet.";
-
 /// Prints the answer; fails when the flow is denied, so that a script can ask.
 pub fn run(manifests: &Path, from: &End, to: &End, port: Port, output: Output) -> anyhow::Result<ExitCode> {
     let mut folder = Folder::new(manifests.to_owned());
@@ -37,7 +35,7 @@ pub fn run(manifests: &Path, from: &End, to: &End, port: Port, output: Output) -
         .collect();
     let text = match output {
         Output::Json => {
-            let answer = serde_json::json!({"flows": explained, "problems": problems, "note": NOT_ENFORCED});
+            let answer = serde_json::json!({"flows": explained, "problems": problems});
             serde_json::to_string_pretty(&answer)? + "\n"
         }
         Output::Table => render(&explained, &problems),
@@ -87,8 +85,6 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
     for problem in problems {
         let _infallible = writeln!(text, "{problem}");
     }
-    text.push_str(NOT_ENFORCED);
-    text.push('\n');
     text
 }
 

@@ -109,6 +109,14 @@ impl PodBinder {
         self.by_pod.get(pod)
     }
 
+    /// The bound pods, by ifindex.
+    pub fn names(&self) -> BTreeMap<u32, String> {
+        let names = self.by_pod.iter();
+        names
+            .map(|(pod, binding)| (binding.interface.ifindex, pod.clone()))
+            .collect()
+    }
+
     pub fn interfaces(&self) -> BTreeSet<u32> {
         self.by_pod
             .values()

@@ -9,6 +9,7 @@ mod backends;
 mod desired;
 pub mod encode;
 mod ids;
+pub mod policy;
 mod programmed;
 mod ranges;
 mod restore;
@@ -75,6 +76,17 @@ pub struct Failure {
     pub refused: bool,
 }
 
+impl From<&StoreError> for Failure {
+    fn from(error: &StoreError) -> Self {
+        let mut reason = error.to_string();
+        if let StoreError::Io { source, .. } = error {
+            reason = format!("{reason}: {source}");
+        }
+        let refused = matches!(error, StoreError::Io { .. });
+        Self { reason, refused }
+    }
+}
+
 impl Failure {
     pub fn cause(&self) -> Cause {
         if self.refused {
@@ -97,14 +109,19 @@ pub struct Report {
 }
 
 impl Report {
+    /// What two of them did.
+    #[must_use]
+    pub fn with(mut self, other: Report) -> Self {
+        let Report { writes, failed, lost } = other;
+        self.writes += writes;
+        self.failed.extend(failed);
+        self.lost.extend(lost);
+        self
+    }
+
     /// Records a write that failed.
     fn failed(&mut self, what: impl Into<Subject>, error: &StoreError) {
-        let mut reason = error.to_string();
-        if let StoreError::Io { source, .. } = error {
-            reason = format!("{reason}: {source}");
-        }
-        let refused = matches!(error, StoreError::Io { .. });
-        self.failed.insert(what.into(), Failure { reason, refused });
+        self.failed.insert(what.into(), Failure::from(error));
     }
 
     /// Records what could not even be tried; a failed write says more.
@@ -119,6 +136,14 @@ impl Report {
     fn is_refused(&self, what: impl Into<Subject>) -> bool {
         let failure = self.failed.get(&what.into());
         failure.is_some_and(|failure| failure.refused)
+    }
+
+    /// Records the failure of a write that is counted elsewhere; true when it succeeded.
+    fn is_written(&mut self, what: impl Into<Subject>, outcome: &Result<(), StoreError>) -> bool {
+        if let Err(error) = outcome {
+            self.failed(what, error);
+        }
+        outcome.is_ok()
     }
 
     /// Records the outcome of a write; true when it succeeded.

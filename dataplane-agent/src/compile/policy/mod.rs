@@ -19,9 +19,9 @@ pub mod sets;
 pub mod tables;
 
 #[cfg(test)]
-mod random;
+pub(crate) mod random;
 #[cfg(test)]
-mod reference;
+pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
 
@@ -208,13 +208,13 @@ impl PolicyCompiler {
     }
 
     /// The classes for whom a set may have a row.
-    fn classes_of(&self, set: SetId) -> BTreeSet<ClassId> {
+    pub fn classes_of(&self, set: SetId) -> BTreeSet<ClassId> {
         let atoms = self.sets.get(set).into_iter().flat_map(|set| set.by_atom.keys());
         atoms.flat_map(|atom| self.classes.with_atom(*atom)).collect()
     }
 
     /// The sets that may have a row for a class.
-    fn sets_of(&self, class: ClassId) -> BTreeSet<SetId> {
+    pub fn sets_of(&self, class: ClassId) -> BTreeSet<SetId> {
         let atoms = self.classes.atoms(class).iter();
         atoms.flat_map(|atom| self.sets.with_atom(*atom)).collect()
     }

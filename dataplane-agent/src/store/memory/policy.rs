@@ -13,7 +13,6 @@ use ipnet::IpNet;
 use super::Memory;
 use crate::{
     compile::policy::{
-        atoms::addr_bits,
         ports::PortPrefix,
         tables::{ip, port_key},
     },
@@ -63,8 +62,9 @@ impl<F: Family> PolicyTables<F> for PolicyMemory {
 
     fn cidr(&self, addr: &F::Addr) -> Option<u32> {
         let addr = ip::<F>(addr);
-        let mut lengths = (0..=addr_bits(addr)).rev();
-        lengths.find_map(|length| self.cidrs.get(&IpNet::new(addr, length).ok()?.trunc()).copied())
+        let holding = self.cidrs.iter().filter(|(range, _)| range.contains(&addr));
+        let longest = holding.max_by_key(|(range, _)| range.prefix_len());
+        longest.map(|(_, class)| *class)
     }
 
     fn set(&self, id: u32) -> Option<&PolicySet> {

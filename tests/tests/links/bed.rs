@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use dataplane_tests::agent::{AgentOptions, Agents, patient};
+use dataplane_tests::agent::{self, AgentOptions, Agents, patient};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::{Manifests, pod};
 use dataplane_tests::netns::NetNs;
@@ -144,7 +144,7 @@ impl Bed {
     }
 
     /// One transfer, which has to arrive whole, at the way's own backend.
-    pub fn transfer(&self, way: Way, ipv6: bool) -> Result<Transferred> {
+    fn transfer(&self, way: Way, ipv6: bool) -> Result<Transferred> {
         let transfer = Transfer {
             to: way.to(ipv6),
             direction: way.direction,
@@ -167,6 +167,31 @@ impl Bed {
         }
     }
 
+    /// Makes the transfers of all ways in both families, and says all that failed.
+    pub fn transfer_all(&mut self, check: impl Fn(Way, &Transferred) -> Result<()>) -> Result<()> {
+        let mut failures = Vec::new();
+        for way in ways() {
+            for family in ["IPv4", "IPv6"] {
+                let result = self.transfer(way, family == "IPv6").and_then(|done| {
+                    println!("{family} {way:?}: {} ms, path MTU {}", done.ms, done.path_mtu);
+                    check(way, &done)
+                });
+                if let Err(error) = result.context(format!("{family} {way:?}")) {
+                    println!("FAILED {error:#}");
+                    failures.push(format!("{error:#}"));
+                }
+            }
+        }
+        self.hold();
+        ensure!(
+            failures.is_empty(),
+            "{} transfers failed:\n{}",
+            failures.len(),
+            failures.join("\n")
+        );
+        Ok(())
+    }
+
     /// What the agent of a node has logged.
     pub fn log(&self, node: &str) -> Result<String> {
         let log = self.agents.logs().find(|(name, _)| *name == node);
@@ -175,7 +200,7 @@ impl Bed {
     }
 
     /// Waits for Enter with everything in place, if `DATAPLANE_TEST_HOLD` is set.
-    pub fn hold(&mut self) {
+    fn hold(&mut self) {
         if std::env::var_os("DATAPLANE_TEST_HOLD").is_some() {
             for (node, log) in self.agents.logs() {
                 eprintln!("{node}: {}", log.display());
@@ -293,26 +318,29 @@ fn write_objects(cluster: &Cluster, folder: &Manifests) -> Result<()> {
     Ok(())
 }
 
-/// Makes the transfers of all ways in both families, and says all that failed.
-pub fn all_transfers(bed: &Bed, check: impl Fn(Way, &Transferred) -> Result<()>) -> Result<()> {
-    let mut failures = Vec::new();
-    for way in ways() {
-        for family in ["IPv4", "IPv6"] {
-            let result = bed.transfer(way, family == "IPv6").and_then(|done| {
-                println!("{family} {way:?}: {} ms, path MTU {}", done.ms, done.path_mtu);
-                check(way, &done)
-            });
-            if let Err(error) = result.context(format!("{family} {way:?}")) {
-                println!("FAILED {error:#}");
-                failures.push(format!("{error:#}"));
-            }
-        }
-    }
+/// A cluster of its own without socket hooks, in which the transfers of all ways have to arrive and to pass `check`. Nothing
+/// is done where no agent is built.
+pub fn transfers(
+    name: &str,
+    datapath: &str,
+    network: Network,
+    change: impl FnOnce(&mut Cluster) -> Result<()>,
+    check: impl Fn(Way, &Transferred) -> Result<()>,
+) -> Result<()> {
+    let Some(agent) = agent::built() else {
+        return Ok(());
+    };
+    let flags = ["--socket-lb", "off", "--datapath", datapath];
+    let name = format!("{name}-{datapath}");
+    Bed::build(&name, agent, &flags, (network, Uplink::Card), change)?.transfer_all(check)
+}
+
+/// Whether the sender has learned what the narrowest link of its path carries.
+pub fn expect_path_mtu(done: &Transferred, mtu: u32) -> Result<()> {
     ensure!(
-        failures.is_empty(),
-        "{} transfers failed:\n{}",
-        failures.len(),
-        failures.join("\n")
+        done.path_mtu == mtu,
+        "the sender thinks that the path MTU is {}",
+        done.path_mtu
     );
     Ok(())
 }

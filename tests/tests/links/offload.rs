@@ -1,15 +1,14 @@
 //! What offloads make of packets: super-packets with partial checksums, complete checksums, and frames of several buffers
 //! on links of 9,000 bytes. Every byte is compared.
 
-use anyhow::{Result, ensure};
-use dataplane_tests::agent;
+use anyhow::Result;
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::facing_xdp;
 use dataplane_tests::links::Links;
 use dataplane_tests::netns::NetNs;
-use dataplane_tests::shape::{Network, Uplink};
+use dataplane_tests::shape::Network;
 
-use crate::bed::{Bed, Way, all_transfers, pod_device, underlay, ways};
+use crate::bed::{Way, expect_path_mtu, pod_device, transfers, underlay, ways};
 
 const JUMBO: u32 = 9000;
 
@@ -53,57 +52,40 @@ fn complete(cluster: &mut Cluster) -> Result<()> {
     Ok(())
 }
 
-fn transfers(
-    name: &str,
-    datapath: &str,
-    network: Network,
-    mtu: u32,
-    change: impl FnOnce(&mut Cluster) -> Result<()>,
-) -> Result<()> {
-    let Some(agent) = agent::built() else {
-        return Ok(());
-    };
-    let flags = ["--socket-lb", "off", "--datapath", datapath];
-    let mut bed = Bed::build(
-        &format!("{name}-{datapath}"),
-        agent,
-        &flags,
-        (network, Uplink::Card),
-        change,
-    )?;
-    let result = all_transfers(&bed, |_, done| {
-        ensure!(
-            done.path_mtu == mtu,
-            "the sender thinks that the path MTU is {}",
-            done.path_mtu
-        );
-        Ok(())
-    });
-    bed.hold();
-    result
-}
-
 #[test]
 fn jumbo_frames_xdp() -> Result<()> {
-    transfers("jumbo", "xdp", Network::Routed, JUMBO, widen)
+    transfers("jumbo", "xdp", Network::Routed, widen, |_, done| {
+        expect_path_mtu(done, JUMBO)
+    })
 }
 
 #[test]
 fn jumbo_frames_tc() -> Result<()> {
-    transfers("jumbo", "tc", Network::Bridge, JUMBO, |cluster| {
+    let widen_all = |cluster: &mut Cluster| {
         for node in ["node1", "node2"] {
             Links::open(cluster.node_netns(node)?)?.set_mtu("cni0", JUMBO)?;
         }
         widen(cluster)
+    };
+    transfers("jumbo", "tc", Network::Bridge, widen_all, |_, done| {
+        expect_path_mtu(done, JUMBO)
     })
 }
 
 #[test]
 fn super_packets_on_a_bridge() -> Result<()> {
-    transfers("gso", "tc", Network::Bridge, 1500, |_| Ok(()))
+    transfers(
+        "gso",
+        "tc",
+        Network::Bridge,
+        |_| Ok(()),
+        |_, done| expect_path_mtu(done, 1500),
+    )
 }
 
 #[test]
 fn complete_checksums() -> Result<()> {
-    transfers("complete", "tc", Network::Routed, 1500, complete)
+    transfers("complete", "tc", Network::Routed, complete, |_, done| {
+        expect_path_mtu(done, 1500)
+    })
 }

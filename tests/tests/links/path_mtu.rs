@@ -3,15 +3,14 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, ensure};
-use dataplane_tests::agent;
+use anyhow::Result;
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::links::{Links, Route, host};
 use dataplane_tests::netns::set_sysctls;
-use dataplane_tests::shape::{Network, Uplink, parse_prefix};
+use dataplane_tests::shape::{Network, parse_prefix};
 use dataplane_tests::worker::protocol::Direction;
 
-use crate::bed::{Bed, Client, Way, all_transfers, pod_device, underlay, ways};
+use crate::bed::{Client, Way, expect_path_mtu, pod_device, transfers, underlay, ways};
 
 const NARROW: u32 = 1400;
 
@@ -120,25 +119,14 @@ fn is_narrow(place: Place, way: Way) -> bool {
 }
 
 fn transfers_complete(place: Place, datapath: &str) -> Result<()> {
-    let Some(agent) = agent::built() else {
-        return Ok(());
-    };
-    let name = format!("mtu-{place:?}-{datapath}").to_lowercase();
-    let flags = ["--socket-lb", "off", "--datapath", datapath];
-    let mut bed = Bed::build(&name, agent, &flags, (Network::Routed, Uplink::Card), |cluster| {
-        narrow(cluster, place)
-    })?;
-    let result = all_transfers(&bed, |way, done| {
-        let expected = if is_narrow(place, way) { NARROW } else { 1500 };
-        ensure!(
-            done.path_mtu == expected,
-            "the sender thinks that the path MTU is {}",
-            done.path_mtu
-        );
-        Ok(())
-    });
-    bed.hold();
-    result
+    let name = format!("mtu-{place:?}").to_lowercase();
+    transfers(
+        &name,
+        datapath,
+        Network::Routed,
+        |cluster| narrow(cluster, place),
+        |way, done| expect_path_mtu(done, if is_narrow(place, way) { NARROW } else { 1500 }),
+    )
 }
 
 #[test]

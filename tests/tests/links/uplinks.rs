@@ -13,7 +13,7 @@ use dataplane_tests::shape::{Network, Uplink, parse_prefix};
 use dataplane_tests::wireguard::{self, KEYS};
 use dataplane_tests::worker::protocol::Direction;
 
-use crate::bed::{Bed, all_transfers};
+use crate::bed::{self, Bed, expect_path_mtu};
 
 /// The device kinds that this kernel lacks, asked once.
 fn lacking() -> Result<Vec<&'static str>> {
@@ -58,9 +58,7 @@ fn transfers(name: &str, uplink: Uplink, devices: &[&str], xdp: bool) -> Result<
         flags.extend(["--device", device]);
     }
     let mut bed = Bed::build(name, agent, &flags, (Network::Routed, uplink), |_| Ok(()))?;
-    let result = all_transfers(&bed, |_, _| Ok(()));
-    bed.hold();
-    result?;
+    bed.transfer_all(|_, _| Ok(()))?;
     let log = bed.log("node1")?;
     ensure!(log.contains("no XDP") != xdp, "the agent says about XDP:\n{log}");
     Ok(())
@@ -110,32 +108,19 @@ fn tunnel(cluster: &mut Cluster) -> Result<()> {
 
 #[test]
 fn pods_behind_wireguard() -> Result<()> {
-    let Some(agent) = agent::built() else {
+    if agent::built().is_none() {
         return Ok(());
-    };
+    }
     if lacking()?.contains(&"wireguard") {
         println!("skipped: this kernel has no wireguard");
         return Ok(());
     }
-    let flags = ["--socket-lb", "off", "--datapath", "xdp"];
-    let mut bed = Bed::build(
-        "wireguard",
-        agent,
-        &flags,
-        (Network::Routed, Uplink::Card),
-        tunnel,
-    )?;
-    let result = all_transfers(&bed, |way, done| {
-        let narrow = !way.is_local && way.direction == Direction::Upload;
-        ensure!(
-            !narrow || done.path_mtu == 1420,
-            "the sender thinks that the path MTU is {}",
-            done.path_mtu
-        );
+    bed::transfers("wireguard", "xdp", Network::Routed, tunnel, |way, done| {
+        if !way.is_local && way.direction == Direction::Upload {
+            expect_path_mtu(done, 1420)?;
+        }
         Ok(())
-    });
-    bed.hold();
-    result
+    })
 }
 
 #[test]

@@ -4,11 +4,12 @@ mod machine;
 mod policies;
 mod reports;
 mod sockets;
+mod verdicts;
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
-    fmt,
+    fmt, io,
     time::{Duration, Instant},
 };
 
@@ -24,7 +25,7 @@ use tokio::{
 use self::sockets::HostSockets;
 use crate::{
     attach,
-    bpf::sys,
+    bpf::{pins::Pins, sys, verdicts::Verdicts},
     compile::{
         Compiler, Options,
         policy::{PolicyCompiler, Subjects},
@@ -106,6 +107,11 @@ async fn start(config: Config) -> anyhow::Result<()> {
     };
     let mut agent = Agent::new(&config, store, syncer, policy_syncer, outward);
     agent.sockets = given_sockets.and_then(sockets::open);
+    let mut verdicts = Verdicts::open(&Pins::new(&config.bpffs))
+        .inspect_err(|error| {
+            tracing::warn!("verdicts of policies are not told: failed to open their tables ({error})");
+        })
+        .ok();
     tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
     loop {
         let reclaim_at = agent.reclaim_at;
@@ -119,6 +125,14 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 agent.take_host(state);
             }
             Some(ask) = asked.recv() => agent.answer(ask),
+            readable = readable(verdicts.as_ref()) => match (readable, &mut verdicts) {
+                (Ok(()), Some(verdicts)) => agent.take_verdicts(verdicts),
+                (Ok(()), None) => {}
+                (Err(error), _) => {
+                    tracing::warn!("no more verdicts of policies: failed to read them ({error})");
+                    verdicts = None;
+                }
+            },
             () = at(retry_at), if retry_at.is_some() => agent.retry(),
             () = at(listen_at), if listen_at.is_some() => agent.listen_again(),
             () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
@@ -132,6 +146,14 @@ async fn start(config: Config) -> anyhow::Result<()> {
     // Gone already if somebody removed it.
     let _gone = std::fs::remove_file(&config.socket);
     Ok(())
+}
+
+/// Returns when verdicts of policies have been told.
+async fn readable(verdicts: Option<&Verdicts>) -> io::Result<()> {
+    match verdicts {
+        Some(verdicts) => verdicts.wait().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn at(time: Option<Instant>) {
@@ -158,6 +180,7 @@ pub struct Agent {
     syncer: Syncer,
     policies: PolicyCompiler,
     policy_syncer: PolicySyncer,
+    verdicts: verdicts::Kept,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
     host: Option<HostState>,
@@ -220,6 +243,7 @@ impl Agent {
             syncer,
             policies: PolicyCompiler::new(Subjects::Node(config.node_name.as_str().into())),
             policy_syncer,
+            verdicts: verdicts::Kept::default(),
             store,
             sockets: None,
             host: None,
@@ -352,6 +376,9 @@ impl Agent {
             }
             Ask::Served(reply) => {
                 let _gone = reply.send(self.served());
+            }
+            Ask::Verdicts(after, reply) => {
+                let _gone = reply.send(self.verdicts.after(after));
             }
         }
     }

@@ -80,6 +80,17 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
+    /// Say what policies have denied lately and by which rule, and what dry runs would have changed.
+    Verdicts {
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        /// Go on with what comes.
+        #[arg(short, long)]
+        follow: bool,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// Say what is attached and how full the tables are.
     Status {
         /// The BPF file system of the agent.

@@ -24,6 +24,7 @@ use self::http::{Answer, Listener};
 use crate::{
     served::{Condition, Served},
     source::Rescan,
+    told::Told,
 };
 
 /// How long `/wait` lasts unless it says.
@@ -100,6 +101,8 @@ pub enum Ask {
     LookAgain(oneshot::Sender<u64>),
     /// What is served.
     Served(oneshot::Sender<Served>),
+    /// What policies have decided after the verdict with a number.
+    Verdicts(u64, oneshot::Sender<Vec<Told>>),
 }
 
 /// What the servers need of the agent.
@@ -191,18 +194,22 @@ impl Health {
                     Err(_) => Answer::of_health(false, "{}\n".to_owned()),
                 }
             }
+            "/verdicts" => {
+                let after = query(uri, "after").unwrap_or(0);
+                let (reply, told) = oneshot::channel();
+                let _ended = self.asks.send(Ask::Verdicts(after, reply));
+                match told.await {
+                    Ok(told) => Answer::of_health(true, to_json(&told)),
+                    Err(_) => Answer::of_health(false, "[]\n".to_owned()),
+                }
+            }
             "/wait" => self.wait_for(uri).await,
             _ => Answer::not_found(),
         }
     }
 
     async fn wait_for(&mut self, uri: &Uri) -> Answer {
-        let timeout = uri
-            .query()
-            .unwrap_or_default()
-            .split('&')
-            .find_map(|pair| pair.strip_prefix("timeout_ms=")?.parse().ok())
-            .map_or(WAIT, Duration::from_millis);
+        let timeout = query(uri, "timeout_ms").map_or(WAIT, Duration::from_millis);
         let done = time::timeout(timeout, self.wait()).await;
         let progress = self.progress.borrow();
         match done {
@@ -252,6 +259,12 @@ pub fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
         _ => {}
     }
     UnixListener::bind(path).with_context(failed)
+}
+
+/// A number in a query.
+fn query(uri: &Uri, name: &str) -> Option<u64> {
+    let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.find(|(key, _)| *key == name)?.1.parse().ok()
 }
 
 /// `/livez` is about this process alone, `/healthz` about what load balancers should send here.

@@ -9,6 +9,7 @@ pub mod loader;
 pub mod maps;
 pub mod pins;
 pub mod sys;
+pub mod verdicts;
 
 /// The BPF object, or nothing when the agent was built without it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("DATAPLANE_OBJECT"));
@@ -94,6 +95,7 @@ impl Program {
 
 /// The maps of the object that the agent opens by name.
 pub mod map_names {
+    pub const VERDICTS: &str = "VERDICTS";
     pub const FRONTENDS_V4: &str = "FRONTENDS_V4";
     pub const FRONTENDS_V6: &str = "FRONTENDS_V6";
     pub const SERVICES: &str = "SERVICES";

@@ -6,6 +6,7 @@ pub mod cleanup;
 pub mod explain;
 pub mod services;
 pub mod status;
+pub mod verdicts;
 pub mod wait;
 
 use std::{
@@ -47,6 +48,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             problems,
             output,
         } => services::run(&socket, problems, output)?,
+        Command::Verdicts {
+            socket,
+            follow,
+            output,
+        } => verdicts::run(&socket, follow, output)?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
         Command::Cleanup { bpffs } => cleanup::run(&bpffs)?,
     }

@@ -5,6 +5,7 @@ use std::{
     net::UdpSocket,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    time::Duration,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -117,6 +118,17 @@ pub fn legacy_filter_rules(is_ipv6: bool) -> io::Result<Vec<u8>> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The monotonic clock, by which the kernel side tells the time of events.
+pub fn monotonic() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the clock is always there, and `time` is its type.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned() as u32)
 }
 
 /// The `f_type` of the filesystem that holds `path`.

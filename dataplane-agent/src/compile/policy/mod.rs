@@ -223,6 +223,11 @@ impl PolicyCompiler {
         &self.pods
     }
 
+    /// The Pod that policies take an address for.
+    pub fn pod_at(&self, addr: IpAddr) -> Option<&Name> {
+        self.owners.pod_at(addr)
+    }
+
     pub fn classes(&self) -> &Classes {
         &self.classes
     }

@@ -1,0 +1,177 @@
+//! What policies have decided, in words: events of the kernel side, with the names of pods, policies and rules.
+
+use std::{collections::VecDeque, net::IpAddr, time::Duration};
+
+use dataplane_common::{
+    addr::proto,
+    policy::{NO_RULE_INDEX, RuleAction, VerdictEvent},
+    reason::Reason,
+};
+use jiff::Timestamp;
+
+use super::Agent;
+use crate::{
+    bpf::{sys, verdicts::Verdicts},
+    model::policy::Direction,
+    told::{Told, ToldVerdict},
+};
+
+/// As many are kept for those who ask.
+const KEPT: usize = 4096;
+
+/// What was told, the oldest first.
+#[derive(Debug, Default)]
+pub struct Kept {
+    told: VecDeque<Told>,
+    next: u64,
+}
+
+impl Kept {
+    fn push(&mut self, told: Told) {
+        if self.told.len() == KEPT {
+            self.told.pop_front();
+        }
+        self.next += 1;
+        self.told.push_back(Told {
+            number: self.next,
+            ..told
+        });
+    }
+
+    /// Those with a higher number.
+    pub fn after(&self, number: u64) -> Vec<Told> {
+        let later = self.told.iter().filter(|told| told.number > number);
+        later.cloned().collect()
+    }
+}
+
+impl Agent {
+    /// Takes what the kernel side has told.
+    pub fn take_verdicts(&mut self, verdicts: &mut Verdicts) {
+        while let Some(event) = verdicts.take() {
+            let rule = verdicts.rule(&event).filter(|_| event.rule != NO_RULE_INDEX);
+            let mut told = self.describe(&event);
+            if let Some(rule) = rule {
+                told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
+                told.rule = Some(rule.place);
+                told.action = action(rule.action).map(str::to_owned);
+            } else {
+                told.policy = self.selected_by(&event);
+            }
+            tracing::debug!(
+                target: "dataplane_agent::verdicts",
+                verdict = told.verdict.as_str(),
+                direction = told.direction,
+                from = told.from,
+                to = told.to,
+                port = told.port,
+                policy = told.policy,
+                rule = told.rule,
+                "policy verdict"
+            );
+            self.verdicts.push(told);
+        }
+    }
+
+    fn describe(&self, event: &VerdictEvent) -> Told {
+        let reason = Reason::ALL.get(event.reason as usize).copied();
+        let [from, to] = [event.src_be, event.dst_be].map(|addr| address(event.family, addr));
+        let port = u16::from_be(event.dport_be);
+        Told {
+            number: 0,
+            time: wall_clock(event.at_ns),
+            verdict: match reason {
+                Some(Reason::DryRunDenied) => ToldVerdict::WouldDeny,
+                Some(Reason::DryRunAllowed) => ToldVerdict::WouldAllow,
+                _ => ToldVerdict::Denied,
+            },
+            reason: reason.map_or("unknown", Reason::label).to_owned(),
+            direction: direction(event).as_str().to_owned(),
+            from: self.name_of(from),
+            to: self.name_of(to),
+            port: match event.proto {
+                proto::TCP => format!("{port}/TCP"),
+                proto::UDP => format!("{port}/UDP"),
+                proto::SCTP => format!("{port}/SCTP"),
+                proto::ICMP => "ICMP".to_owned(),
+                proto::ICMPV6 => "ICMPv6".to_owned(),
+                other => format!("protocol {other}"),
+            },
+            policy: None,
+            rule: None,
+            action: None,
+            untold: event.untold,
+        }
+    }
+
+    /// `namespace/pod (address)`, or the address of who is no pod.
+    fn name_of(&self, addr: IpAddr) -> String {
+        match self.policies.pod_at(addr) {
+            Some(pod) => format!("{pod} ({addr})"),
+            None => addr.to_string(),
+        }
+    }
+
+    /// The policies that isolate the pod of an event that no rule has decided.
+    fn selected_by(&self, event: &VerdictEvent) -> Option<String> {
+        let own = if event.outward != 0 {
+            event.src_be
+        } else {
+            event.dst_be
+        };
+        let pod = self.policies.pod_at(address(event.family, own))?;
+        let policies = &self.policies.pods().get(pod)?.policies[direction(event) as usize];
+        let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+        (!names.is_empty()).then(|| names.join(", "))
+    }
+}
+
+fn direction(event: &VerdictEvent) -> Direction {
+    if event.outward != 0 {
+        Direction::Egress
+    } else {
+        Direction::Ingress
+    }
+}
+
+fn action(number: u8) -> Option<&'static str> {
+    [
+        (RuleAction::Allow, "allow"),
+        (RuleAction::Deny, "deny"),
+        (RuleAction::Pass, "pass"),
+    ]
+    .into_iter()
+    .find(|(action, _)| *action as u8 == number)
+    .map(|(_, name)| name)
+}
+
+fn address(family: u8, addr: [u32; 4]) -> IpAddr {
+    if family == 4 {
+        IpAddr::from(addr[0].to_ne_bytes())
+    } else {
+        IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(addr))
+    }
+}
+
+/// The time of day of a moment on the monotonic clock.
+fn wall_clock(at_ns: u64) -> Timestamp {
+    let age = sys::monotonic().saturating_sub(Duration::from_nanos(at_ns));
+    Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_numbered_and_the_oldest_are_forgotten() {
+        let mut kept = Kept::default();
+        for _ in 0..KEPT + 10 {
+            kept.push(Told::default());
+        }
+        let numbers: Vec<u64> = kept.after(0).iter().map(|told| told.number).collect();
+        assert_eq!(numbers.first(), Some(&11));
+        assert_eq!(numbers.len(), KEPT);
+        assert_eq!(kept.after(KEPT as u64 + 8).len(), 2);
+    }
+}

@@ -1,0 +1,101 @@
+//! `verdicts`: what policies have denied lately, and what dry runs would have changed.
+
+use std::{io::Write, path::Path, thread, time::Duration};
+
+use anyhow::Context;
+
+use super::{
+    ask::{Answer, ask},
+    status::{Output, table},
+};
+use crate::told::Told;
+
+const WITHIN: Duration = Duration::from_secs(10);
+/// Between two questions of `--follow`.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Prints what the agent at `socket` has kept, and with `follow` what comes.
+pub fn run(socket: &Path, follow: bool, output: Output) -> anyhow::Result<()> {
+    let mut last = 0;
+    let mut is_first = true;
+    loop {
+        let Answer { status, body } = ask(socket, &format!("/verdicts?after={last}"), WITHIN)
+            .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
+        anyhow::ensure!(status == 200, "the agent answered with status {status}");
+        let told: Vec<Told> = serde_json::from_str(&body).context("failed to read the agent's answer")?;
+        last = told.last().map_or(last, |told| told.number);
+        if is_first || !told.is_empty() {
+            let text = match output {
+                Output::Json => lines(&told)?,
+                Output::Table => render(&told),
+            };
+            let mut out = std::io::stdout();
+            out.write_all(text.as_bytes()).context("failed to print")?;
+            out.flush().context("failed to print")?;
+        }
+        if !follow {
+            return Ok(());
+        }
+        is_first = false;
+        thread::sleep(PAUSE);
+    }
+}
+
+/// A JSON object a line.
+fn lines(told: &[Told]) -> anyhow::Result<String> {
+    let lines = told.iter().map(|told| Ok(serde_json::to_string(told)? + "\n"));
+    lines.collect()
+}
+
+fn render(told: &[Told]) -> String {
+    let rows = told.iter().map(|told| {
+        vec![
+            told.time.strftime("%H:%M:%S%.3f").to_string(),
+            told.verdict.as_str().to_owned(),
+            told.direction.clone(),
+            told.from.clone(),
+            told.to.clone(),
+            told.port.clone(),
+            by(told),
+        ]
+    });
+    let header = ["TIME", "VERDICT", "DIRECTION", "FROM", "TO", "PORT", "BY"];
+    table(&header, rows).trim_start_matches('\n').to_owned()
+}
+
+/// What gave the verdict.
+fn by(told: &Told) -> String {
+    let text = match (&told.policy, told.rule) {
+        (Some(policy), Some(rule)) => format!("{policy}, rule {rule}"),
+        (Some(policies), None) => format!("no rule of {policies}"),
+        (None, _) => told.reason.clone(),
+    };
+    match told.untold {
+        0 => text,
+        untold => format!("{text} ({untold} more before this were not told)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_names_its_rule_or_the_policies_that_have_none() {
+        let mut told = Told {
+            policy: Some("NetworkPolicy shop/db".to_owned()),
+            reason: "policy-denied".to_owned(),
+            ..Told::default()
+        };
+        assert_eq!(by(&told), "no rule of NetworkPolicy shop/db");
+        told.rule = Some(2);
+        told.untold = 7;
+        assert_eq!(
+            by(&told),
+            "NetworkPolicy shop/db, rule 2 (7 more before this were not told)"
+        );
+        told.policy = None;
+        told.untold = 0;
+        assert_eq!(by(&told), "policy-denied");
+    }
+}

@@ -1,0 +1,50 @@
+//! Verdicts of policies, as the agent tells its commands.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// What was decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToldVerdict {
+    #[default]
+    Denied,
+    /// A policy that is a dry run would deny what was allowed.
+    WouldDeny,
+    /// A policy that is a dry run would allow what was denied.
+    WouldAllow,
+}
+
+impl ToldVerdict {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            ToldVerdict::Denied => "denied",
+            ToldVerdict::WouldDeny => "would deny",
+            ToldVerdict::WouldAllow => "would allow",
+        }
+    }
+}
+
+/// One verdict.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Told {
+    /// Grows by one with each.
+    pub number: u64,
+    pub time: Timestamp,
+    pub verdict: ToldVerdict,
+    /// As in `dataplane_packets_total`.
+    pub reason: String,
+    /// Of the pod whose policies these are.
+    pub direction: String,
+    /// `namespace/pod (address)`, or an address.
+    pub from: String,
+    pub to: String,
+    /// The destination's.
+    pub port: String,
+    /// The policy whose rule decided; where none did, those that select the pod in this direction.
+    pub policy: Option<String>,
+    /// The rule's place in the policy's list for the direction, from 0.
+    pub rule: Option<u32>,
+    pub action: Option<String>,
+    /// Verdicts about the pod that were not told before this one, because there were too many.
+    pub untold: u32,
+}

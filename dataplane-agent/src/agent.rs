@@ -37,7 +37,7 @@ use crate::{
     metrics::{Metrics, kernel_side::KernelSide},
     model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Pod, Rejected},
     source::{self, Batch, Change},
-    store::Store,
+    store::{Store, StoreError},
     sync::{Failure, Subject, Syncer, policy::PolicySyncer},
 };
 
@@ -484,7 +484,11 @@ impl Agent {
         if !self.progress.borrow().started {
             return;
         }
-        match tokio::task::block_in_place(|| self.syncer.audit(&*self.store)) {
+        let differing = tokio::task::block_in_place(|| {
+            let of_policies = self.policy_syncer.audit(&*self.store)?;
+            Ok::<usize, StoreError>(self.syncer.audit(&*self.store)? + of_policies)
+        });
+        match differing {
             Ok(0) => {}
             Ok(entries) => {
                 tracing::warn!(entries, "the tables were changed by somebody else");

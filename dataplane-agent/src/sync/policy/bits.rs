@@ -89,6 +89,13 @@ impl Bits {
         }
     }
 
+    /// Elements in use that were found to hold something else.
+    pub fn differing(&self, found: &[(u32, RuleBits)]) -> usize {
+        let found: HashMap<u32, RuleBits> = found.iter().copied().collect();
+        let differs = |(id, (content, _)): &(&u32, &(RuleBits, usize))| found.get(id) != Some(content);
+        self.by_id.iter().filter(differs).count()
+    }
+
     pub fn get(&self, id: u32) -> RuleBits {
         self.by_id
             .get(&id)

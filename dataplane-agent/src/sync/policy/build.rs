@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dataplane_common::policy::{PolicyRule, PolicySet, RuleBits, SET_RULES, set_flags};
+use dataplane_common::policy::{PolicySet, RuleBits, SET_RULES, set_flags};
 
 use super::programmed::{Programmed, Set};
 use crate::{
@@ -74,6 +74,7 @@ impl Programmed {
         let any_peer = self.bits.hold(store, &made.any_peer);
         if let Some(of_set) = self.sets.get_mut(&id) {
             of_set.rules = rules;
+            of_set.made = Some(made.clone());
             of_set.header = header(
                 &made,
                 rules.map_or(0, |slice| slice.start),
@@ -88,13 +89,7 @@ impl Programmed {
             {
                 self.names.hold(policy, &rule.policy);
             }
-            let rule = PolicyRule {
-                policy,
-                place: rule.place,
-                action: rule.action as u8,
-                pad: [0; 3],
-            };
-            store.write_rule(index, &rule)?;
+            store.write_rule(index, &self.names.row(rule))?;
             self.writes += 1;
         }
         for (prefix, content) in &made.by_port {

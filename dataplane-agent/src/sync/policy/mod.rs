@@ -9,6 +9,7 @@
 //!
 //! What cannot be written closes the pods that it is about, and is tried again.
 
+mod audit;
 mod bits;
 mod build;
 mod names;
@@ -30,7 +31,11 @@ use dataplane_common::policy::{PodPolicy, PolicyRule, REVISION_NONE, SET_NONE};
 use self::programmed::{Programmed, SET_CLOSED, sets_of};
 use super::{Failure, Report, Subject};
 use crate::{
-    compile::policy::{Changes, PolicyCompiler, classes::Place, sets::SetId},
+    compile::policy::{
+        Changes, PolicyCompiler,
+        classes::{ClassId, Place},
+        sets::{ResolvedRule, SetId},
+    },
     model::{Kind, Name, ObjectRef, policy::Direction},
     store::Store,
 };
@@ -101,9 +106,9 @@ impl PolicySyncer {
         self.touched.is_empty() && !self.is_stale
     }
 
-    /// The policy with a number in `RULES`.
-    pub fn policy(&self, number: u32) -> Option<&ObjectRef> {
-        self.programmed.names.get(number)
+    /// The rule at an index into `RULES`; `None` where an earlier process wrote it and it is in force no more.
+    pub fn rule(&self, index: u32) -> Option<&ResolvedRule> {
+        self.programmed.rule(index)
     }
 
     /// Writes what differs. Never call it before the source is complete and the pods' interfaces are known: what nobody
@@ -225,18 +230,17 @@ impl PolicySyncer {
                 }
             }
         }
+        let moving: Vec<(Place, u32, ClassId)> = self.moving(compiler).collect();
         let images = self.programmed.images.iter();
         let images = images.filter(|(set, image)| {
             let Some(pods) = left.get(image) else {
                 return false;
             };
-            self.touched.iter().any(|place| {
+            moving.iter().any(|&(place, class, label)| {
                 // A pod always reaches itself.
-                let is_own = |own: &&[IpAddr]| matches!(place, Place::Addr(addr) if own.contains(addr));
-                let class = places::label(compiler, *place);
+                let is_own = |own: &&[IpAddr]| matches!(place, Place::Addr(addr) if own.contains(&addr));
                 !pods.iter().all(is_own)
-                    && self.programmed.row(**image, self.programmed.resolve(*place))
-                        != build::row(compiler, **set, class)
+                    && self.programmed.row(**image, class) != build::row(compiler, **set, label)
             })
         });
         images.map(|(set, _)| *set).collect()

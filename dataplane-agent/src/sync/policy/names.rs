@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::model::ObjectRef;
+use dataplane_common::policy::PolicyRule;
+
+use crate::{compile::policy::sets::ResolvedRule, model::ObjectRef};
 
 /// The policies of the sets in the tables, by number, each with how many sets have it.
 #[derive(Debug, Default)]
@@ -17,6 +19,16 @@ impl Names {
                 Some((other, _)) if other != policy => number = number.wrapping_add(1),
                 _ => return number,
             }
+        }
+    }
+
+    /// A rule's element of `RULES`.
+    pub fn row(&self, rule: &ResolvedRule) -> PolicyRule {
+        PolicyRule {
+            policy: self.number(&rule.policy),
+            place: rule.place,
+            action: rule.action as u8,
+            pad: [0; 3],
         }
     }
 
@@ -35,11 +47,6 @@ impl Names {
                 }
             }
         }
-    }
-
-    /// The policy with a number.
-    pub fn get(&self, number: u32) -> Option<&ObjectRef> {
-        self.0.get(&number).map(|(policy, _)| policy)
     }
 }
 

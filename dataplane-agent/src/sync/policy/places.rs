@@ -1,6 +1,9 @@
 //! Addresses and ranges: led from class to class.
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{
+    collections::{BTreeMap, HashSet},
+    ops::ControlFlow,
+};
 
 use dataplane_common::policy::{CLASS_ANY, RuleAction, RuleBits};
 
@@ -37,6 +40,15 @@ fn subject(place: Place) -> Subject {
 }
 
 impl PolicySyncer {
+    /// The places that are to have another class, with the one that they have and the compiler's that they are to have.
+    pub(super) fn moving(&self, compiler: &PolicyCompiler) -> impl Iterator<Item = (Place, u32, ClassId)> {
+        self.touched.iter().filter_map(|place| {
+            let (class, label) = (self.programmed.resolve(*place), label(compiler, *place));
+            let is = self.programmed.classes.get(&class).and_then(|class| class.label);
+            (is != Some(label)).then_some((*place, class, label))
+        })
+    }
+
     /// Leads every touched place to its class. What fails stays touched.
     pub(super) fn put_places(
         &mut self,
@@ -86,7 +98,7 @@ impl PolicySyncer {
         if is_gone {
             let beneath = programmed.resolve_beneath(place);
             if programmed.old_rows(beneath) == old {
-                self.is_stale |= !programmed.are_alike(before, beneath);
+                self.is_stale = self.is_stale || !programmed.are_alike(before, beneath);
                 programmed.delete_place(store, place)?;
                 return Ok(ControlFlow::Break(()));
             }
@@ -94,7 +106,7 @@ impl PolicySyncer {
         let is_labelled = programmed.classes.get(&before).and_then(|class| class.label) == Some(label);
         if written.is_none() || !is_labelled {
             let class = programmed.class_for(store, compiler, label, &old)?;
-            self.is_stale |= !programmed.are_alike(before, class);
+            self.is_stale = self.is_stale || !programmed.are_alike(before, class);
             programmed.put_place(store, place, class)?;
         }
         Ok(if is_gone {
@@ -111,11 +123,14 @@ impl PolicySyncer {
         report: &Report,
         broken: &mut BTreeMap<SetId, Failure>,
     ) {
-        for place in &self.touched {
-            let (label, class) = (label(compiler, *place), self.programmed.resolve(*place));
-            let Some(failure) = report.failed.get(&subject(*place)) else {
+        let mut seen = HashSet::new();
+        for (place, class, label) in self.moving(compiler) {
+            let Some(failure) = report.failed.get(&subject(place)) else {
                 continue;
             };
+            if !seen.insert((class, label)) {
+                continue;
+            }
             for (set, image) in &self.programmed.images {
                 let Some(made) = compiler.sets().get(*set) else {
                     continue;
@@ -123,7 +138,7 @@ impl PolicySyncer {
                 let desired = build::row(compiler, *set, label);
                 let actual = self.programmed.row(*image, class);
                 if opens(made, &desired, &actual) {
-                    let reason = format!("{}: {}", subject(*place), failure.reason);
+                    let reason = format!("{}: {}", subject(place), failure.reason);
                     let failure = Failure {
                         reason,
                         refused: failure.refused,

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use dataplane_common::policy::{
@@ -15,7 +16,7 @@ use crate::{
     compile::policy::{
         atoms::addr_bits,
         classes::{ClassId, Place},
-        sets::SetId,
+        sets::{self, ResolvedRule, SetId},
     },
     store::{Store, StoreError, policy::PolicyLimits},
     sync::arena::{Arena, Slice},
@@ -36,6 +37,8 @@ pub struct Set {
     pub classes: BTreeSet<u32>,
     /// The numbers of its policies.
     pub policies: BTreeSet<u32>,
+    /// What it was compiled from. `None`: an earlier process knew.
+    pub made: Option<Arc<sets::PolicySet>>,
 }
 
 /// A class of the tables.
@@ -143,6 +146,15 @@ impl Programmed {
         })
     }
 
+    /// The rule at an index into `RULES`, of a set that may be old.
+    pub fn rule(&self, index: u32) -> Option<&ResolvedRule> {
+        self.sets.values().find_map(|set| {
+            let Slice { start, len } = set.rules?;
+            let number = index.checked_sub(start).filter(|number| *number < len)?;
+            set.made.as_ref()?.key.rules.get(number as usize)
+        })
+    }
+
     /// Says what a class is to the images.
     pub fn label(&mut self, id: u32, label: ClassId) {
         if let Some(class) = self.classes.get_mut(&id) {
@@ -196,7 +208,7 @@ impl Programmed {
     /// What a class is to the sets that are no image.
     pub fn old_rows(&self, class: u32) -> BTreeMap<u32, u32> {
         let rows = self.classes.get(&class).map(|class| &class.rows);
-        let rows = rows.into_iter().flatten();
+        let rows = rows.filter(|_| !self.old.is_empty()).into_iter().flatten();
         rows.filter(|(set, _)| self.old.contains(set))
             .map(|(set, bits)| (*set, *bits))
             .collect()

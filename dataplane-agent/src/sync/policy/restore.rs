@@ -23,10 +23,13 @@ use crate::{
 impl PolicySyncer {
     /// Reads what the tables hold already.
     pub fn restore(store: &dyn Store) -> Result<Self, StoreError> {
-        let rows = store.policy_rows()?;
+        Ok(Self::of(store, store.policy_rows()?))
+    }
+
+    fn of(store: &dyn Store, rows: PolicyRows) -> Self {
         let programmed = programmed(store, &rows);
         let last_revision = programmed.revision;
-        Ok(Self {
+        Self {
             programmed,
             found: Some(rows.rules.into_iter().collect()),
             bound: BTreeMap::new(),
@@ -36,7 +39,24 @@ impl PolicySyncer {
             is_stale: false,
             last_revision,
             unused: Unused::None,
-        })
+        }
+    }
+
+    /// Compares the tables with what we believe is in them, for the case that somebody else wrote there. The next run makes
+    /// good what differs; returns how much that is.
+    pub fn audit(&mut self, store: &dyn Store) -> Result<usize, StoreError> {
+        let found = store.policy_rows()?;
+        let differing = self.programmed.differing(&found);
+        if differing > 0 {
+            *self = Self {
+                bound: std::mem::take(&mut self.bound),
+                is_stale: true,
+                last_revision: self.last_revision.max(found.revision),
+                unused: self.unused,
+                ..Self::of(store, found)
+            };
+        }
+        Ok(differing)
     }
 
     /// Recognises classes and sets that say what is compiled.
@@ -93,7 +113,7 @@ impl PolicySyncer {
         if adopts {
             self.programmed.old.remove(&id);
             self.programmed.images.insert(set, id);
-            self.adopt_names(compiler, set, id);
+            self.adopt_rules(compiler, set, id);
         }
         adopts
     }
@@ -119,12 +139,7 @@ impl PolicySyncer {
             return false;
         }
         let has_rules = made.key.rules.iter().zip(found.header.rules..).all(|(rule, at)| {
-            let expected = PolicyRule {
-                policy: programmed.names.number(&rule.policy),
-                place: rule.place,
-                action: rule.action as u8,
-                pad: [0; 3],
-            };
+            let expected = programmed.names.row(rule);
             rules.get(&at).copied().unwrap_or_default() == expected
         });
         let has_ports = || {
@@ -144,7 +159,7 @@ impl PolicySyncer {
         has_rules && has_ports() && has_rows()
     }
 
-    fn adopt_names(&mut self, compiler: &PolicyCompiler, set: SetId, id: u32) {
+    fn adopt_rules(&mut self, compiler: &PolicyCompiler, set: SetId, id: u32) {
         let programmed = &mut self.programmed;
         let (Some(made), Some(found)) = (compiler.sets().get(set), programmed.sets.get_mut(&id)) else {
             return;
@@ -155,6 +170,7 @@ impl PolicySyncer {
                 programmed.names.hold(number, &rule.policy);
             }
         }
+        found.made = Some(made.clone());
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     net::IpAddr,
 };
 
-use dataplane_common::policy::PolicySet;
+use dataplane_common::policy::{PolicySet, RuleBits};
 use serde_json::Value;
 
 use super::{BoundPod, PolicySyncer, programmed::sets_of};
@@ -361,4 +361,74 @@ fn policy_each_write_leaves_the_verdicts_of_before_or_of_after() {
         assert_no_garbage(&agent, &store.memory, &format!("seed {seed}: nothing is left"));
     }
     println!("{writes} writes");
+}
+
+/// What somebody else did to the tables is found and made good.
+#[test]
+fn policy_an_audit_finds_foreign_changes() {
+    let mut found_in = [0; 8];
+    for seed in 0..cases() * 4 {
+        let mut random = Random(seed);
+        let mut world = World::default();
+        for _ in 0..10 {
+            batch(&mut random, &mut world);
+        }
+        let bound = bind(&mut random, &world, &Bound::new());
+        let flows = flows(&bound.keys().copied().collect());
+        let mut agent = Agent::start(&Memory::new(LIMITS), &world);
+        agent.bind(&bound);
+        let mut store = Faulty::new(Memory::new(LIMITS), |_, _: &Memory| false);
+        agent.run(&mut store);
+        agent.settle(&mut store);
+        assert_eq!(agent.syncer.audit(&store).unwrap(), 0, "seed {seed}");
+        let kind = seed as usize % found_in.len();
+        let tables = &mut store.memory.policy;
+        let set = agent
+            .syncer
+            .programmed
+            .sets
+            .values()
+            .find(|set| set.rules.is_some());
+        match kind {
+            0 => drop(tables.peers.pop_first()),
+            1 => drop(tables.cidrs.pop_first()),
+            2 => drop(tables.peer_rules.pop_first()),
+            3 => drop(tables.port_rules.pop_first()),
+            4 => drop(tables.pods.pop_first()),
+            5 => tables.revision ^= 1,
+            6 => tables.bits.fill(RuleBits::default()),
+            _ => {
+                if let Some(set) = set {
+                    tables.rules[set.header.rules as usize].action ^= 3;
+                }
+            }
+        }
+        let revision = store.memory.policy.revision;
+        let found = agent.syncer.audit(&store).unwrap();
+        found_in[kind] += found;
+        let report = agent.run(&mut store);
+        assert!(
+            report.failed.is_empty() && (found > 0 || report.writes == 0),
+            "seed {seed}"
+        );
+        let after = expected(&world, &bound, agent.has_sets(), &flows);
+        assert_eq!(verdicts(&store.memory, &flows), after, "seed {seed}");
+        if found > 0 && agent.has_sets() {
+            assert_ne!(store.memory.policy.revision, revision, "flows are judged again");
+        }
+        agent.settle(&mut store);
+        assert_no_garbage(&agent, &store.memory, &format!("seed {seed}"));
+        let rule = agent.syncer.rule(set_rule(&agent));
+        assert!(rule.is_some() || agent.syncer.programmed.rules.used() == 0);
+    }
+    assert!(found_in.iter().all(|found| *found > 0), "{found_in:?}");
+}
+
+/// An index into `RULES` that is in use, if there is one.
+fn set_rule(agent: &Agent) -> u32 {
+    let sets = agent.syncer.programmed.sets.values();
+    sets.filter_map(|set| set.rules)
+        .map(|slice| slice.start)
+        .next()
+        .unwrap_or(u32::MAX)
 }

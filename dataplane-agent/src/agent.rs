@@ -309,8 +309,8 @@ impl Agent {
             self.metrics.count_objects(kind, self.index.count(kind));
         }
         self.retry = RETRY;
-        self.write(started);
-        if is_first {
+        let writes = self.write(started);
+        if is_first && writes < MANY_WRITES {
             // What loading the datapath and the first list took.
             sys::give_memory_back();
         }
@@ -407,11 +407,11 @@ impl Agent {
     }
 
     /// Writes what differs, once everything is known that decides what may be deleted. `started`: when the work on it
-    /// began.
-    fn write(&mut self, started: Instant) {
+    /// began. Returns how many entries it wrote.
+    fn write(&mut self, started: Instant) -> usize {
         let (true, Some(host)) = (self.complete, &self.host) else {
             self.publish_progress();
-            return;
+            return 0;
         };
         let tables = self.host_tables(host);
         let bound = self.bound_pods(host);
@@ -428,13 +428,14 @@ impl Agent {
         });
         self.end_sockets(&report);
         let report = report.with(of_policies);
-        if report.writes >= MANY_WRITES {
+        let writes = report.writes;
+        if writes >= MANY_WRITES {
             sys::give_memory_back();
         }
-        if report.writes > 0 {
-            tracing::debug!(revision = self.taken, writes = report.writes, "programmed");
+        if writes > 0 {
+            tracing::debug!(revision = self.taken, writes, "programmed");
         }
-        self.metrics.writes.inc_by(report.writes as u64);
+        self.metrics.writes.inc_by(writes as u64);
         self.metrics.failed(report.failed.values());
         self.report_failed(report.failed);
         if self.failed.values().any(|failure| failure.refused) {
@@ -460,6 +461,7 @@ impl Agent {
             self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
         }
         self.publish_progress();
+        writes
     }
 
     /// Frees what was replaced.

@@ -258,19 +258,20 @@ fn print(outcome: &Outcome, what: &str, is_promised: bool) {
         );
     }
     for (name, resident) in [
-        ("resident before the first object", empty),
-        ("resident after the first sync", full),
-        ("resident after the changes", changed),
+        ("without maps, before the first object", empty),
+        ("without maps, after the first sync", full),
+        ("without maps, after the changes", changed),
     ] {
         let kept = resident.own <= RESIDENT_AT_MOST;
-        let promise = (name != "resident before the first object")
+        let promise = (name != "without maps, before the first object")
             .then(|| (kept, format!("{} MiB", RESIDENT_AT_MOST >> 20)));
         row(
-            &format!("{name} (of it heap)"),
+            &format!("{name} (heap; in use)"),
             format!(
-                "{:.1} ({:.1}) MiB",
+                "{:.1} ({:.1}; {:.1}) MiB",
                 mebibytes(resident.own),
-                mebibytes(resident.anonymous)
+                mebibytes(resident.anonymous),
+                mebibytes(resident.allocated)
             ),
             promise,
         );

@@ -13,12 +13,17 @@ pub struct Resident {
     pub own: u64,
     /// Of this, anonymous memory: heap and stacks.
     pub anonymous: u64,
+    /// Bytes of the heap that are allocated, as the allocator counts them.
+    pub allocated: u64,
 }
 
 impl Resident {
     pub fn now() -> Result<Self> {
         let text = fs::read_to_string("/proc/self/smaps").context("failed to read /proc/self/smaps")?;
-        let mut resident = Self::default();
+        let mut resident = Self {
+            allocated: allocated(),
+            ..Self::default()
+        };
         let mut is_map = false;
         for line in text.lines() {
             let (first, rest) = line.split_once(' ').unwrap_or((line, ""));
@@ -40,6 +45,18 @@ impl Resident {
         }
         Ok(resident)
     }
+}
+
+/// 0 with another allocator than glibc's.
+fn allocated() -> u64 {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: the allocator locks itself, and the answer is a value.
+        let info = unsafe { libc::mallinfo2() };
+        (info.uordblks + info.hblkhd) as u64
+    }
+    #[cfg(not(target_env = "gnu"))]
+    0
 }
 
 /// Bytes of the pinned maps with these names, as the kernel accounts for them (`memlock` in their descriptors' fdinfo).

@@ -50,7 +50,7 @@ impl Default for Claims {
             by_owner: HashMap::new(),
             nobody: ObjectRef {
                 kind: Kind::ALL[0],
-                name: Name::new("", ""),
+                name: Name::FIRST,
             },
         }
     }

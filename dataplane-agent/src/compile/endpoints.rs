@@ -116,7 +116,7 @@ fn from_slices(index: &Index, service: &Service, port: &ServicePort, ipv4: bool,
             .iter()
             .filter(|candidate| candidate.name == port.name && candidate.proto == port.proto);
         for number in ports.map(|port| port.port) {
-            for endpoint in &slice.endpoints {
+            for endpoint in slice.endpoints.iter() {
                 add(
                     found,
                     PortEndpoint {
@@ -125,7 +125,7 @@ fn from_slices(index: &Index, service: &Service, port: &ServicePort, ipv4: bool,
                         ready: endpoint.ready,
                         serving: endpoint.serving,
                         terminating: endpoint.terminating,
-                        placement: endpoint.placement.clone(),
+                        placement: endpoint.placement,
                     },
                 );
             }

@@ -67,12 +67,13 @@ impl Filler {
         let mut left = size;
         loop {
             for (number, turn) in turns.iter_mut().enumerate() {
-                let weight = weights.get(number).copied().unwrap_or(heaviest);
-                credit[number] += weight;
-                if credit[number] < heaviest {
-                    continue;
+                if !weights.is_empty() {
+                    credit[number] += weights.get(number).copied().unwrap_or(heaviest);
+                    if credit[number] < heaviest {
+                        continue;
+                    }
+                    credit[number] -= heaviest;
                 }
-                credit[number] -= heaviest;
                 let slot = loop {
                     let slot = turn.next_slot() as usize;
                     if !taken[slot] {

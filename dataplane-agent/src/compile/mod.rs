@@ -108,12 +108,8 @@ impl Default for Endpoints {
 
 impl Endpoints {
     fn new(endpoints: BTreeMap<BackendKey, EndpointInfo>, balancers: &[Balancer]) -> Self {
-        let plain = EndpointInfo {
-            serving: true,
-            local: false,
-        };
         let is_all = |keys: &[BackendKey]| keys.iter().eq(endpoints.keys());
-        if endpoints.values().all(|info| *info == plain)
+        if endpoints.values().all(|info| *info == EndpointInfo::PLAIN)
             && let Some(balancer) = balancers.iter().find(|balancer| is_all(&balancer.backends))
         {
             return Self::Plain(balancer.backends.clone());
@@ -126,12 +122,19 @@ impl Endpoints {
             Endpoints::Plain(keys) => (keys, &[]),
             Endpoints::Listed(listed) => (&[], listed),
         };
-        let info = EndpointInfo {
-            serving: true,
-            local: false,
-        };
-        let plain = plain.iter().map(move |key| (*key, info));
+        let plain = plain.iter().map(|key| (*key, EndpointInfo::PLAIN));
         plain.chain(listed.iter().copied())
+    }
+
+    /// What is known of one of them.
+    pub fn get(&self, key: &BackendKey) -> Option<EndpointInfo> {
+        match self {
+            Endpoints::Plain(keys) => keys.binary_search(key).ok().map(|_| EndpointInfo::PLAIN),
+            Endpoints::Listed(listed) => {
+                let place = listed.binary_search_by_key(key, |(key, _)| *key).ok()?;
+                listed.get(place).map(|(_, info)| *info)
+            }
+        }
     }
 }
 
@@ -161,6 +164,14 @@ impl Compiled {
 pub struct EndpointInfo {
     pub serving: bool,
     pub local: bool,
+}
+
+impl EndpointInfo {
+    /// That of [`Endpoints::Plain`].
+    const PLAIN: Self = Self {
+        serving: true,
+        local: false,
+    };
 }
 
 /// An object's new state; `None`: it wants nothing any more.

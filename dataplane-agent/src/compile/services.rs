@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -25,11 +26,34 @@ pub enum Reached {
     FromOutside,
 }
 
+/// The field of a Service that asks for a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// The first of `spec.clusterIPs` is `spec.clusterIP`.
+    ClusterIp(usize),
+    ExternalIp,
+    Ingress,
+    /// Of the port at this place.
+    NodePort(u16),
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Field::ClusterIp(0) => f.write_str("spec.clusterIP"),
+            Field::ClusterIp(place) => write!(f, "spec.clusterIPs[{place}]"),
+            Field::ExternalIp => f.write_str("spec.externalIPs"),
+            Field::Ingress => f.write_str("status.loadBalancer.ingress"),
+            Field::NodePort(place) => write!(f, "spec.ports[{place}].nodePort"),
+        }
+    }
+}
+
 /// Every frontend of a Service with its port and the field that asks for it.
 pub fn frontends(
     service: &Service,
     options: Options,
-) -> impl Iterator<Item = (FrontendAddr, &ServicePort, Reached, String)> {
+) -> impl Iterator<Item = (FrontendAddr, &ServicePort, Reached, Field)> {
     let external_ips: &[IpAddr] = if options.external_ips {
         &service.external_ips
     } else {
@@ -42,28 +66,28 @@ pub fn frontends(
             proto: port.proto,
         };
         let cluster = service.cluster_ips.iter().enumerate().map(move |(i, addr)| {
-            let field = if i == 0 {
-                "spec.clusterIP".to_owned()
-            } else {
-                format!("spec.clusterIPs[{i}]")
-            };
+            let field = Field::ClusterIp(i);
             (at(*addr, port.port), port, Reached::ByClusterIp, field)
         });
         let external = external_ips.iter().map(move |addr| {
-            let field = "spec.externalIPs".to_owned();
-            (at(*addr, port.port), port, Reached::FromOutside, field)
+            (
+                at(*addr, port.port),
+                port,
+                Reached::FromOutside,
+                Field::ExternalIp,
+            )
         });
-        let ingress = service.ingress_ips.iter().map(move |addr| {
-            let field = "status.loadBalancer.ingress".to_owned();
-            (at(*addr, port.port), port, Reached::FromOutside, field)
-        });
+        let ingress = service
+            .ingress_ips
+            .iter()
+            .map(move |addr| (at(*addr, port.port), port, Reached::FromOutside, Field::Ingress));
         let families = [
             service.ipv4.then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
             service.ipv6.then_some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
         ];
         let node = port.node_port.into_iter().flat_map(move |number| {
             families.into_iter().flatten().map(move |addr| {
-                let field = format!("spec.ports[{}].nodePort", port.place);
+                let field = Field::NodePort(port.place);
                 (at(addr, number), port, Reached::FromOutside, field)
             })
         });
@@ -105,7 +129,7 @@ pub fn compile(
             && *owner != this
         {
             let reason = format!("{} is taken by {owner}", describe(&frontend));
-            problems.push(Problem::new(field, reason).because(Cause::Conflict));
+            problems.push(Problem::new(field.to_string(), reason).because(Cause::Conflict));
             continue;
         }
         let ipv4 = frontend.addr.is_ipv4();

@@ -4,7 +4,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{ProtocolField, Refused, label, parse_ip, parse_port, parse_protocol};
 use crate::model::{
-    Cause, Endpoint, EndpointSlice, Name, Placement, Problem, SliceFamily, SlicePort, shared,
+    Cause, Endpoint, EndpointSlice, Endpoints, Name, Placement, Problem, SliceFamily, SlicePort, shared,
 };
 
 /// Which change of Pods the slice is the first to show, in RFC 3339.
@@ -32,7 +32,7 @@ pub fn decode(
     let endpoints = if family == SliceFamily::Fqdn {
         let problem = Problem::new("addressType", "FQDN: host names are not served");
         problems.push(problem.because(Cause::Unsupported));
-        Box::default()
+        Endpoints::Any(Box::default())
     } else {
         let endpoints = slice.endpoints.iter().flatten().enumerate();
         endpoints

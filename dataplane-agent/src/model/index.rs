@@ -57,8 +57,8 @@ pub struct Index {
     pods: BTreeMap<Name, Arc<Pod>>,
     services: BTreeMap<Name, Arc<Service>>,
     slices: HashMap<Name, Arc<EndpointSlice>>,
-    /// Services and their slices, whether or not the Service exists.
-    slices_of: BTreeSet<(Name, Name)>,
+    /// The same by Service, whether or not it exists, and their own names.
+    slices_of: BTreeMap<(Name, Name), Arc<EndpointSlice>>,
     policies: Policies,
 }
 
@@ -71,7 +71,7 @@ impl Index {
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: HashMap::new(),
-            slices_of: BTreeSet::new(),
+            slices_of: BTreeMap::new(),
             policies: Policies::default(),
         }
     }
@@ -214,10 +214,9 @@ impl Index {
     /// The slices of a Service, in the order of their names.
     pub fn slices<'a>(&'a self, service: &'a Name) -> impl Iterator<Item = &'a EndpointSlice> {
         self.slices_of
-            .range((service.clone(), Name::new("", ""))..)
-            .take_while(move |(of, _)| of == service)
-            .filter_map(|(_, slice)| self.slices.get(slice))
-            .map(|slice| &**slice)
+            .range((service.clone(), Name::FIRST)..)
+            .take_while(move |((of, _), _)| of == service)
+            .map(|(_, slice)| &**slice)
     }
 
     /// A Pod of this node.
@@ -282,7 +281,7 @@ impl Index {
     }
 
     fn apply_slice(&mut self, mut slice: Arc<EndpointSlice>) -> Dirty {
-        let previous = self.slices.remove(&slice.name);
+        let previous = self.slices.get(&slice.name).cloned();
         // One copy of the Service's name will do.
         if let Some(owned) = Arc::get_mut(&mut slice)
             && let Some(service) = &mut owned.service
@@ -290,16 +289,18 @@ impl Index {
         {
             *service = known.clone();
         }
+        if previous.as_ref() == Some(&slice) {
+            return Dirty::default();
+        }
         let mut dirty = Dirty::default();
-        if previous.as_ref() != Some(&slice) {
-            if let Some(previous) = previous {
-                self.unlink(&previous);
-                dirty.services.extend(previous.service.clone());
-            }
-            if let Some(service) = &slice.service {
-                self.slices_of.insert((service.clone(), slice.name.clone()));
-                dirty.services.insert(service.clone());
-            }
+        if let Some(previous) = previous {
+            self.unlink(&previous);
+            dirty.services.extend(previous.service.clone());
+        }
+        if let Some(service) = &slice.service {
+            let key = (service.clone(), slice.name.clone());
+            self.slices_of.insert(key, slice.clone());
+            dirty.services.insert(service.clone());
         }
         self.slices.insert(slice.name.clone(), slice);
         dirty

@@ -9,24 +9,29 @@ mod types;
 
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
+use arcstr::ArcStr;
 pub use index::{Dirty, Index};
 pub use policies::PolicyDirty;
 pub use policy::Policy;
 use serde::{Deserialize, Serialize};
 pub use shared::Labels;
 pub use types::{
-    Endpoint, EndpointSlice, HostIp, HostPort, Namespace, Node, Placement, Pod, PodPort, Protocol, Service,
-    ServicePort, SliceFamily, SlicePort, TargetPort,
+    Endpoint, EndpointSlice, Endpoints, HostIp, HostPort, Namespace, Node, Placement, Pod, PodPort, Protocol,
+    Service, ServicePort, SliceFamily, SlicePort, TargetPort,
 };
 
-/// Namespace and name, in one piece: there are as many as objects. The namespace is empty for cluster-scoped objects.
+/// Namespace and name, in one piece and behind a single word: there are as many as objects, and each is named in many
+/// places. The namespace is empty for cluster-scoped objects.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Arc<str>);
+pub struct Name(ArcStr);
 
 /// Between namespace and name, neither of which can contain it. It sorts before all else, so names order as pairs do.
 const SEPARATOR: char = '\0';
 
 impl Name {
+    /// Comes before every name.
+    pub const FIRST: Self = Self(arcstr::literal!(""));
+
     pub fn new(namespace: &str, name: &str) -> Self {
         Self(format!("{namespace}{SEPARATOR}{name}").into())
     }

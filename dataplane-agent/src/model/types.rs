@@ -1,6 +1,10 @@
 //! The objects, reduced to the fields that are used.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
 
 use dataplane_common::addr::proto;
 use ipnet::IpNet;
@@ -107,7 +111,7 @@ pub struct EndpointSlice {
     pub service: Option<Name>,
     pub family: SliceFamily,
     pub ports: Arc<[SlicePort]>,
-    pub endpoints: Box<[Endpoint]>,
+    pub endpoints: Endpoints,
     /// When the change happened that it is the last to show, as its annotation says, in nanoseconds since 1970.
     pub changed_ns: Option<i64>,
 }
@@ -122,12 +126,55 @@ pub struct SlicePort {
 
 /// One endpoint, with the conditions' defaults applied.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Endpoint {
-    pub addr: IpAddr,
+pub struct Endpoint<A = IpAddr> {
+    pub addr: A,
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
     pub placement: Arc<Placement>,
+}
+
+/// The endpoints of a slice. Nothing is there as often, so they take no more room than their family needs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Endpoints {
+    V4(Box<[Endpoint<Ipv4Addr>]>),
+    Any(Box<[Endpoint]>),
+}
+
+impl Endpoints {
+    pub fn iter(&self) -> impl Iterator<Item = Endpoint> {
+        let (v4, any): (&[Endpoint<Ipv4Addr>], &[Endpoint]) = match self {
+            Endpoints::V4(v4) => (v4, &[]),
+            Endpoints::Any(any) => (&[], any),
+        };
+        let v4 = v4.iter().map(|endpoint| endpoint.at(endpoint.addr.into()));
+        v4.chain(any.iter().cloned())
+    }
+}
+
+impl FromIterator<Endpoint> for Endpoints {
+    fn from_iter<T: IntoIterator<Item = Endpoint>>(endpoints: T) -> Self {
+        let any: Box<[Endpoint]> = endpoints.into_iter().collect();
+        let v4 = any.iter().map(|endpoint| match endpoint.addr {
+            IpAddr::V4(addr) => Some(endpoint.at(addr)),
+            IpAddr::V6(_) => None,
+        });
+        v4.collect::<Option<_>>()
+            .map_or(Endpoints::Any(any), Endpoints::V4)
+    }
+}
+
+impl<A> Endpoint<A> {
+    /// The same at another address.
+    pub fn at<B>(&self, addr: B) -> Endpoint<B> {
+        Endpoint {
+            addr,
+            ready: self.ready,
+            serving: self.serving,
+            terminating: self.terminating,
+            placement: self.placement.clone(),
+        }
+    }
 }
 
 /// Where endpoints are, and for whom.

@@ -23,44 +23,43 @@ use crate::{
 /// loses the endpoint move, and the others' stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OwnedBackend {
-    pub key: BackendKey,
     /// [`encode::owner`].
     pub owner: u32,
+    pub key: BackendKey,
 }
 
 impl Syncer {
     /// Numbers new backends, and writes what makes a backend more usable or changes where it is.
     pub(super) fn put_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
-        let touched = std::mem::take(&mut self.touched.backends);
-        for &key in &touched {
-            let Some(uses) = self.desired.backends.get(&key).copied() else {
-                continue;
-            };
-            let Some(given) = self.programmed.backend_ids.give(&key) else {
-                let limit = self.limits.backends;
-                report.not_tried(describe(&key.key), &NoRoom::Backends { limit });
-                continue;
-            };
-            // A demotion waits until no table chooses the backend any more.
-            let at_least = match given {
-                Given::Same(id) => rank(read(store, id).head.state),
-                Given::New(_) => 0,
-            };
-            let state = state(&uses);
-            if rank(state) < at_least {
-                continue;
-            }
-            self.write_backend(store, report, &key, given, state, &uses);
-        }
+        let mut touched = std::mem::take(&mut self.touched.backends);
+        touched.retain(|key| !self.put_backend(store, report, key));
         self.touched.backends = touched;
+    }
+
+    /// Whether nothing is left to do for a backend. A demotion waits until no table chooses it any more.
+    fn put_backend(&mut self, store: &mut dyn Store, report: &mut Report, key: &OwnedBackend) -> bool {
+        let Some(uses) = self.desired.uses(key) else {
+            return false;
+        };
+        let Some(given) = self.programmed.backend_ids.give(key) else {
+            let limit = self.limits.backends;
+            report.not_tried(describe(&key.key), &NoRoom::Backends { limit });
+            return false;
+        };
+        let at_least = match given {
+            Given::Same(id) => rank(read(store, id).head.state),
+            Given::New(_) => 0,
+        };
+        let state = state(uses);
+        rank(state) >= at_least && self.write_backend(store, report, key, given, state, uses)
     }
 
     /// Writes the backends' final states.
     pub(super) fn demote_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
-        let in_use = self.backends_of_stale_services();
+        let in_use = self.backends_of_stale_services(store);
         for key in std::mem::take(&mut self.touched.backends) {
             let Some(id) = self.programmed.backend_ids.get(&key) else {
-                if self.desired.backends.contains_key(&key) {
+                if self.desired.uses(&key).is_some() {
                     self.touched.backends.insert(key);
                 }
                 continue;
@@ -69,11 +68,12 @@ impl Syncer {
                 self.touched.backends.insert(key);
                 continue;
             }
-            let uses = self.desired.backends.get(&key).copied().unwrap_or_default();
-            let done = self.write_backend(store, report, &key, Given::Same(id), state(&uses), &uses);
+            let wanted = self.desired.uses(&key);
+            let uses = wanted.unwrap_or_default();
+            let done = self.write_backend(store, report, &key, Given::Same(id), state(uses), uses);
             if !done {
                 self.touched.backends.insert(key);
-            } else if uses.total == 0 {
+            } else if wanted.is_none() {
                 self.programmed.backend_garbage.push(key);
             }
         }
@@ -86,7 +86,7 @@ impl Syncer {
         key: &OwnedBackend,
         given: Given,
         state: u8,
-        uses: &Uses,
+        uses: Uses,
     ) -> bool {
         let (id, is_new) = match given {
             Given::Same(id) => (id, false),
@@ -103,7 +103,7 @@ impl Syncer {
             Whereabouts::Host
         } else if let Some(interface) = self.host.pod_interfaces.get(addr) {
             Whereabouts::Local(Some(interface))
-        } else if uses.local > 0 {
+        } else if uses.local {
             Whereabouts::Local(None)
         } else {
             Whereabouts::Remote
@@ -112,7 +112,7 @@ impl Syncer {
         if backend == before {
             return true;
         }
-        let done = report.note(describe(&key.key), store.write_backend(id, &backend));
+        let done = report.note(|| describe(&key.key), store.write_backend(id, &backend));
         if !done && is_new {
             self.programmed.backend_ids.take_back(key);
         }
@@ -154,7 +154,7 @@ impl Syncer {
     ) -> (Vec<BackendKey>, Vec<u32>) {
         let owner = encode::owner(owner);
         let id = |key: BackendKey| {
-            let key = OwnedBackend { key, owner };
+            let key = OwnedBackend { owner, key };
             let id = self.programmed.backend_ids.get(&key)?;
             let backend = read(store, id);
             let is_active = backend.head.state == backend_state::ACTIVE;
@@ -166,10 +166,10 @@ impl Syncer {
 }
 
 /// The state in which a backend belongs.
-fn state(uses: &Uses) -> u8 {
-    if uses.chosen > 0 {
+fn state(uses: Uses) -> u8 {
+    if uses.chosen {
         backend_state::ACTIVE
-    } else if uses.serving > 0 {
+    } else if uses.serving {
         backend_state::SERVING
     } else {
         backend_state::DRAINING

@@ -6,24 +6,74 @@ use std::{
     sync::Arc,
 };
 
-use indexmap::IndexMap;
+use hashbrown::HashTable;
 
 use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 
 use super::{backends::OwnedBackend, encode};
 use crate::{
-    compile::{BackendKey, Balancer, BalancerKey, Compiled, FrontendAddr},
+    compile::{Balancer, BalancerKey, Compiled, FrontendAddr},
     model::ObjectRef,
     store::FrontendKey,
 };
 
-/// How a backend is used, counted over balancers. Owners whose names hash alike share one.
+/// What a backend is to its owner. Owners whose names hash alike share one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Uses {
-    pub chosen: u32,
-    pub serving: u32,
-    pub local: u32,
-    pub total: u32,
+    /// Some balancer has it.
+    pub chosen: bool,
+    pub serving: bool,
+    pub local: bool,
+}
+
+/// What an object wants.
+#[derive(Debug)]
+struct Owner {
+    /// [`encode::owner`] of its name.
+    hash: u32,
+    object: ObjectRef,
+    compiled: Arc<Compiled>,
+}
+
+/// Every object that wants something, to be found by its name and by the hash of it.
+#[derive(Debug, Default)]
+struct Owners(HashTable<Owner>);
+
+impl Owners {
+    /// All 64 bits of it are to differ, for the table takes its places from some and its tags from others.
+    fn spread(hash: u32) -> u64 {
+        u64::from(hash) | u64::from(hash) << 32
+    }
+
+    fn get(&self, object: &ObjectRef) -> Option<&Arc<Compiled>> {
+        let of_object = self.of_hash(encode::owner(object));
+        let mut of_object = of_object.filter(|owner| owner.object == *object);
+        of_object.next().map(|owner| &owner.compiled)
+    }
+
+    /// Nearly always at most one.
+    fn of_hash(&self, hash: u32) -> impl Iterator<Item = &Owner> {
+        let alike = self.0.iter_hash(Self::spread(hash));
+        alike.filter(move |owner| owner.hash == hash)
+    }
+
+    /// An object that is not there yet.
+    fn insert(&mut self, object: ObjectRef, compiled: Arc<Compiled>) {
+        let hash = encode::owner(&object);
+        let owner = Owner {
+            hash,
+            object,
+            compiled,
+        };
+        let spread = |owner: &Owner| Self::spread(owner.hash);
+        self.0.insert_unique(Self::spread(hash), owner, spread);
+    }
+
+    fn remove(&mut self, object: &ObjectRef) -> Option<Arc<Compiled>> {
+        let hash = Self::spread(encode::owner(object));
+        let found = self.0.find_entry(hash, |owner| owner.object == *object);
+        found.ok().map(|found| found.remove().0.compiled)
+    }
 }
 
 /// Entries that may differ from what is programmed.
@@ -50,12 +100,11 @@ impl Touched {
 /// The desired state.
 #[derive(Debug)]
 pub struct Desired {
-    owners: HashMap<ObjectRef, Arc<Compiled>>,
-    /// Who is served at an address and port.
-    frontends: HashMap<FrontendAddr, ObjectRef>,
+    owners: Owners,
+    /// The hash of who is served at an address and port.
+    frontends: HashMap<FrontendAddr, u32>,
     /// Addresses whose echo requests are answered, and how many frontends want it.
     pub echoes: HashMap<FrontendKey, (IpAddr, u32)>,
-    pub backends: IndexMap<OwnedBackend, Uses>,
     pub ports: Vec<PortSet>,
     /// Frontends of a port, and how many of these are on the unspecified address.
     port_uses: HashMap<(u8, u16), (u32, u32)>,
@@ -64,10 +113,9 @@ pub struct Desired {
 impl Default for Desired {
     fn default() -> Self {
         Self {
-            owners: HashMap::new(),
+            owners: Owners::default(),
             frontends: HashMap::new(),
             echoes: HashMap::new(),
-            backends: IndexMap::new(),
             ports: vec![PortSet::default(); PORT_SETS as usize],
             port_uses: HashMap::new(),
         }
@@ -95,7 +143,10 @@ impl Desired {
     }
 
     pub fn owners(&self) -> impl Iterator<Item = (&ObjectRef, &Compiled)> {
-        self.owners.iter().map(|(owner, compiled)| (owner, &**compiled))
+        self.owners
+            .0
+            .iter()
+            .map(|owner| (&owner.object, &*owner.compiled))
     }
 
     pub fn balancer(&self, key: &BalancerKey) -> Option<&Balancer> {
@@ -119,33 +170,42 @@ impl Desired {
     /// To which balancer an entry of the frontends' tables should lead.
     pub fn frontend(&self, key: &FrontendKey) -> Option<BalancerKey> {
         let (addr, scope) = encode::frontend_addr(key)?;
-        let owner = self.frontends.get(&addr)?;
-        let compiled = self.owners.get(owner)?;
-        let balancers = [false, true].into_iter();
-        let mut balancers = balancers.filter_map(|outside| compiled.balancer(&addr, outside));
-        let balancer = balancers.find(|balancer| scopes(balancer).any(|of| of == scope))?;
-        Some(self::key(owner, balancer))
+        let owners = self.owners.of_hash(*self.frontends.get(&addr)?);
+        let balancers = owners.flat_map(|owner| {
+            let balancers = [false, true].into_iter();
+            let balancers = balancers.filter_map(|outside| owner.compiled.balancer(&addr, outside));
+            balancers.map(move |balancer| (owner, balancer))
+        });
+        let mut balancers = balancers.filter(|(_, balancer)| scopes(balancer).any(|of| of == scope));
+        let (owner, balancer) = balancers.next()?;
+        Some(self::key(&owner.object, balancer))
     }
 
     pub fn services(&self) -> usize {
-        self.owners.len()
+        self.owners.0.len()
+    }
+
+    /// `None` for a backend that nobody wants.
+    pub fn uses(&self, backend: &OwnedBackend) -> Option<Uses> {
+        let OwnedBackend { key, owner } = backend;
+        let mut found: Option<Uses> = None;
+        for Owner { compiled, .. } in self.owners.of_hash(*owner) {
+            let Some(info) = compiled.endpoints.get(key) else {
+                continue;
+            };
+            let has = |balancer: &Balancer| balancer.backends.binary_search(key).is_ok();
+            let uses = found.get_or_insert_default();
+            uses.chosen |= compiled.balancers.iter().any(has);
+            uses.serving |= info.serving;
+            uses.local |= info.local;
+        }
+        found
     }
 
     fn add(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
-        let known_as = owned_by(owner);
-        for (backend, info) in compiled.endpoints.iter() {
-            let backend = known_as(&backend);
-            let uses = self.backends.entry(backend).or_default();
-            uses.total += 1;
-            uses.serving += u32::from(info.serving);
-            uses.local += u32::from(info.local);
-            touched.backends.insert(backend);
-        }
+        touched.backends.extend(backends(owner, compiled));
         for balancer in &compiled.balancers {
-            for backend in balancer.backends.iter() {
-                self.backends.entry(known_as(backend)).or_default().chosen += 1;
-            }
-            self.frontends.insert(balancer.frontend, owner.clone());
+            self.frontends.insert(balancer.frontend, encode::owner(owner));
             for scope in scopes(balancer) {
                 touched
                     .frontends
@@ -163,14 +223,9 @@ impl Desired {
     }
 
     fn remove(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
-        let known_as = owned_by(owner);
+        let hash = encode::owner(owner);
         for balancer in &compiled.balancers {
-            for backend in balancer.backends.iter() {
-                if let Some(uses) = self.backends.get_mut(&known_as(backend)) {
-                    uses.chosen -= 1;
-                }
-            }
-            if self.frontends.get(&balancer.frontend) == Some(owner) {
+            if self.frontends.get(&balancer.frontend) == Some(&hash) {
                 self.frontends.remove(&balancer.frontend);
             }
             for scope in scopes(balancer) {
@@ -191,18 +246,7 @@ impl Desired {
             }
             touched.balancers.insert(key(owner, balancer));
         }
-        for (backend, info) in compiled.endpoints.iter() {
-            let backend = known_as(&backend);
-            if let Some(uses) = self.backends.get_mut(&backend) {
-                uses.total -= 1;
-                uses.serving -= u32::from(info.serving);
-                uses.local -= u32::from(info.local);
-                if uses.total == 0 {
-                    self.backends.swap_remove(&backend);
-                }
-            }
-            touched.backends.insert(backend);
-        }
+        touched.backends.extend(backends(owner, compiled));
     }
 
     fn use_port(&mut self, frontend: &FrontendAddr, change: i32, touched: &mut Touched) {
@@ -230,9 +274,10 @@ impl Desired {
 }
 
 /// What an owner's backends are called.
-fn owned_by(owner: &ObjectRef) -> impl Fn(&BackendKey) -> OwnedBackend {
+fn backends(owner: &ObjectRef, compiled: &Compiled) -> impl Iterator<Item = OwnedBackend> {
     let owner = encode::owner(owner);
-    move |key| OwnedBackend { key: *key, owner }
+    let endpoints = compiled.endpoints.iter();
+    endpoints.map(move |(key, _)| OwnedBackend { owner, key })
 }
 
 fn key(owner: &ObjectRef, balancer: &Balancer) -> BalancerKey {

@@ -290,11 +290,16 @@ pub fn slice_words(words: &mut Vec<u64>, ids: &[u32], slots: &[u16]) {
     }));
 }
 
-/// The ids of a slice, ascending. `words` is the whole slice.
-pub fn slice_ids(words: &[u64], ids: usize) -> Vec<u32> {
-    (0..ids)
-        .map(|number| (words[id_words(ids) as usize - 2 - number / 2] >> (number % 2 * 32)) as u32)
-        .collect()
+/// The ids of a slice, ascending. `words` is what comes before its slots; what makes no sense has none.
+pub fn slice_ids(words: &[u64]) -> Vec<u32> {
+    let Some((count, pairs)) = words.split_last() else {
+        return Vec::new();
+    };
+    let ids = pairs
+        .iter()
+        .rev()
+        .flat_map(|pair| [*pair as u32, (*pair >> 32) as u32]);
+    ids.take(usize::try_from(*count).unwrap_or(0)).collect()
 }
 
 #[cfg(test)]
@@ -310,7 +315,7 @@ mod tests {
             assert_eq!(words.len() as u32, slice_len(ids.len(), 1));
             let slots_at = words.len() - slot_words(1) as usize;
             assert_eq!(words[slots_at - 1], ids.len() as u64);
-            let listed = slice_ids(&words, ids.len());
+            let listed = slice_ids(&words[..slots_at]);
             let mut sorted = ids.clone();
             sorted.sort_unstable();
             assert_eq!(listed, sorted);

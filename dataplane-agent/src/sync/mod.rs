@@ -146,15 +146,15 @@ impl Report {
         outcome.is_ok()
     }
 
-    /// Records the outcome of a write; true when it succeeded.
-    fn note(&mut self, what: impl Into<Subject>, outcome: Result<(), StoreError>) -> bool {
+    /// Records the outcome of a write; true when it succeeded. Most do, and nobody asks what they were about.
+    fn note<S: Into<Subject>>(&mut self, what: impl FnOnce() -> S, outcome: Result<(), StoreError>) -> bool {
         match outcome {
             Ok(()) => {
                 self.writes += 1;
                 true
             }
             Err(error) => {
-                self.failed(what, &error);
+                self.failed(what(), &error);
                 false
             }
         }
@@ -225,9 +225,11 @@ impl Syncer {
             }
         }
         if !moved.is_empty() {
-            let backends = self.desired.backends.keys();
-            let there = backends.filter(|backend| moved.contains(&backend.key.addr));
-            self.touched.backends.extend(there);
+            // Those without a number wait for one among the touched.
+            let numbered = self.programmed.backend_ids.keys();
+            let there = numbered.filter(|backend| moved.contains(&backend.key.addr));
+            let desired = there.filter(|backend| self.desired.uses(backend).is_some());
+            self.touched.backends.extend(desired);
         }
     }
 
@@ -313,7 +315,7 @@ impl Syncer {
     fn put_host(&mut self, store: &mut dyn Store, report: &mut Report) {
         for (ifindex, device) in &self.host.devices {
             if self.programmed.devices.get(ifindex) != Some(device)
-                && report.note(format!("device {ifindex}"), store.put_device(*ifindex, device))
+                && report.note(|| format!("device {ifindex}"), store.put_device(*ifindex, device))
             {
                 self.programmed.devices.insert(*ifindex, *device);
             }
@@ -321,7 +323,7 @@ impl Syncer {
         for (addr, flags) in &self.host.own_addresses {
             if self.programmed.own_addresses.get(addr) != Some(flags)
                 && report.note(
-                    format!("own address {addr}"),
+                    || format!("own address {addr}"),
                     store.put_own_address(*addr, *flags),
                 )
             {
@@ -334,11 +336,11 @@ impl Syncer {
         let host = &self.host;
         self.programmed.own_addresses.retain(|addr, _| {
             host.own_addresses.contains_key(addr)
-                || !report.note(format!("own address {addr}"), store.delete_own_address(*addr))
+                || !report.note(|| format!("own address {addr}"), store.delete_own_address(*addr))
         });
         self.programmed.devices.retain(|ifindex, _| {
             host.devices.contains_key(ifindex)
-                || !report.note(format!("device {ifindex}"), store.delete_device(*ifindex))
+                || !report.note(|| format!("device {ifindex}"), store.delete_device(*ifindex))
         });
     }
 
@@ -351,7 +353,8 @@ impl Syncer {
             let mut union = programmed;
             union.any |= desired.any;
             union.wildcard |= desired.wildcard;
-            if union != programmed && report.note(format!("ports {index}"), store.write_ports(*index, union))
+            if union != programmed
+                && report.note(|| format!("ports {index}"), store.write_ports(*index, union))
             {
                 self.programmed.ports[*index as usize] = union;
             }
@@ -369,7 +372,10 @@ impl Syncer {
             if desired[at] == programmed[at] {
                 return false;
             }
-            let done = report.note(format!("ports {index}"), store.write_ports(*index, desired[at]));
+            let done = report.note(
+                || format!("ports {index}"),
+                store.write_ports(*index, desired[at]),
+            );
             if done {
                 programmed[at] = desired[at];
             }
@@ -383,14 +389,9 @@ impl Syncer {
         let is_full = !report.failed.values().any(|failure| failure.refused);
         self.touched.frontends.retain(|frontend| {
             if let Some((addr, _)) = desired.echoes.get(frontend) {
-                return !put_frontend(
-                    programmed,
-                    store,
-                    report,
-                    *frontend,
-                    Frontend::default(),
-                    format!("echo at {addr}").into(),
-                );
+                return !put_frontend(programmed, store, report, *frontend, Frontend::default(), || {
+                    format!("echo at {addr}").into()
+                });
             }
             let Some(key) = &desired.frontend(frontend) else {
                 return true;
@@ -410,7 +411,7 @@ impl Syncer {
                     if is_full
                         && matches!(error, NoRoom::NoService)
                         && programmed.frontends.contains_key(frontend)
-                        && report.note(services::describe(key), store.delete_frontend(*frontend))
+                        && report.note(|| services::describe(key), store.delete_frontend(*frontend))
                     {
                         programmed.frontends.remove(frontend);
                     }
@@ -421,14 +422,9 @@ impl Syncer {
                 service: index,
                 owner: encode::owner(&key.owner),
             };
-            !put_frontend(
-                programmed,
-                store,
-                report,
-                *frontend,
-                value,
-                services::describe(key),
-            )
+            !put_frontend(programmed, store, report, *frontend, value, || {
+                services::describe(key)
+            })
         });
     }
 
@@ -441,7 +437,7 @@ impl Syncer {
             if !programmed.frontends.contains_key(frontend) {
                 return false;
             }
-            let done = report.note(format!("{frontend:?}"), store.delete_frontend(*frontend));
+            let done = report.note(|| format!("{frontend:?}"), store.delete_frontend(*frontend));
             if done {
                 programmed.frontends.remove(frontend);
             }
@@ -457,7 +453,7 @@ fn put_frontend(
     report: &mut Report,
     frontend: FrontendKey,
     value: Frontend,
-    what: Subject,
+    what: impl FnOnce() -> Subject,
 ) -> bool {
     if programmed.frontends.get(&frontend) == Some(&value) {
         return true;

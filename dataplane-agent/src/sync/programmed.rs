@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     compile::{BalancerKey, FrontendAddr},
-    store::FrontendKey,
+    store::{FrontendKey, Store, StoreError},
 };
 
 /// Who has a service index.
@@ -33,12 +33,22 @@ pub enum ServiceId {
 }
 
 /// An entry of `SERVICES` and its slice.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
     pub value: Service,
     pub slice: Option<Slice>,
-    /// The backend ids that the slice begins with, ascending.
-    pub ids: Box<[u32]>,
+}
+
+impl Slot {
+    /// The backend ids that the slice begins with, ascending: `MAGLEV` is mapped, so they are not kept beside.
+    pub fn ids(&self, store: &dyn Store) -> Result<Vec<u32>, StoreError> {
+        let Some(slice) = self.slice else {
+            return Ok(Vec::new());
+        };
+        let mut words = vec![0; (self.value.head.slots_offset - slice.start) as usize];
+        store.read_maglev(slice.start, &mut words)?;
+        Ok(encode::slice_ids(&words))
+    }
 }
 
 /// The programmed state.
@@ -97,7 +107,7 @@ impl Programmed {
 
     /// The entry of a service index; empty where nothing was ever written.
     pub fn slot(&self, index: u32) -> Slot {
-        self.slots.get(index as usize).cloned().unwrap_or_default()
+        self.slots.get(index as usize).copied().unwrap_or_default()
     }
 
     pub fn set_slot(&mut self, index: u32, slot: Slot) {
@@ -185,7 +195,7 @@ impl Programmed {
             self.arena.free(slice);
         }
         for key in self.backend_garbage.drain(..) {
-            if !desired.backends.contains_key(&key) {
+            if desired.uses(&key).is_none() {
                 self.backend_ids.retire(&key);
             }
         }

@@ -126,10 +126,7 @@ fn read_slice(
     if !programmed.arena.reserve(slice) {
         return Ok(());
     }
-    let mut words = vec![0; (head.slots_offset - slice.start) as usize];
-    store.read_maglev(slice.start, &mut words)?;
     slot.slice = Some(slice);
-    slot.ids = encode::slice_ids(&words, ids).into();
     programmed.unverified.insert(index);
     Ok(())
 }

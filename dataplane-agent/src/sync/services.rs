@@ -101,7 +101,7 @@ impl Syncer {
         }
         let (active, ids) = self.active_backends(store, &key.owner, backends);
         let missing = backends.len() - ids.len();
-        let mut listed: Box<[u32]> = ids.clone().into();
+        let mut listed = ids.clone();
         listed.sort_unstable();
         let incomplete = NoRoom::Inactive {
             missing,
@@ -123,7 +123,7 @@ impl Syncer {
         let keep = !is_new
             && before.value.head.size_class == class
             && before.slice.is_none() == (class == 0)
-            && before.ids == listed
+            && before.ids(store)? == listed
             && (!is_unverified || holds(store, before.slice, last.words(backends, class, &ids)));
         let slice = if class == 0 {
             None
@@ -172,11 +172,7 @@ impl Syncer {
         if !keep {
             self.programmed.slice_garbage.extend(before.slice);
         }
-        let slot = Slot {
-            value,
-            slice,
-            ids: listed,
-        };
+        let slot = Slot { value, slice };
         self.programmed.set_slot(index, slot);
         self.programmed.kept.remove(key);
         self.trim_ranges(store, report, index, source_ranges)?;
@@ -243,15 +239,11 @@ impl Syncer {
             generation: before.value.head.generation,
         };
         let value = Service { head, ..before.value };
-        if !report.note(describe(key), store.write_service(index, &value)) {
+        if !report.note(|| describe(key), store.write_service(index, &value)) {
             return false;
         }
         self.programmed.slice_garbage.push(slice);
-        let slot = Slot {
-            value,
-            slice: None,
-            ids: Box::default(),
-        };
+        let slot = Slot { value, slice: None };
         self.programmed.set_slot(index, slot);
         self.reclaim(store).is_ok()
     }
@@ -280,13 +272,14 @@ impl Syncer {
     }
 
     /// The backends in the tables of services that are not as desired: a run that failed leaves them in use.
-    pub(super) fn backends_of_stale_services(&self) -> BTreeSet<u32> {
+    pub(super) fn backends_of_stale_services(&self, store: &dyn Store) -> BTreeSet<u32> {
         let stale = self.touched.balancers.iter().cloned().map(ServiceId::Known);
         let indexes = stale
             .chain(self.programmed.orphans())
             .filter_map(|id| self.programmed.service_ids.get(&id));
+        // Only what is beyond the table's end cannot be read.
         indexes
-            .flat_map(|index| self.programmed.slot(index).ids)
+            .flat_map(|index| self.programmed.slot(index).ids(store).unwrap_or_default())
             .collect()
     }
 
@@ -359,11 +352,7 @@ impl Syncer {
         }
         self.programmed.slice_garbage.extend(before.slice);
         self.programmed.unverified.remove(&index);
-        let slot = Slot {
-            value,
-            slice: None,
-            ids: Box::default(),
-        };
+        let slot = Slot { value, slice: None };
         self.programmed.set_slot(index, slot);
         if let Err(error) = self.trim_ranges(store, report, index, &[]) {
             report.failed(format!("service index {index}"), &error);

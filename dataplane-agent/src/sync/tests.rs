@@ -15,8 +15,8 @@ use super::{HostTables, Syncer};
 use crate::{
     compile::Compiler,
     model::{
-        Dirty, Endpoint, EndpointSlice, Index, Kind, Labels, Name, Object, ObjectRef, Placement, Protocol,
-        Service, ServicePort, SliceFamily, SlicePort, TargetPort,
+        Dirty, Endpoint, EndpointSlice, Endpoints, Index, Kind, Labels, Name, Object, ObjectRef, Placement,
+        Protocol, Service, ServicePort, SliceFamily, SlicePort, TargetPort,
     },
     store::{Limits, faulty::Faulty, memory::Memory, policy::PolicyLimits},
 };
@@ -138,7 +138,7 @@ fn slice() -> impl Strategy<Value = Object> {
                 port: 8080,
             }]
             .into(),
-            endpoints: endpoints.into(),
+            endpoints: endpoints.into_iter().collect(),
             changed_ns: None,
         }))
     })
@@ -348,6 +348,13 @@ fn an_audit_finds_foreign_changes() {
 }
 
 /// A Service and its slice.
+/// Endpoints as a slice's first, at other addresses.
+fn endpoints_at(slice: &EndpointSlice, lasts: &[u8]) -> Endpoints {
+    let first = slice.endpoints.iter().next().unwrap();
+    let addrs = lasts.iter().map(|last| IpAddr::from([10, 244, 0, *last]));
+    addrs.map(|addr| first.at(addr)).collect()
+}
+
 fn object(number: u8, last: u8) -> [Object; 2] {
     let slice = EndpointSlice {
         name: name(number),
@@ -366,7 +373,8 @@ fn object(number: u8, last: u8) -> [Object; 2] {
             terminating: false,
             placement: Arc::default(),
         }]
-        .into(),
+        .into_iter()
+        .collect(),
         changed_ns: None,
     };
     [
@@ -418,7 +426,8 @@ fn an_endpoint_leaves_each_service_by_itself() {
     let shared = |number| {
         let mut objects = object(number, number);
         if let Object::EndpointSlice(slice) = &mut objects[1] {
-            std::sync::Arc::make_mut(slice).endpoints[0].addr = IpAddr::from([10, 244, 0, 9]);
+            let endpoints = endpoints_at(slice, &[9]);
+            std::sync::Arc::make_mut(slice).endpoints = endpoints;
         }
         objects
     };
@@ -513,13 +522,7 @@ fn every_node_spreads_flows_alike() {
         };
         Object::EndpointSlice(Arc::new(EndpointSlice {
             name: Name::new("ns", &format!("s1-{part}")),
-            endpoints: lasts
-                .iter()
-                .map(|last| Endpoint {
-                    addr: IpAddr::from([10, 244, 0, *last]),
-                    ..slice.endpoints[0].clone()
-                })
-                .collect(),
+            endpoints: endpoints_at(&slice, lasts),
             ..(*slice).clone()
         }))
     };

@@ -5,10 +5,10 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use dataplane_common::service::Scope;
 use proptest::prelude::*;
 
-use super::{Agent, LIMITS, Step, inconsistency, key, name, object, range, step};
+use super::{Agent, LIMITS, Step, endpoints_at, inconsistency, key, name, object, range, step};
 use crate::{
     compile::BalancerKey,
-    model::{Endpoint, EndpointSlice, Kind, Object, ObjectRef, Service},
+    model::{EndpointSlice, Kind, Object, ObjectRef, Service},
     store::{FrontendKey, Limits, faulty::Faulty, memory::Memory},
     sync::{Report, Syncer, encode, services},
 };
@@ -30,12 +30,12 @@ fn tight() -> impl Strategy<Value = Limits> {
 
 impl Agent {
     /// Desired services and frontends that are not in force, or with fewer endpoints than desired.
-    fn not_served(&self) -> BTreeSet<String> {
+    fn not_served(&self, memory: &Memory) -> BTreeSet<String> {
         let Syncer {
             desired, programmed, ..
         } = &self.syncer;
         let is_whole = |key: &BalancerKey| {
-            let ids = |index| programmed.slot(index).ids.len();
+            let ids = |index| programmed.slot(index).ids(memory).unwrap().len();
             let written = programmed.written_service(key).map(ids);
             written == desired.balancer(key).map(|balancer| balancer.backends.len())
         };
@@ -102,7 +102,7 @@ proptest! {
             memory = store.memory;
             prop_assert_eq!(wrong.or_else(|| inconsistency(&memory)), None);
             let named: BTreeSet<String> = report.failed.keys().map(ToString::to_string).collect();
-            let silent: Vec<String> = agent.not_served().difference(&named).cloned().collect();
+            let silent: Vec<String> = agent.not_served(&memory).difference(&named).cloned().collect();
             prop_assert!(silent.is_empty(), "{silent:?} beside {:?}", report.failed);
             prop_assert!(report.failed.values().all(|failure| !failure.refused), "{:?}", report.failed);
             prop_assert_eq!(agent.syncer.is_settled(), report.failed.is_empty());
@@ -156,12 +156,8 @@ fn with_endpoints(slice: &Object, last: &[u8]) -> Object {
     let Object::EndpointSlice(slice) = slice else {
         panic!("no slice");
     };
-    let endpoints = last.iter().map(|last| Endpoint {
-        addr: IpAddr::from([10, 244, 0, *last]),
-        ..slice.endpoints[0].clone()
-    });
     Object::EndpointSlice(Arc::new(EndpointSlice {
-        endpoints: endpoints.collect(),
+        endpoints: endpoints_at(slice, last),
         ..(**slice).clone()
     }))
 }

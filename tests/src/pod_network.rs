@@ -15,6 +15,12 @@ const BRIDGE: &str = "cni0";
 const OVERLAY_MTU: u32 = 1450;
 const OVERLAY6_MTU: u32 = 1430;
 
+/// A pod tells its neighbours of its addresses, which may have been another's before.
+const ANNOUNCE: [(&str, &str); 2] = [
+    ("net/ipv4/conf/default/arp_notify", "1"),
+    ("net/ipv6/conf/default/ndisc_notify", "1"),
+];
+
 /// The device of the overlay for the family of `like`.
 fn overlay(like: IpAddr) -> (&'static str, u32) {
     if like.is_ipv4() {
@@ -155,7 +161,10 @@ pub fn connect_pod(
     node_links: &mut Links,
     netns: &NetNs,
 ) -> Result<()> {
-    netns.enter(|| set_sysctls(&COMMON))?;
+    netns.enter(|| {
+        set_sysctls(&COMMON)?;
+        set_sysctls(&ANNOUNCE)
+    })?;
     let mut links = Links::open(netns)?;
     let port = port(number);
     let mtu = (shape.network == Network::Vxlan).then_some(OVERLAY_MTU);
@@ -165,16 +174,21 @@ pub fn connect_pod(
     }
     node_links.set_up(&port)?;
     links.set_up("lo")?;
+    for ip in &pod.addresses {
+        if *ip == gateway_of(*ip) {
+            bail!("pod {} has the gateway's address {ip}", pod.name);
+        }
+        if shape.network != Network::Routed {
+            // Before the device is up, which is when they are announced.
+            links.add_address(UPLINK, (*ip, network_of(*ip).1))?;
+        }
+    }
     links.set_up(UPLINK)?;
     for ip in &pod.addresses {
         let gateway = gateway_of(*ip);
-        if *ip == gateway {
-            bail!("pod {} has the gateway's address {ip}", pod.name);
-        }
         if shape.network == Network::Routed {
             connect_point_to_point((node_links, &port), (&mut links, UPLINK), *ip, gateway)?;
         } else {
-            links.add_address(UPLINK, (*ip, network_of(*ip).1))?;
             links.add_route(
                 everywhere(*ip),
                 Route {

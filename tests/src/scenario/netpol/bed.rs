@@ -16,7 +16,7 @@ use crate::cluster::Cluster;
 use crate::manifests::Manifests;
 use crate::scenario::run::RunOptions;
 use crate::worker::PORTS;
-use crate::worker::protocol::{Proto, Request, Response, Sweep, Swept, Target};
+use crate::worker::protocol::{Attempt, Proto, Request, Response, Sweep, Swept, Target};
 
 /// What no answer has come from for this long, and for as long as all expected answers took, is denied. The kernel sends
 /// its second SYN after a second, so one SYN decides.
@@ -72,7 +72,19 @@ impl Bed {
 
     /// Whether a case that needs this can run here.
     pub fn serves(&self, needs: &Needs) -> bool {
-        !self.is_changed && self.needs == *needs
+        !self.is_changed && self.needs.shape == needs.shape
+    }
+
+    /// Begins a case that this serves: its objects and no others, and everybody listens where the case says.
+    pub fn begin(&mut self, needs: &Needs, objects: &[Value]) -> Result<()> {
+        self.cases += 1;
+        for (member, ports) in &needs.ports {
+            let listening = self.needs.ports.entry(member.clone()).or_default();
+            let missing: BTreeSet<_> = ports.difference(listening).copied().collect();
+            listen(&self.cluster, member, &missing)?;
+            listening.extend(missing);
+        }
+        self.folder.replace(objects)
     }
 
     pub fn folder(&self) -> &Manifests {
@@ -103,24 +115,52 @@ impl Bed {
         self.cluster.remove_pod(&member(id))
     }
 
-    /// Tries everything at once. By number, what became of each; and what arrived, whoever was answered.
+    /// Tries everything at once. Where the machine is slow, targets that must not answer are listened to once more, for longer
+    /// than any answer took. By number, what became of each; and what arrived, whoever was answered.
     pub fn sweep(&mut self, tries: &Tries) -> Result<(BTreeMap<usize, Swept>, Arrivals)> {
         self.arrivals()?;
+        let mut swept = self.try_all(tries, SILENCE)?;
+        let slowest = swept
+            .values()
+            .filter_map(|swept| answer_time(&swept.attempt))
+            .max();
+        let needed = slowest.unwrap_or_default() * 4;
+        if needed > SILENCE {
+            let mut again = tries.clone();
+            for targets in again.values_mut() {
+                targets.retain(|(number, target)| {
+                    !target.answers && !swept.get(number).is_some_and(|swept| swept.reached)
+                });
+            }
+            again.retain(|_, targets| !targets.is_empty());
+            for (number, mut later) in self.try_all(&again, needed.min(PATIENCE * 2))? {
+                if let Some(earlier) = swept.remove(&number) {
+                    later.sources.extend(earlier.sources);
+                    later.tries += earlier.tries;
+                }
+                swept.insert(number, later);
+            }
+        }
+        Ok((swept, self.arrivals()?))
+    }
+
+    fn try_all(&mut self, tries: &Tries, silence: Duration) -> Result<BTreeMap<usize, Swept>> {
         let longest = tries.values().map(Vec::len).max().unwrap_or_default();
         let first_port = self.take_ports(longest);
         let cluster = &self.cluster;
-        let swept = thread::scope(|scope| {
+        thread::scope(|scope| {
             let calls: Vec<_> = tries
                 .iter()
-                .map(|(member, targets)| scope.spawn(move || call(cluster, member, targets, first_port)))
+                .map(|(member, targets)| {
+                    scope.spawn(move || call(cluster, member, targets, (first_port, silence)))
+                })
                 .collect();
             let mut swept = BTreeMap::new();
             for call in calls {
                 swept.extend(call.join().unwrap_or_else(|_| Err(anyhow!("a sweep panicked")))?);
             }
-            Ok::<_, anyhow::Error>(swept)
-        })?;
-        Ok((swept, self.arrivals()?))
+            Ok(swept)
+        })
     }
 
     /// Source ports for so many tries of each member, and for some that are tried again.
@@ -159,18 +199,25 @@ fn call(
     cluster: &Cluster,
     member: &str,
     targets: &[(usize, Target)],
-    first_port: u16,
+    (first_port, silence): (u16, Duration),
 ) -> Result<Vec<(usize, Swept)>> {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let request = Request::Sweep(Sweep {
         targets: targets.iter().map(|(_, target)| *target).collect(),
         first_port,
-        silence_ms: millis(SILENCE),
+        silence_ms: millis(silence),
         patience_ms: millis(PATIENCE),
         tries: TRIES,
     });
     match cluster.worker(member)?.call(request, CALL + PATIENCE * TRIES)? {
         Response::Swept(swept) => Ok(targets.iter().map(|(number, _)| *number).zip(swept).collect()),
         other => bail!("unexpected answer {other:?}"),
+    }
+}
+
+fn answer_time(attempt: &Attempt) -> Option<Duration> {
+    match attempt {
+        Attempt::Answered { ms, .. } => Some(Duration::from_millis(*ms)),
+        _ => None,
     }
 }

@@ -26,8 +26,8 @@ pub struct Node {
     pub pod_cidrs: Vec<Prefix>,
 }
 
-/// A cluster that may serve every case that needs the same one.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The cluster of a case, which may serve every case of the same shape, and where its members have to answer.
+#[derive(Debug, Clone)]
 pub struct Needs {
     pub shape: Shape,
     /// The ports of each member, by its name in the cluster.

@@ -88,11 +88,10 @@ impl Run<'_> {
         if !slot.as_ref().is_some_and(|bed| bed.serves(&needs)) {
             // The old one goes first: it has the name.
             *slot = None;
-            *slot = Some(Bed::build(name, needs, &before, options)?);
+            *slot = Some(Bed::build(name, needs.clone(), &before, options)?);
         }
         let bed = slot.as_mut().context("there is no cluster")?;
-        bed.cases += 1;
-        bed.folder().replace(&before)?;
+        bed.begin(&needs, &before)?;
         let mut steps = || -> Result<()> {
             for (number, step) in self.case.steps.iter().enumerate() {
                 let place = || format!("step {}", number + 1);

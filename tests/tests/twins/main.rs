@@ -1,5 +1,7 @@
-//! Negative twins: for each kind of outcome a right expectation passes and a wrong one fails. No Service is involved, so
-//! the agent is a program that does nothing.
+//! Negative twins: for each kind of outcome a right expectation passes and a wrong one fails. No Service and no policy is
+//! involved, so the agent is a program that does nothing.
+
+mod policies;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

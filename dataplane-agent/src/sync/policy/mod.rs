@@ -34,7 +34,7 @@ use crate::{
     compile::policy::{
         Changes, PolicyCompiler,
         classes::{ClassId, Place},
-        sets::{ResolvedRule, SetId},
+        sets::SetId,
     },
     model::{Kind, Name, ObjectRef, policy::Direction},
     store::Store,
@@ -106,9 +106,9 @@ impl PolicySyncer {
         self.touched.is_empty() && !self.is_stale
     }
 
-    /// The rule at an index into `RULES`; `None` where an earlier process wrote it and it is in force no more.
-    pub fn rule(&self, index: u32) -> Option<&ResolvedRule> {
-        self.programmed.rule(index)
+    /// The policy with a number in `RULES`, as long as a set has a rule of it.
+    pub fn policy(&self, number: u32) -> Option<&ObjectRef> {
+        self.programmed.names.get(number)
     }
 
     /// Writes what differs. Never call it before the source is complete and the pods' interfaces are known: what nobody

@@ -48,6 +48,11 @@ impl Names {
             }
         }
     }
+
+    /// The policy with a number.
+    pub fn get(&self, number: u32) -> Option<&ObjectRef> {
+        self.0.get(&number).map(|(policy, _)| policy)
+    }
 }
 
 /// FNV-1a.

@@ -16,7 +16,7 @@ use crate::{
     compile::policy::{
         atoms::addr_bits,
         classes::{ClassId, Place},
-        sets::{self, ResolvedRule, SetId},
+        sets::{self, SetId},
     },
     store::{Store, StoreError, policy::PolicyLimits},
     sync::arena::{Arena, Slice},
@@ -143,15 +143,6 @@ impl Programmed {
         slice.map(Some).ok_or(StoreError::Full {
             table: "RULES",
             limit: self.limits.rules,
-        })
-    }
-
-    /// The rule at an index into `RULES`, of a set that may be old.
-    pub fn rule(&self, index: u32) -> Option<&ResolvedRule> {
-        self.sets.values().find_map(|set| {
-            let Slice { start, len } = set.rules?;
-            let number = index.checked_sub(start).filter(|number| *number < len)?;
-            set.made.as_ref()?.key.rules.get(number as usize)
         })
     }
 

@@ -418,17 +418,13 @@ fn policy_an_audit_finds_foreign_changes() {
         }
         agent.settle(&mut store);
         assert_no_garbage(&agent, &store.memory, &format!("seed {seed}"));
-        let rule = agent.syncer.rule(set_rule(&agent));
-        assert!(rule.is_some() || agent.syncer.programmed.rules.used() == 0);
+        for set in agent.syncer.programmed.sets.values() {
+            let rules = set.made.iter().flat_map(|made| &made.key.rules);
+            for (rule, index) in rules.zip(set.header.rules..) {
+                let number = store.memory.policy.rules[index as usize].policy;
+                assert_eq!(agent.syncer.policy(number), Some(&rule.policy), "seed {seed}");
+            }
+        }
     }
     assert!(found_in.iter().all(|found| *found > 0), "{found_in:?}");
-}
-
-/// An index into `RULES` that is in use, if there is one.
-fn set_rule(agent: &Agent) -> u32 {
-    let sets = agent.syncer.programmed.sets.values();
-    sets.filter_map(|set| set.rules)
-        .map(|slice| slice.start)
-        .next()
-        .unwrap_or(u32::MAX)
 }

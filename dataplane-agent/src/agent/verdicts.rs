@@ -4,7 +4,7 @@ use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
 use dataplane_common::{
     addr::proto,
-    policy::{NO_RULE_INDEX, VerdictEvent},
+    policy::{NO_RULE_INDEX, RuleAction, VerdictEvent},
     reason::Reason,
 };
 use jiff::Timestamp;
@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use super::Agent;
 use crate::{
     bpf::{sys, verdicts::Verdicts},
-    model::policy::{Action, Direction},
+    model::policy::Direction,
     told::{Told, ToldVerdict},
 };
 
@@ -49,13 +49,14 @@ impl Agent {
     /// Takes what the kernel side has told.
     pub fn take_verdicts(&mut self, verdicts: &mut Verdicts) {
         while let Some(event) = verdicts.take() {
+            let rule = verdicts.rule(&event).filter(|_| event.rule != NO_RULE_INDEX);
             let mut told = self.describe(&event);
-            if event.rule == NO_RULE_INDEX {
-                told.policy = self.selected_by(&event);
-            } else if let Some(rule) = self.policy_syncer.rule(event.rule) {
-                told.policy = Some(rule.policy.to_string());
+            if let Some(rule) = rule {
+                told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
                 told.rule = Some(rule.place);
-                told.action = Some(action(rule.action).to_owned());
+                told.action = action(rule.action).map(str::to_owned);
+            } else {
+                told.policy = self.selected_by(&event);
             }
             tracing::debug!(
                 target: "dataplane_agent::verdicts",
@@ -133,12 +134,15 @@ fn direction(event: &VerdictEvent) -> Direction {
     }
 }
 
-fn action(action: Action) -> &'static str {
-    match action {
-        Action::Allow => "allow",
-        Action::Deny => "deny",
-        Action::Pass => "pass",
-    }
+fn action(number: u8) -> Option<&'static str> {
+    [
+        (RuleAction::Allow, "allow"),
+        (RuleAction::Deny, "deny"),
+        (RuleAction::Pass, "pass"),
+    ]
+    .into_iter()
+    .find(|(action, _)| *action as u8 == number)
+    .map(|(_, name)| name)
 }
 
 fn address(family: u8, addr: [u32; 4]) -> IpAddr {

@@ -1,4 +1,4 @@
-//! `VERDICTS`, the ring buffer in which the kernel side tells of policies' verdicts.
+//! `VERDICTS`, the ring buffer in which the kernel side tells of policies' verdicts, and the rules they refer to.
 
 use std::{
     fmt, io,
@@ -6,15 +6,20 @@ use std::{
 };
 
 use aya::maps::{Map, MapData, RingBuf};
-use dataplane_common::policy::VerdictEvent;
+use dataplane_common::policy::{PolicyRule, VerdictEvent};
 use tokio::io::unix::AsyncFd;
 
-use super::{map_names, pins::Pins, sys};
+use super::{
+    map_names,
+    pins::Pins,
+    sys::{self, MapFd},
+};
 
 /// The reading end.
 pub struct Verdicts {
     ring: RingBuf<MapData>,
     readable: AsyncFd<OwnedFd>,
+    rules: MapFd<u32, PolicyRule>,
 }
 
 impl fmt::Debug for Verdicts {
@@ -31,6 +36,7 @@ impl Verdicts {
         Ok(Self {
             readable: sys::watch_readable(ring.as_fd().try_clone_to_owned()?)?,
             ring,
+            rules: MapFd::new(pins.open_map(map_names::RULES)?)?,
         })
     }
 
@@ -45,5 +51,10 @@ impl Verdicts {
         let record = self.ring.next()?;
         let bytes = record.get(..size_of::<VerdictEvent>())?;
         Some(bytemuck::pod_read_unaligned(bytes))
+    }
+
+    /// The rule that an event refers to, as the table has it now.
+    pub fn rule(&self, event: &VerdictEvent) -> Option<PolicyRule> {
+        self.rules.lookup(&event.rule).ok().flatten()
     }
 }

@@ -4,6 +4,7 @@
 //! * [`cluster`] builds nodes, pods, a router and clients outside, and removes them again.
 //! * [`worker`] is a process in one of those namespaces that answers, connects and keeps flows.
 //! * [`flood`] sends first packets from very many addresses.
+//! * [`test_run`] runs programs of the datapath by `BPF_PROG_TEST_RUN`, for benchmarks.
 //! * [`scenario`] reads scenario files, drives a cluster by them and judges what was seen.
 //!
 //! Everything made here carries its owner's process id in its name ([`places`]), so that what a killed run left behind
@@ -25,6 +26,7 @@ pub mod pod_network;
 pub mod process;
 pub mod scenario;
 pub mod shape;
+pub mod test_run;
 pub mod tun;
 pub mod underlay;
 pub mod wireguard;

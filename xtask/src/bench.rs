@@ -23,6 +23,9 @@ enum What {
     #[command(disable_help_flag = true)]
     /// First sync, single changes and memory of the agent with 50,000 services and 250,000 endpoints
     Control(PassedOn),
+    #[command(disable_help_flag = true)]
+    /// What policies cost a packet, and whether it depends on how many rules, policies and peers there are
+    Policy(PassedOn),
 }
 
 #[derive(Debug, clap::Args)]
@@ -37,7 +40,8 @@ pub fn run(args: &Args) -> Result<()> {
     let (program, args, needs_agent) = match &args.what {
         What::Datapath(PassedOn { args }) => ("dataplane-bench-datapath", args, false),
         What::Net(PassedOn { args }) => ("dataplane-bench-net", args, true),
-        What::Control(PassedOn { args }) => return control(args),
+        What::Control(PassedOn { args }) => return of_agent("control", args),
+        What::Policy(PassedOn { args }) => return of_agent("policy", args),
     };
     setup::programs()?;
     build::run()?;
@@ -56,12 +60,12 @@ pub fn run(args: &Args) -> Result<()> {
     process::finish_with(status)
 }
 
-/// The agent's own benchmark, which cargo builds with the agent.
-fn control(args: &[String]) -> Result<()> {
+/// A benchmark of the agent's own, which cargo builds with the agent.
+fn of_agent(name: &str, args: &[String]) -> Result<()> {
     setup::programs()?;
     ebpf::run(&ebpf::Args::default())?;
     let mut command = process::cargo("build");
-    command.args(["--release", "--package", "dataplane-agent", "--bench", "control"]);
+    command.args(["--release", "--package", "dataplane-agent", "--bench", name]);
     let program = progress::step("building the agent's benchmark", || {
         process::run(process::quiet_unless_watched(&mut command))?;
         // Its name has a hash, which cargo tells.

@@ -17,6 +17,7 @@ use dataplane_common::{
     flow::{Exit, FlowMeta, Side},
     packet::Packet,
     parse::{ETHERNET_LEN, Fragment, Headers, Ipv4Header, TcpHeader},
+    policy::PolicyFlowKey4,
     rewrite::{RewriteIp, rewrite, write_macs},
     service::{Scope, port_set_index},
     tables::{Entry, Env, Route, Router, Tables},
@@ -241,6 +242,39 @@ fn nodeport(packet: &mut XdpPacket, world: &World<xdp_md>, ctx: *mut xdp_md) -> 
     V4::decrement_ttl(packet, ETHERNET_LEN)?;
     write_macs(packet, mac_dst, mac_src)?;
     rewrite::<V4, _>(packet, ETHERNET_LEN, &headers, new)
+}
+
+/// The headers and nothing else.
+#[classifier]
+pub fn floor_headers_tc(ctx: TcContext) -> i32 {
+    match policy_flow_key(&ctx) {
+        Some(_) => NEXT,
+        None => 2,
+    }
+}
+
+/// Hit of a flow that policies have allowed.
+#[classifier]
+pub fn floor_policy_flow_tc(ctx: TcContext) -> i32 {
+    let world = World::<__sk_buff>::new(ctx.skb.skb);
+    let known = policy_flow_key(&ctx).and_then(|key| Tables::<V4>::policy_flow(&world, &key));
+    match known {
+        // SAFETY: the context is valid while the program runs.
+        Some(known) if known.ifindex == unsafe { (*ctx.skb.skb).ifindex } => NEXT,
+        _ => 2,
+    }
+}
+
+/// Stored, so that the compiler leaves none of it out.
+#[inline(always)]
+fn policy_flow_key(ctx: &TcContext) -> Option<PolicyFlowKey4> {
+    let headers = parse(&SkbPacket(ctx.skb.skb))?;
+    let mut key = V4::policy_flow_key(&headers.tuple, headers.proto);
+    // SAFETY: a value of its own, written and read as what it is.
+    unsafe {
+        ptr::write_volatile(&raw mut key, key);
+    }
+    Some(key)
 }
 
 /// What a service asks of a first packet beyond the choice of a backend.

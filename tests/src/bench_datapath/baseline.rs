@@ -1,24 +1,16 @@
-//! An older object beside the new one: whether its tables can be filled as ours, and whether a row got slower.
-//!
-//! Noise is judged twice. A row's ratio is the median over its rounds, and the 95 % confidence interval of that median
-//! (by order statistics, so without assuming a distribution) has to lie above the limit as a whole. And since the kernel
-//! tells whole nanoseconds only, a difference of less than one says nothing.
+//! An older object beside the new one: whether its tables can be filled as ours, and what is printed of it.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use dataplane_tests::test_run::stats::Comparison;
 
 use crate::cases::{Case, Tables};
 use crate::layout::{Btf, Layout};
-use crate::median;
 
 /// How many times as long as before a packet may take.
-const LIMIT: f64 = 1.05;
-/// What the kernel's answers can't tell from nothing, ns.
-const RESOLUTION: f64 = 1.0;
+pub const LIMIT: f64 = 1.05;
 
 /// Behind the header of the rows.
 pub const HEADER: &str = "      old  ours/old  (95 % of medians)";
@@ -96,93 +88,12 @@ fn check(name: &str, old: &Layout, ours: &Layout) -> Result<()> {
     )
 }
 
-/// What came out of the rounds of both objects.
-#[derive(Debug, Serialize)]
-pub struct Comparison {
-    old_net: f64,
-    ratio: f64,
-    /// The confidence interval of the ratio's median.
-    between: (f64, f64),
-    pub slower: bool,
-}
-
-impl Comparison {
-    /// From ns a packet, net, one element a round. `None` without rounds of the older object.
-    pub fn of(old: &[f64], ours: &[f64]) -> Option<Self> {
-        let ratios: Vec<f64> = ours.iter().zip(old).map(|(a, b)| a / b.max(1.0)).collect();
-        let differences: Vec<f64> = ours.iter().zip(old).map(|(a, b)| a - b).collect();
-        let between = interval(&ratios)?;
-        Some(Self {
-            old_net: median(old),
-            ratio: median(&ratios),
-            between,
-            slower: between.0 > LIMIT && median(&differences) > RESOLUTION,
-        })
-    }
-}
-
-impl fmt::Display for Comparison {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            old_net,
-            ratio,
-            between: (low, high),
-            slower,
-        } = self;
-        let mark = if *slower { "  SLOWER" } else { "" };
-        write!(f, " {old_net:>8.1}  {ratio:>8.3}  ({low:.3} to {high:.3}){mark}")
-    }
-}
-
-/// The 95 % confidence interval of the median: as many of the smallest and of the largest are left out as a fair coin
-/// would leave out in less than 2.5 % of all cases each. With fewer than six it is all there is.
-fn interval(of: &[f64]) -> Option<(f64, f64)> {
-    let mut sorted = of.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let rounds = u16::try_from(of.len()).ok()?;
-    let (mut left_out, mut tail, mut ways) = (0, 0.0, 0.5f64.powi(rounds.into()));
-    loop {
-        tail += ways;
-        if tail > 0.025 {
-            break;
-        }
-        ways *= f64::from(rounds - left_out) / f64::from(left_out + 1);
-        left_out += 1;
-    }
-    let first = usize::from(left_out.saturating_sub(1));
-    Some((*sorted.get(first)?, *sorted.get(sorted.len() - 1 - first)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn intervals_leave_out_what_a_coin_would() {
-        let values = |count: u32| (0..count).map(f64::from).collect::<Vec<_>>();
-        // Tables of the sign test, two-sided, 5 %.
-        for (count, first) in [(5, 0.0), (6, 0.0), (9, 1.0), (15, 3.0), (31, 9.0)] {
-            let last = f64::from(count - 1) - first;
-            assert_eq!(interval(&values(count)), Some((first, last)), "{count} rounds");
-        }
-        assert_eq!(interval(&[]), None);
-    }
-
-    #[test]
-    fn slower_is_what_noise_does_not_explain() {
-        let old: Vec<f64> = (0..15).map(|round| 100.0 + f64::from(round % 5)).collect();
-        let scaled = |by: f64| old.iter().map(|ns| ns * by).collect::<Vec<_>>();
-        let slower = |ours: &[f64]| Comparison::of(&old, ours).unwrap().slower;
-        assert!(!slower(&old));
-        assert!(!slower(&scaled(1.04)));
-        assert!(slower(&scaled(1.06)));
-        // Five rounds in which the machine was busy.
-        let mut busy = scaled(1.0);
-        busy[..5].iter_mut().for_each(|ns| *ns *= 2.0);
-        assert!(!slower(&busy));
-        // Less than the kernel's clock can tell.
-        let few = vec![4.0; 15];
-        assert!(!Comparison::of(&few, &[4.9; 15]).unwrap().slower);
-        assert!(Comparison::of(&few, &[5.1; 15]).unwrap().slower);
-    }
+/// The columns of a comparison.
+pub fn columns(of: &Comparison) -> String {
+    let (low, high) = of.between;
+    let mark = if of.is_over { "  SLOWER" } else { "" };
+    format!(
+        " {:>8.1}  {:>8.3}  ({low:.3} to {high:.3}){mark}",
+        of.base, of.ratio
+    )
 }

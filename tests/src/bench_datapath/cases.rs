@@ -1,5 +1,7 @@
 //! The rows: which program, which floor, which packets, and what the program has to answer.
 
+use dataplane_tests::test_run::NEXT;
+
 /// What is in the tables for the walk's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tables {
@@ -40,7 +42,6 @@ impl Case {
 
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
-const NEXT: u32 = u32::MAX;
 const ALL: &[u32] = &[1, 1 << 16, 1 << 20];
 
 pub const CASES: &[Case] = &[

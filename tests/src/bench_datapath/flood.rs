@@ -4,11 +4,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{HashMap, MapData};
 use dataplane_common::flow::{Flow4, FlowEvent, FlowKey4};
+use dataplane_tests::test_run::{Device, Raw, program, tables::counted};
 
 use crate::cases::FLOOD;
-use crate::kernel::{Bench, Device, Raw, TO_POD, program};
+use crate::kernel::{Bench, TO_POD};
 
 const FLOWS: u32 = 262_144;
 const ESTABLISHED: u32 = 1000;
@@ -25,11 +26,11 @@ pub fn run(objects: &Path, device: &Device) -> Result<bool> {
     let (syn, answer) = bench.flood_frames();
     for first in (0..SYNS).step_by(BATCH as usize) {
         for (target, frame, to_client) in [(&syns, syn, 0), (&answers, answer, 1)] {
-            bench.walk.frame = frame;
-            bench.walk.to_client = to_client;
-            bench.walk.step = first;
-            bench.aim(Some(target))?;
-            bench.run(BATCH, None)?;
+            let walk = &mut bench.trampoline.walk;
+            walk.frame = frame;
+            walk.to_client = to_client;
+            walk.step = first;
+            bench.trampoline.run(Some(target), BATCH, None)?;
         }
     }
     let map = bench.datapath.map("FLOWS_V4").context("no map FLOWS_V4")?;
@@ -41,7 +42,8 @@ pub fn run(objects: &Path, device: &Device) -> Result<bool> {
     let [begun, answered, established] = FlowEvent::ALL else {
         anyhow::bail!("another number of flow events")
     };
-    let counts = [begun, answered, established].map(|event| count(&bench, *event));
+    let counts =
+        [begun, answered, established].map(|event| counted(&bench.datapath, "FLOW_EVENTS", *event as u32));
     let [begun, answered, established] = counts;
     let (begun, answered, established) = (begun?, answered?, established?);
     println!(
@@ -52,10 +54,4 @@ pub fn run(objects: &Path, device: &Device) -> Result<bool> {
         "the flood was not what it should have been"
     );
     Ok(left == keys.len())
-}
-
-fn count(bench: &Bench, event: FlowEvent) -> Result<u64> {
-    let map = bench.datapath.map("FLOW_EVENTS").context("no map FLOW_EVENTS")?;
-    let counts: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
-    Ok(counts.get(&(event as u32), 0)?.iter().sum())
 }

@@ -15,11 +15,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
-use nix::unistd::Pid;
+use dataplane_tests::test_run::{
+    self, Device, make_device,
+    stats::{Comparison, less, median},
+};
 use serde::Serialize;
 
-use crate::baseline::{Baseline, Comparison};
+use crate::baseline::Baseline;
 use crate::cases::{CASES, Case};
 use crate::kernel::Bench;
 
@@ -83,16 +85,12 @@ struct Row {
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.packets > 0, "nothing to measure");
-    // A namespace without a name, for this process alone: it goes with it.
-    unshare(CloneFlags::CLONE_NEWNET).context("failed to unshare the network namespace (not root?)")?;
-    let mut cpus = CpuSet::new();
-    cpus.set(args.cpu).context("there is no such CPU")?;
-    sched_setaffinity(Pid::from_raw(0), &cpus).context("failed to stay on one CPU")?;
+    test_run::apart(args.cpu)?;
 
     let older = args.baseline.as_ref();
     let older = older.map(|older| Baseline::open(older, &args.objects.join("dataplane.o")));
     let older = older.transpose()?;
-    let device = kernel::make_device()?;
+    let device = make_device()?;
     let mut rows = Vec::new();
     println!(
         "{:<44} {:>8} {:>10} {:>8} {:>8} {:>7}{}",
@@ -133,7 +131,7 @@ fn main() -> Result<ExitCode> {
     let mut good = true;
     let slower = rows
         .iter()
-        .filter(|row| row.comparison.as_ref().is_some_and(|c| c.slower));
+        .filter(|row| row.comparison.as_ref().is_some_and(|c| c.is_over));
     for row in slower {
         println!("slower than the baseline: {} at {} flows", row.case, row.flows);
         good = false;
@@ -158,7 +156,7 @@ fn measure(
     older: Option<&Baseline>,
     case: &'static Case,
     flows: u32,
-    device: &kernel::Device,
+    device: &Device,
 ) -> Result<(Row, String)> {
     let mut bench = Bench::load(&args.objects, older, case, flows, args.max_flows, device)?;
     bench.check()?;
@@ -192,7 +190,7 @@ fn measure(
             if slice % 2 != 0 {
                 sums[2] += bench.ours(packets)?;
             }
-            bench.walk_on(packets);
+            bench.trampoline.walk.on(packets);
         }
         if round > 0 {
             let mean = |sum: f64| sum / f64::from(args.slices);
@@ -203,25 +201,19 @@ fn measure(
             row.old.extend(old.map(mean));
         }
     }
-    let net = |of: &[f64]| -> Vec<f64> { of.iter().zip(&row.trampoline).map(|(a, b)| a - b).collect() };
+    let net = |of: &[f64]| less(of, &row.trampoline);
     let (floor, ours, old) = (net(&row.floor), net(&row.ours), net(&row.old));
     let ratios: Vec<f64> = ours.iter().zip(&floor).map(|(a, b)| a / b.max(1.0)).collect();
     row.floor_net = median(&floor);
     row.ours_net = median(&ours);
     row.ratio = median(&ratios);
-    row.comparison = Comparison::of(&old, &ours);
+    row.comparison = Comparison::of(&old, &ours, baseline::LIMIT);
     let note = match (&row.comparison, &bench.without_old) {
-        (Some(comparison), _) => comparison.to_string(),
+        (Some(comparison), _) => baseline::columns(comparison),
         (None, Some(reason)) => format!("  {reason}"),
         (None, None) => String::new(),
     };
     Ok((row, note))
-}
-
-fn median(of: &[f64]) -> f64 {
-    let mut sorted = of.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn write_json(path: &Path, rows: &[Row]) -> Result<()> {

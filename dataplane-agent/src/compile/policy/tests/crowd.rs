@@ -1,11 +1,9 @@
 //! What things cost where there are many, and what is shared.
 
-use std::{cell::Cell, collections::BTreeSet};
+use std::collections::BTreeSet;
 
-use dataplane_common::{
-    addr::Family,
-    policy::{PeerRulesKey, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits, SET_NONE},
-};
+use dataplane_common::policy::SET_NONE;
+use dataplane_tests::test_run::counting::Counting;
 use serde_json::{Value, json};
 
 use super::{Cluster, object_of};
@@ -17,40 +15,6 @@ use crate::{
     },
     model::{Dirty, Name, policy::Direction},
 };
-
-/// Tables that count what they are asked.
-struct Counting<'a>(&'a Tables, Cell<u32>);
-
-impl Counting<'_> {
-    fn count<T>(&self, value: T) -> T {
-        self.1.set(self.1.get() + 1);
-        value
-    }
-}
-
-impl<F: Family> PolicyTables<F> for Counting<'_> {
-    fn peer(&self, addr: &F::Addr) -> Option<u32> {
-        self.count(PolicyTables::<F>::peer(self.0, addr))
-    }
-    fn cidr(&self, addr: &F::Addr) -> Option<u32> {
-        self.count(PolicyTables::<F>::cidr(self.0, addr))
-    }
-    fn set(&self, id: u32) -> Option<&PolicySet> {
-        self.count(PolicyTables::<F>::set(self.0, id))
-    }
-    fn peer_rules(&self, key: PeerRulesKey) -> Option<u32> {
-        self.count(PolicyTables::<F>::peer_rules(self.0, key))
-    }
-    fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
-        self.count(PolicyTables::<F>::port_rules(self.0, key))
-    }
-    fn bits(&self, id: u32) -> Option<&RuleBits> {
-        self.count(PolicyTables::<F>::bits(self.0, id))
-    }
-    fn rule(&self, index: u32) -> Option<&PolicyRule> {
-        self.count(PolicyTables::<F>::rule(self.0, index))
-    }
-}
 
 fn pod(namespace: &str, name: &str, ip: &str, labels: &Value) -> Value {
     json!({
@@ -105,9 +69,9 @@ fn policy_a_verdict_takes_as_many_lookups_in_a_crowd_as_alone() {
     let lookups = |cluster: &Cluster| {
         let tables = Tables::of(&cluster.compiler);
         let set = cluster.compiler.set_of(&Name::new("x", "a"), Direction::Ingress);
-        let counting = Counting(&tables, Cell::new(0));
+        let counting = Counting::new(&tables);
         assert!(judge(&counting, set, "10.0.0.2".parse().unwrap(), 6, 80).is_allowed());
-        counting.1.get()
+        counting.lookups()
     };
     let alone = lookups(&crowd(1, 1, 1));
     assert_eq!(alone, 7);

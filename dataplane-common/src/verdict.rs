@@ -118,7 +118,8 @@ impl Verdict {
         self.0 as u32 >= Action::Miss as u32
     }
 
-    /// The device of `Pod`, `Host`, `Transmit` and `Resolve`; the [`Reason`] of `Drop`; else 0.
+    /// The device of `Pod`, `Host`, `Transmit` and `Resolve`; the [`Reason`] of `Drop`. Of `Pass` it says no more than what
+    /// the datapath tells itself.
     #[inline(always)]
     pub const fn value(self) -> u32 {
         (self.0 >> 32) as u32

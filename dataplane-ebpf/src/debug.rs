@@ -133,7 +133,12 @@ fn tell<F: Shown, P: Packet>(packet: &P, at: &Context, verdict: Verdict) -> u32 
     {
         (seen.goes.sport_be, seen.goes.dport_be) = (sport_be, dport_be);
     }
-    F::went(hook, at.ifindex, action as u32, verdict.value());
+    let to = if action == Action::Pass {
+        0
+    } else {
+        verdict.value()
+    };
+    F::went(hook, at.ifindex, action as u32, to);
     0
 }
 

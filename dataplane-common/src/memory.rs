@@ -22,8 +22,8 @@ use crate::{
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
     policy::{
-        self, Judgement, PeerRulesKey, PodPolicy, PolicyFlow, PolicyRule, PolicySet, PolicyTables,
-        PortRulesKey, RuleBits, VerdictEvent, port_prefix,
+        self, Judgement, PeerRulesKey, PeerTables, PodPolicy, PolicyFlow, PolicyRule, PolicySet,
+        PolicyTables, PortRulesKey, RuleBits, VerdictEvent, port_prefix,
     },
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
@@ -480,7 +480,7 @@ fn find<'a, F: Family>(
     })
 }
 
-impl<F: MemoryFamily> PolicyTables<F> for Memory {
+impl<F: MemoryFamily> PeerTables<F> for Memory {
     fn peer(&self, addr: &F::Addr) -> Option<u32> {
         F::tables(self).peers.get(addr).copied()
     }
@@ -495,32 +495,33 @@ impl<F: MemoryFamily> PolicyTables<F> for Memory {
         let holding = cidrs.filter(|cidr| is_within(cidr.network, cidr.length, addr));
         holding.max_by_key(|cidr| cidr.length).map(|cidr| cidr.class)
     }
+}
 
+impl PolicyTables for Policies {
     fn set(&self, id: u32) -> Option<&PolicySet> {
-        self.policies.sets.get(id as usize)
+        self.sets.get(id as usize)
     }
 
     fn peer_rules(&self, key: PeerRulesKey) -> Option<u32> {
-        self.policies.peer_rules.get(&key).copied()
+        self.peer_rules.get(&key).copied()
     }
 
     fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
         (0..=port_prefix::PORT).rev().find_map(|length| {
             let bits: u64 = bytemuck::cast(key);
             let mask = u64::MAX.checked_shl(64 - length).unwrap_or(0).to_be();
-            self.policies
-                .port_rules
+            self.port_rules
                 .get(&(length, bytemuck::cast(bits & mask)))
                 .copied()
         })
     }
 
     fn bits(&self, id: u32) -> Option<&RuleBits> {
-        self.policies.bits.get(id as usize)
+        self.bits.get(id as usize)
     }
 
     fn rule(&self, index: u32) -> Option<&PolicyRule> {
-        self.policies.rules.get(index as usize)
+        self.rules.get(index as usize)
     }
 }
 
@@ -647,8 +648,7 @@ impl Env for Memory {
     }
 
     fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement {
-        // Sets are of no family.
-        policy::judge::<V4, Self>(self, set, class, proto, port_be)
+        policy::judge(&self.policies, set, class, proto, port_be)
     }
 
     fn count_rule(&self, index: u32) {

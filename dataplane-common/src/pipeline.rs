@@ -23,7 +23,7 @@ use crate::{
     half_open, icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
-    policy::{PolicyFlow, PolicyTables, VerdictEvent},
+    policy::{PeerTables, PolicyFlow, VerdictEvent},
     reason::Reason,
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
@@ -86,8 +86,8 @@ impl Context {
 }
 
 /// Everything that the datapath asks for, in one bound.
-pub trait World<F: Family>: Tables<F> + Env + Router<F> + PolicyTables<F> {}
-impl<F: Family, W: Tables<F> + Env + Router<F> + PolicyTables<F>> World<F> for W {}
+pub trait World<F: Family>: Tables<F> + Env + Router<F> + PeerTables<F> {}
+impl<F: Family, W: Tables<F> + Env + Router<F> + PeerTables<F>> World<F> for W {}
 
 /// What is being made of one packet that is not established. All zeros is a valid value.
 #[repr(C)]

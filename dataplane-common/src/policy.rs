@@ -243,12 +243,16 @@ const _: () = assert!(size_of::<PeerRulesKey>() == 8);
 const _: () = assert!(size_of::<PortRulesKey>() == 8);
 const _: () = assert!(size_of::<PolicyRule>() == 12);
 
-/// What policy asks of its surroundings.
-pub trait PolicyTables<F: Family>: Sized {
+/// What the class of a peer is asked of.
+pub trait PeerTables<F: Family> {
     /// The class that `PEERS_*` has for an address.
     fn peer(&self, addr: &F::Addr) -> Option<u32>;
     /// The class of the longest range of `CIDRS_*` that holds an address.
     fn cidr(&self, addr: &F::Addr) -> Option<u32>;
+}
+
+/// What a verdict about a class is asked of. Sets, classes and rules are of no family.
+pub trait PolicyTables: Sized {
     /// `POLICY_SETS`.
     fn set(&self, id: u32) -> Option<&PolicySet>;
     /// `PEER_RULES`.
@@ -264,7 +268,7 @@ pub trait PolicyTables<F: Family>: Sized {
     /// [`NO_BITS`] if one of the two is missing.
     #[inline(always)]
     fn lowest(&self, by_peer: u32, by_port: u32, words: u8, from: u32) -> u32 {
-        lowest_of::<F, Self>(self, by_peer, by_port, words, from)
+        lowest_of(self, by_peer, by_port, words, from)
     }
 }
 
@@ -327,7 +331,7 @@ impl Judgement {
 
 /// The peer class of an address.
 #[inline(always)]
-pub fn class<F: Family, T: PolicyTables<F>>(tables: &T, addr: &F::Addr) -> u32 {
+pub fn class<F: Family, T: PeerTables<F>>(tables: &T, addr: &F::Addr) -> u32 {
     match tables.peer(addr) {
         Some(class) => class,
         None => tables.cidr(addr).unwrap_or(CLASS_ANY),
@@ -336,13 +340,7 @@ pub fn class<F: Family, T: PolicyTables<F>>(tables: &T, addr: &F::Addr) -> u32 {
 
 /// Judges what a pod with a set gets from, or sends to, a peer. `port_be` is the destination's.
 #[inline(always)]
-pub fn judge<F: Family, T: PolicyTables<F>>(
-    tables: &T,
-    set: u32,
-    class: u32,
-    proto: u8,
-    port_be: u16,
-) -> Judgement {
+pub fn judge<T: PolicyTables>(tables: &T, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement {
     if set == SET_NONE {
         return Judgement::by_default(false);
     }
@@ -411,13 +409,7 @@ fn nothing(found: u32, denies: bool) -> Judgement {
 
 /// [`PolicyTables::lowest`] of these tables.
 #[inline(always)]
-pub fn lowest_of<F: Family, T: PolicyTables<F>>(
-    tables: &T,
-    by_peer: u32,
-    by_port: u32,
-    words: u8,
-    from: u32,
-) -> u32 {
+pub fn lowest_of<T: PolicyTables>(tables: &T, by_peer: u32, by_port: u32, words: u8, from: u32) -> u32 {
     match (tables.bits(by_peer), tables.bits(by_port)) {
         (Some(by_peer), Some(by_port)) => lowest(by_peer, by_port, words, from),
         _ => NO_BITS,
@@ -457,13 +449,16 @@ mod tests {
         bits: RuleBits,
     }
 
-    impl PolicyTables<V4> for One {
+    impl PeerTables<V4> for One {
         fn peer(&self, addr: &u32) -> Option<u32> {
             (*addr == 1).then_some(5)
         }
         fn cidr(&self, addr: &u32) -> Option<u32> {
             (*addr < 3).then_some(6)
         }
+    }
+
+    impl PolicyTables for One {
         fn set(&self, id: u32) -> Option<&PolicySet> {
             (id == 7).then_some(&self.set)
         }
@@ -505,7 +500,7 @@ mod tests {
     fn policy_the_first_rule_decides_and_pass_skips_the_admin_tier() {
         use RuleAction::{Allow, Deny, Pass};
         let judged = |tables: &One, proto| {
-            let judgement = judge::<V4, _>(tables, 7, 0, proto, 80);
+            let judgement = judge(tables, 7, 0, proto, 80);
             (judgement.is_allowed(), judgement.rule())
         };
         let open = set_flags::ALLOW_BY_DEFAULT;
@@ -540,11 +535,11 @@ mod tests {
     #[test]
     fn policy_what_is_missing_is_closed_and_no_set_is_open() {
         let tables = one([RuleAction::Allow; 3], 0b1000, 0);
-        let allowed = |set| judge::<V4, _>(&tables, set, 0, proto::TCP, 80).is_allowed();
+        let allowed = |set| judge(&tables, set, 0, proto::TCP, 80).is_allowed();
         assert!(allowed(SET_NONE));
         assert!(!allowed(8), "a set that is not there");
         assert!(!allowed(7), "a rule that is not there");
-        assert_eq!(judge::<V4, _>(&tables, 7, 0, proto::TCP, 80).rule(), None);
+        assert_eq!(judge(&tables, 7, 0, proto::TCP, 80).rule(), None);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::cell::Cell;
 
 use dataplane_common::addr::Family;
-use dataplane_common::policy::{PeerRulesKey, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits};
+use dataplane_common::policy::{
+    PeerRulesKey, PeerTables, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits,
+};
 
 /// Tables that count what they are asked.
 #[derive(Debug)]
@@ -31,26 +33,29 @@ impl<'a, T> Counting<'a, T> {
     }
 }
 
-impl<F: Family, T: PolicyTables<F>> PolicyTables<F> for Counting<'_, T> {
+impl<F: Family, T: PeerTables<F>> PeerTables<F> for Counting<'_, T> {
     fn peer(&self, addr: &F::Addr) -> Option<u32> {
-        self.count(PolicyTables::<F>::peer(self.tables, addr))
+        self.count(self.tables.peer(addr))
     }
     fn cidr(&self, addr: &F::Addr) -> Option<u32> {
-        self.count(PolicyTables::<F>::cidr(self.tables, addr))
+        self.count(self.tables.cidr(addr))
     }
+}
+
+impl<T: PolicyTables> PolicyTables for Counting<'_, T> {
     fn set(&self, id: u32) -> Option<&PolicySet> {
-        self.count(PolicyTables::<F>::set(self.tables, id))
+        self.count(self.tables.set(id))
     }
     fn peer_rules(&self, key: PeerRulesKey) -> Option<u32> {
-        self.count(PolicyTables::<F>::peer_rules(self.tables, key))
+        self.count(self.tables.peer_rules(key))
     }
     fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
-        self.count(PolicyTables::<F>::port_rules(self.tables, key))
+        self.count(self.tables.port_rules(key))
     }
     fn bits(&self, id: u32) -> Option<&RuleBits> {
-        self.count(PolicyTables::<F>::bits(self.tables, id))
+        self.count(self.tables.bits(id))
     }
     fn rule(&self, index: u32) -> Option<&PolicyRule> {
-        self.count(PolicyTables::<F>::rule(self.tables, index))
+        self.count(self.tables.rule(index))
     }
 }

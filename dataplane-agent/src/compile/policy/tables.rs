@@ -6,10 +6,10 @@ use std::{
 };
 
 use dataplane_common::{
-    addr::Family,
+    addr::{Family, V4, V6},
     policy::{
-        self as layout, PeerRulesKey, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits,
-        port_prefix, set_flags,
+        self as layout, PeerRulesKey, PeerTables, PolicyRule, PolicySet, PolicyTables, PortRulesKey,
+        RuleBits, port_prefix, set_flags,
     },
 };
 use ipnet::IpNet;
@@ -112,7 +112,7 @@ pub fn port_key(set: SetId, prefix: PortPrefix) -> PortRulesKey {
     }
 }
 
-impl<F: Family> PolicyTables<F> for Tables {
+impl<F: Family> PeerTables<F> for Tables {
     fn peer(&self, addr: &F::Addr) -> Option<u32> {
         self.peers.get(&ip::<F>(addr)).copied()
     }
@@ -122,7 +122,9 @@ impl<F: Family> PolicyTables<F> for Tables {
         let mut lengths = (0..=addr_bits(addr)).rev();
         lengths.find_map(|length| self.cidrs.get(&IpNet::new(addr, length).ok()?.trunc()).copied())
     }
+}
 
+impl PolicyTables for Tables {
     fn set(&self, id: u32) -> Option<&PolicySet> {
         self.sets.get(&id)
     }
@@ -162,17 +164,11 @@ pub fn ip<F: Family>(addr: &F::Addr) -> IpAddr {
 /// Judges what goes between a pod with a set and an address. `port` is the destination's, 0 for protocols without.
 pub fn judge<T>(tables: &T, set: SetId, peer: IpAddr, proto: u8, port: u16) -> layout::Judgement
 where
-    T: PolicyTables<dataplane_common::addr::V4> + PolicyTables<dataplane_common::addr::V6>,
+    T: PeerTables<V4> + PeerTables<V6> + PolicyTables,
 {
-    use dataplane_common::addr::{V4, V6};
-    match peer {
-        IpAddr::V4(addr) => {
-            let class = layout::class::<V4, T>(tables, &u32::from_ne_bytes(addr.octets()));
-            layout::judge::<V4, T>(tables, set, class, proto, port.to_be())
-        }
-        IpAddr::V6(addr) => {
-            let class = layout::class::<V6, T>(tables, &bytemuck::cast(addr.octets()));
-            layout::judge::<V6, T>(tables, set, class, proto, port.to_be())
-        }
-    }
+    let class = match peer {
+        IpAddr::V4(addr) => layout::class::<V4, T>(tables, &u32::from_ne_bytes(addr.octets())),
+        IpAddr::V6(addr) => layout::class::<V6, T>(tables, &bytemuck::cast(addr.octets())),
+    };
+    layout::judge(tables, set, class, proto, port.to_be())
 }

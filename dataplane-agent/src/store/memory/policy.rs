@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 use dataplane_common::{
     addr::Family,
     policy::{
-        PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits, port_prefix,
+        PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits,
+        port_prefix,
     },
 };
 use ipnet::IpNet;
@@ -55,7 +56,7 @@ impl PolicyMemory {
     }
 }
 
-impl<F: Family> PolicyTables<F> for PolicyMemory {
+impl<F: Family> PeerTables<F> for PolicyMemory {
     fn peer(&self, addr: &F::Addr) -> Option<u32> {
         self.peers.get(&ip::<F>(addr)).copied()
     }
@@ -66,7 +67,9 @@ impl<F: Family> PolicyTables<F> for PolicyMemory {
         let longest = holding.max_by_key(|(range, _)| range.prefix_len());
         longest.map(|(_, class)| *class)
     }
+}
 
+impl PolicyTables for PolicyMemory {
     fn set(&self, id: u32) -> Option<&PolicySet> {
         self.sets.get(id as usize)
     }

@@ -185,27 +185,27 @@ impl Health {
     async fn command(mut self, uri: &Uri) -> Answer {
         match uri.path() {
             "/conditions" => Answer::of_health(true, to_json(&self.progress.borrow().conditions)),
-            "/services" => {
-                let (reply, served) = oneshot::channel();
-                // A loop that has ended drops the question.
-                let _ended = self.asks.send(Ask::Served(reply));
-                match served.await {
-                    Ok(served) => Answer::of_health(true, to_json(&served)),
-                    Err(_) => Answer::of_health(false, "{}\n".to_owned()),
-                }
-            }
+            "/services" => match self.ask(Ask::Served).await {
+                Some(served) => Answer::of_health(true, to_json(&served)),
+                None => Answer::of_health(false, "{}\n".to_owned()),
+            },
             "/verdicts" => {
                 let after = query(uri, "after").unwrap_or(0);
-                let (reply, told) = oneshot::channel();
-                let _ended = self.asks.send(Ask::Verdicts(after, reply));
-                match told.await {
-                    Ok(told) => Answer::of_health(true, to_json(&told)),
-                    Err(_) => Answer::of_health(false, "[]\n".to_owned()),
+                match self.ask(|reply| Ask::Verdicts(after, reply)).await {
+                    Some(told) => Answer::of_health(true, to_json(&told)),
+                    None => Answer::of_health(false, "[]\n".to_owned()),
                 }
             }
             "/wait" => self.wait_for(uri).await,
             _ => Answer::not_found(),
         }
+    }
+
+    /// Asks the loop; `None`: it has ended.
+    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(question(reply)).ok()?;
+        answer.await.ok()
     }
 
     async fn wait_for(&mut self, uri: &Uri) -> Answer {
@@ -235,9 +235,7 @@ impl Health {
             .wait_for(|progress| progress.taken >= revision)
             .await
             .ok()?;
-        let (reply, look) = oneshot::channel();
-        self.asks.send(Ask::LookAgain(reply)).ok()?;
-        let look = look.await.ok()?;
+        let look = self.ask(Ask::LookAgain).await?;
         self.progress
             .wait_for(|progress| {
                 progress.started && progress.revision >= revision && progress.host_revision >= look

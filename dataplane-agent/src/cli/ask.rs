@@ -8,12 +8,22 @@ use std::{
 };
 
 use anyhow::Context;
+use serde::de::DeserializeOwned;
 
 /// What an agent said.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
     pub body: String,
+}
+
+impl Answer {
+    /// What the agent said, unless it said no.
+    pub fn value<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
+        let status = self.status;
+        anyhow::ensure!(status == 200, "the agent answered with status {status}");
+        serde_json::from_str(&self.body).context("failed to read the agent's answer")
+    }
 }
 
 /// Asks for a path. `within`: how long the agent may be silent.

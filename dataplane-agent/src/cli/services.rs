@@ -5,7 +5,7 @@ use std::{io::Write, path::Path, time::Duration};
 use anyhow::Context;
 
 use super::{
-    ask::{Answer, ask},
+    ask::ask,
     status::{Output, table},
 };
 use crate::served::Served;
@@ -14,10 +14,9 @@ const WITHIN: Duration = Duration::from_secs(10);
 
 /// Prints the Services of the agent at `socket`, or only what is wrong with them.
 pub fn run(socket: &Path, problems: bool, output: Output) -> anyhow::Result<()> {
-    let Answer { status, body } = ask(socket, "/services", WITHIN)
+    let answer = ask(socket, "/services", WITHIN)
         .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-    anyhow::ensure!(status == 200, "the agent answered with status {status}");
-    let served: Served = serde_json::from_str(&body).context("failed to read the agent's answer")?;
+    let served: Served = answer.value()?;
     let text = match (output, problems) {
         (Output::Json, false) => serde_json::to_string_pretty(&served)? + "\n",
         (Output::Json, true) => serde_json::to_string_pretty(&served.problems)? + "\n",

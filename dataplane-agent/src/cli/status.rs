@@ -5,7 +5,7 @@ use std::{io::Write, path::Path, time::Duration};
 use anyhow::Context;
 use comfy_table::{Table, presets};
 
-use super::ask::{Answer, ask};
+use super::ask::ask;
 use crate::{
     attach::inspect::{self, Status},
     bpf::kernel,
@@ -42,10 +42,9 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
 }
 
 fn conditions(socket: &Path) -> anyhow::Result<Vec<Condition>> {
-    let Answer { status, body } = ask(socket, "/conditions", WITHIN)
-        .with_context(|| format!("failed to ask the agent at {}", socket.display()))?;
-    anyhow::ensure!(status == 200, "the agent answered with status {status}");
-    serde_json::from_str(&body).context("failed to read the agent's answer")
+    ask(socket, "/conditions", WITHIN)
+        .with_context(|| format!("failed to ask the agent at {}", socket.display()))?
+        .value()
 }
 
 fn render(status: &Status) -> String {

@@ -5,7 +5,7 @@ use std::{io::Write, path::Path, thread, time::Duration};
 use anyhow::Context;
 
 use super::{
-    ask::{Answer, ask},
+    ask::ask,
     status::{Output, table},
 };
 use crate::told::Told;
@@ -19,10 +19,9 @@ pub fn run(socket: &Path, follow: bool, output: Output) -> anyhow::Result<()> {
     let mut last = 0;
     let mut is_first = true;
     loop {
-        let Answer { status, body } = ask(socket, &format!("/verdicts?after={last}"), WITHIN)
+        let answer = ask(socket, &format!("/verdicts?after={last}"), WITHIN)
             .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-        anyhow::ensure!(status == 200, "the agent answered with status {status}");
-        let told: Vec<Told> = serde_json::from_str(&body).context("failed to read the agent's answer")?;
+        let told: Vec<Told> = answer.value()?;
         last = told.last().map_or(last, |told| told.number);
         if is_first || !told.is_empty() {
             let text = match output {

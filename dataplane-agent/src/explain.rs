@@ -18,10 +18,7 @@ use crate::{
         sets::SetId,
         tables::{Tables, judge},
     },
-    model::{
-        Index, Kind, Name, ObjectRef, Pod, PolicyDirty, Problem,
-        policy::{Action, Direction},
-    },
+    model::{Index, Kind, Name, ObjectRef, Pod, PolicyDirty, Problem, policy::Direction},
 };
 
 /// The answer for one pair of addresses.
@@ -245,11 +242,7 @@ impl Judge<'_> {
             tier: policy.tier.to_string(),
             field: format!("spec.{}[{}]", direction.as_str(), rule.place),
             name: rule.name.to_string(),
-            action: match rule.action {
-                Action::Allow => "allow",
-                Action::Deny => "deny",
-                Action::Pass => "pass",
-            },
+            action: rule.action.label(),
         })
     }
 }

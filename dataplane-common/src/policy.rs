@@ -218,6 +218,19 @@ pub enum RuleAction {
     Pass = 3,
 }
 
+impl RuleAction {
+    pub const ALL: [RuleAction; 3] = [RuleAction::Allow, RuleAction::Deny, RuleAction::Pass];
+
+    /// The word for people.
+    pub const fn label(self) -> &'static str {
+        match self {
+            RuleAction::Allow => "allow",
+            RuleAction::Deny => "deny",
+            RuleAction::Pass => "pass",
+        }
+    }
+}
+
 /// Value of `RULES`: a rule of a set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]

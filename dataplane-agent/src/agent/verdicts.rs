@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
 use dataplane_common::{
-    addr::proto,
+    addr::{AnyAddr, proto},
     policy::{NO_RULE_INDEX, RuleAction, VerdictEvent},
     reason::Reason,
 };
@@ -13,6 +13,7 @@ use super::Agent;
 use crate::{
     bpf::{sys, verdicts::Verdicts},
     model::policy::Direction,
+    sync::encode,
     told::{Told, ToldVerdict},
 };
 
@@ -54,7 +55,10 @@ impl Agent {
             if let Some(rule) = rule {
                 told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
                 told.rule = Some(rule.place);
-                told.action = action(rule.action).map(str::to_owned);
+                let action = RuleAction::ALL
+                    .iter()
+                    .find(|action| **action as u8 == rule.action);
+                told.action = action.map(|action| action.label().to_owned());
             } else {
                 told.policy = self.selected_by(&event);
             }
@@ -75,7 +79,7 @@ impl Agent {
 
     fn describe(&self, event: &VerdictEvent) -> Told {
         let reason = Reason::ALL.get(event.reason as usize).copied();
-        let [from, to] = [event.src_be, event.dst_be].map(|addr| address(event.family, addr));
+        let [from, to] = [event.src_be, event.dst_be].map(|addr| address(event, addr));
         let port = u16::from_be(event.dport_be);
         Told {
             number: 0,
@@ -119,7 +123,7 @@ impl Agent {
         } else {
             event.dst_be
         };
-        let pod = self.policies.pod_at(address(event.family, own))?;
+        let pod = self.policies.pod_at(address(event, own))?;
         let policies = &self.policies.pods().get(pod)?.policies[direction(event) as usize];
         let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
         (!names.is_empty()).then(|| names.join(", "))
@@ -134,23 +138,9 @@ fn direction(event: &VerdictEvent) -> Direction {
     }
 }
 
-fn action(number: u8) -> Option<&'static str> {
-    [
-        (RuleAction::Allow, "allow"),
-        (RuleAction::Deny, "deny"),
-        (RuleAction::Pass, "pass"),
-    ]
-    .into_iter()
-    .find(|(action, _)| *action as u8 == number)
-    .map(|(_, name)| name)
-}
-
-fn address(family: u8, addr: [u32; 4]) -> IpAddr {
-    if family == 4 {
-        IpAddr::from(addr[0].to_ne_bytes())
-    } else {
-        IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(addr))
-    }
+/// An address of the event's family.
+fn address(event: &VerdictEvent, addr: AnyAddr) -> IpAddr {
+    encode::ip(addr, event.family == 6)
 }
 
 /// The time of day of a moment on the monotonic clock.

@@ -31,7 +31,7 @@ fn words(octets: [u8; 16]) -> [u32; 4] {
     bytemuck::cast(octets)
 }
 
-fn ip(addr: AnyAddr, is_ipv6: bool) -> IpAddr {
+pub fn ip(addr: AnyAddr, is_ipv6: bool) -> IpAddr {
     if is_ipv6 {
         IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(addr))
     } else {

@@ -244,23 +244,18 @@ impl Store for BpfStore {
             all.extend(length.and_then(|length| Some((service, IpNet::new(addr, length).ok()?))));
         };
         self.ranges4.for_each(|Prefix { length, data }, _| {
-            let octets = bytemuck::cast::<u32, [u8; 4]>(data.addr_be);
-            add(data.service, *length, octets.into());
+            add(data.service, *length, addr4(data.addr_be));
         })?;
         self.ranges6.for_each(|Prefix { length, data }, _| {
-            let octets = bytemuck::cast::<[u32; 4], [u8; 16]>(data.addr_be);
-            add(data.service, *length, octets.into());
+            add(data.service, *length, addr6(data.addr_be));
         })?;
         Ok(all)
     }
 
     fn own_addresses(&self) -> Result<Vec<(IpAddr, u32)>, StoreError> {
         let mut all = Vec::new();
-        self.own4
-            .for_each(|key, flags| all.push((IpAddr::from(bytemuck::cast::<u32, [u8; 4]>(*key)), *flags)))?;
-        self.own6.for_each(|key, flags| {
-            all.push((IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(*key)), *flags));
-        })?;
+        self.own4.for_each(|key, flags| all.push((addr4(*key), *flags)))?;
+        self.own6.for_each(|key, flags| all.push((addr6(*key), *flags)))?;
         Ok(all)
     }
 
@@ -298,6 +293,14 @@ fn key4(addr: Ipv4Addr) -> u32 {
 
 fn key6(addr: Ipv6Addr) -> [u32; 4] {
     bytemuck::cast(addr.octets())
+}
+
+fn addr4(key: u32) -> IpAddr {
+    key.to_ne_bytes().into()
+}
+
+fn addr6(key: [u32; 4]) -> IpAddr {
+    bytemuck::cast::<[u32; 4], [u8; 16]>(key).into()
 }
 
 fn io_error(verb: &'static str, table: &'static str, source: io::Error) -> StoreError {

@@ -112,6 +112,14 @@ pub fn port_key(set: SetId, prefix: PortPrefix) -> PortRulesKey {
     }
 }
 
+/// The value of the longest prefix with one that covers a key, as the kernel's table finds it. `get`: that of a prefix, by its
+/// length and key.
+pub fn longest_port<T>(key: PortRulesKey, get: impl Fn(&(u32, PortRulesKey)) -> Option<T>) -> Option<T> {
+    let (proto, port) = (u16::from_be(key.proto_be) as u8, u16::from_be(key.port_be));
+    let mut lengths = PortPrefix::covering(port_prefix::PORT);
+    lengths.find_map(|length| get(&(length, port_key(key.set, PortPrefix::of(length, proto, port)))))
+}
+
 impl<F: Family> PeerTables<F> for Tables {
     fn peer(&self, addr: &F::Addr) -> Option<u32> {
         self.peers.get(&ip::<F>(addr)).copied()
@@ -134,12 +142,7 @@ impl PolicyTables for Tables {
     }
 
     fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
-        let (proto, port) = (u16::from_be(key.proto_be) as u8, u16::from_be(key.port_be));
-        let mut lengths = PortPrefix::covering(port_prefix::PORT);
-        lengths.find_map(|length| {
-            let prefix = PortPrefix::of(length, proto, port);
-            self.port_rules.get(&(length, port_key(key.set, prefix))).copied()
-        })
+        longest_port(key, |prefix| self.port_rules.get(prefix).copied())
     }
 
     fn bits(&self, id: u32) -> Option<&RuleBits> {

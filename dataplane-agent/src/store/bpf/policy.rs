@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use dataplane_common::policy::{PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits};
 use ipnet::IpNet;
 
-use super::{Prefix, Table, io_error, key4, key6};
+use super::{Prefix, Table, addr4, addr6, io_error, key4, key6};
 use crate::{
     bpf::{map_names as names, pins::Pins},
     store::{
@@ -142,21 +142,19 @@ impl PolicyStore for super::BpfStore {
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         let maps = &self.policy;
         let mut rows = PolicyRows::default();
-        let v4 = |addr: &u32| IpAddr::from(bytemuck::cast::<u32, [u8; 4]>(*addr));
-        let v6 = |addr: &[u32; 4]| IpAddr::from(bytemuck::cast::<[u32; 4], [u8; 16]>(*addr));
         // A longer prefix than the address cannot be in the table.
         let range = |addr: IpAddr, length: u32| IpNet::new(addr, u8::try_from(length).ok()?).ok();
         maps.peers4
-            .for_each(|addr, class| rows.peers.push((v4(addr), *class)))?;
+            .for_each(|addr, class| rows.peers.push((addr4(*addr), *class)))?;
         maps.peers6
-            .for_each(|addr, class| rows.peers.push((v6(addr), *class)))?;
+            .for_each(|addr, class| rows.peers.push((addr6(*addr), *class)))?;
         maps.cidrs4.for_each(|Prefix { length, data }, class| {
             rows.cidrs
-                .extend(range(v4(data), *length).map(|range| (range, *class)));
+                .extend(range(addr4(*data), *length).map(|range| (range, *class)));
         })?;
         maps.cidrs6.for_each(|Prefix { length, data }, class| {
             rows.cidrs
-                .extend(range(v6(data), *length).map(|range| (range, *class)));
+                .extend(range(addr6(*data), *length).map(|range| (range, *class)));
         })?;
         maps.sets.not_zero(&mut rows.sets)?;
         maps.peer_rules

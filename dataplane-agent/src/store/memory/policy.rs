@@ -6,17 +6,13 @@ use dataplane_common::{
     addr::Family,
     policy::{
         PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits,
-        port_prefix,
     },
 };
 use ipnet::IpNet;
 
 use super::Memory;
 use crate::{
-    compile::policy::{
-        ports::PortPrefix,
-        tables::{ip, port_key},
-    },
+    compile::policy::tables::{ip, longest_port},
     store::{
         StoreError,
         policy::{PolicyLimits, PolicyRows, PolicyStore},
@@ -79,12 +75,7 @@ impl PolicyTables for PolicyMemory {
     }
 
     fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
-        let (proto, port) = (u16::from_be(key.proto_be) as u8, u16::from_be(key.port_be));
-        let mut lengths = PortPrefix::covering(port_prefix::PORT);
-        lengths.find_map(|length| {
-            let prefix = PortPrefix::of(length, proto, port);
-            self.port_rules.get(&(length, port_key(key.set, prefix))).copied()
-        })
+        longest_port(key, |prefix| self.port_rules.get(prefix).copied())
     }
 
     fn bits(&self, id: u32) -> Option<&RuleBits> {

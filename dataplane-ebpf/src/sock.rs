@@ -43,6 +43,16 @@ enum Destination {
     V6([u32; 4]),
 }
 
+impl Destination {
+    #[inline(always)]
+    fn is_loopback(&self) -> bool {
+        match self {
+            Self::V4(addr) => V4::is_loopback(addr),
+            Self::V6(addr) => V6::is_loopback(addr),
+        }
+    }
+}
+
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     forward(ctx.sock_addr, false, true)
@@ -130,6 +140,20 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
     cookie == config(|c| &c.host_netns_cookie)
 }
 
+/// Whether this socket has a port of its own already, by bind or by an earlier connect.
+///
+/// Such a port may be that of other sockets too (`SO_REUSEADDR`), one for each service address it talks to. If two of
+/// those were given the same backend they would be one connection: the kernel refuses the second (`EADDRNOTAVAIL`).
+/// The packet path translates these, and takes another port for the second.
+#[inline(always)]
+fn has_port(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid while the program runs, and so is its socket, which this hook always has.
+    unsafe {
+        let sk = ptr::read_volatile(&raw const (*ctx).__bindgen_anon_1.sk);
+        !sk.is_null() && ptr::read_volatile(&raw const (*sk).src_port) != 0
+    }
+}
+
 /// connect and sendmsg: service address → backend.
 #[inline(always)]
 fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
@@ -144,7 +168,9 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
         return PROCEED;
     }
     let destination = destination(ctx, v6);
+    let left_to_packets = connects && has_port(ctx) && !destination.is_loopback();
     let chosen = match destination {
+        _ if left_to_packets => Ok(None),
         Destination::V4(addr) => pick::<V4>(ctx, addr, port, l4_proto).map(|found| {
             found.map(|picked| {
                 let key = SockKey4::new(picked.cookie, picked.addr, picked.port_be);

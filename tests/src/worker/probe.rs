@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::protocol::{Attempt, Probe, Proto, Reply, Response, any};
@@ -148,31 +150,65 @@ pub fn identify(answer: &[u8], line: &str, start: Instant) -> Attempt {
     }
 }
 
-/// A bound socket whose port this process has not asked anybody from before, unless the probe names one.
+/// A socket that asks from a port that this process has not asked anybody from before, unless the probe names one.
 ///
 /// What comes from a port of earlier belongs to what came from it then: a datagram to the same destination goes on with its
 /// backend as long as that serves, and where the destination is another one, both ways may lead to one backend, translated by
 /// different nodes, of which none can tell the answers apart (ARCHITECTURE, "Known limits").
+///
+/// A port that the probe names is bound, as by an application that wants that one. Any other is taken when the socket
+/// connects: socket hooks leave sockets alone that have a port before.
 fn fresh_socket(probe: &Probe) -> std::io::Result<Socket> {
     static USED: Mutex<BTreeSet<(Proto, bool, u16)>> = Mutex::new(BTreeSet::new());
-    let named = probe.from.port() != 0;
     let mut held = Vec::new();
     loop {
         let socket = open(probe.proto, probe.to)?;
+        let named = probe.from.port() != 0;
         socket.set_reuse_address(named && probe.proto != Proto::Udp)?;
         socket.bind(&probe.from.into())?;
+        if named {
+            return Ok(socket);
+        }
         let port = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
         let is_new = USED.lock().unwrap_or_else(PoisonError::into_inner).insert((
             probe.proto,
             probe.to.is_ipv6(),
             port,
         ));
-        if is_new || named || held.len() >= TRIES {
-            return Ok(socket);
+        if is_new || held.len() >= TRIES {
+            return takes_later(probe, port).map(|later| later.unwrap_or(socket));
         }
         // Kept until another is found, so that the kernel does not choose it again.
         held.push(socket);
     }
+}
+
+/// A socket that takes `port` when it connects; none where that can't be arranged (SCTP, Linux before 6.3).
+fn takes_later(probe: &Probe, port: u16) -> std::io::Result<Option<Socket>> {
+    let socket = open(probe.proto, probe.to)?;
+    if probe.proto == Proto::Sctp || set_port_range(&socket, port).is_err() {
+        return Ok(None);
+    }
+    setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+    socket.bind(&probe.from.into())?;
+    Ok(Some(socket))
+}
+
+/// `IP_LOCAL_PORT_RANGE` (ip(7), Linux 6.3), which is for IPv6 sockets too: the only port that the kernel may choose.
+fn set_port_range(socket: &Socket, port: u16) -> std::io::Result<()> {
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+    let range = u32::from(port) << 16 | u32::from(port);
+    // SAFETY: the option's value is one `u32`, of which the kernel reads four bytes.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_LOCAL_PORT_RANGE,
+            (&raw const range).cast(),
+            size_of::<u32>() as libc::socklen_t,
+        )
+    };
+    Errno::result(set).map(drop).map_err(Into::into)
 }
 
 fn datagram(probe: &Probe, timeout: Duration, start: Instant) -> Attempt {
@@ -248,14 +284,21 @@ pub fn http_get(to: SocketAddr, path: &str, timeout_ms: u64) -> Result<Response>
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]
     fn no_port_asks_twice_even_of_another_destination() -> std::io::Result<()> {
+        let listeners = [
+            TcpListener::bind("127.0.0.1:0")?,
+            TcpListener::bind("127.0.0.1:0")?,
+        ];
         for proto in [Proto::Udp, Proto::Tcp] {
             let mut seen = BTreeSet::new();
             for number in 0..2000 {
-                let to: SocketAddr = ([127, 0, 0, 1], 1 + number % 2).into();
+                let listener = &listeners[number % 2];
+                let to = listener.local_addr()?;
                 let probe = Probe {
                     proto,
                     to,
@@ -268,10 +311,12 @@ mod tests {
                     until_backend_changes: false,
                     first_backend: None,
                 };
-                let port = fresh_socket(&probe)?
-                    .local_addr()?
-                    .as_socket()
-                    .map(|local| local.port());
+                let socket = fresh_socket(&probe)?;
+                socket.connect(&to.into())?;
+                if proto == Proto::Tcp {
+                    listener.accept()?;
+                }
+                let port = socket.local_addr()?.as_socket().map(|local| local.port());
                 assert!(seen.insert(port), "{proto:?} {port:?} after {number}");
             }
         }

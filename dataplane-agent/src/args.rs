@@ -15,8 +15,8 @@ use serde::Deserialize;
 use crate::{
     cli::status::Output,
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, ServiceEcho, Sizes, SocketLb,
-        SourceRangesFor,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
+        SocketLb, SourceRangesFor,
     },
     explain::{End, Port},
     store::{Limits, policy::PolicyLimits},
@@ -31,6 +31,17 @@ const SOCKET: &str = "/run/dataplane/agent.sock";
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+}
+
+#[cfg(test)]
+impl Cli {
+    /// The configuration that a command line of `run` gives.
+    pub fn config_of<'a>(arguments: impl IntoIterator<Item = &'a str>) -> anyhow::Result<Config> {
+        match Self::try_parse_from(arguments)?.command {
+            Command::Run(run) => run.resolve(),
+            _ => anyhow::bail!("another command"),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -178,6 +189,9 @@ struct Settings {
     /// Which addresses of a Service its `loadBalancerSourceRanges` guard [default: lb, which is what kube-proxy does].
     #[arg(long, env = "DATAPLANE_SOURCE_RANGES_FOR", value_enum)]
     source_ranges_for: Option<SourceRangesFor>,
+    /// Which flows a change of policies is about [default: all].
+    #[arg(long, env = "DATAPLANE_POLICY_CHANGES", value_enum)]
+    policy_changes: Option<PolicyChanges>,
     /// Addresses and ports of Services, by family and scope; 176 bytes each [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
     max_frontends: Option<u32>,
@@ -284,7 +298,7 @@ impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
             node_name, manifests, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, max_frontends, max_services, max_backends, max_maglev,
+            snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
@@ -331,6 +345,7 @@ impl Settings {
             service_echo,
             external_ips,
             source_ranges_for,
+            policy_changes,
             max_frontends,
             max_services,
             max_backends,
@@ -380,6 +395,7 @@ impl Settings {
             service_echo: service_echo.unwrap_or_default(),
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
+            policy_changes: policy_changes.unwrap_or_default(),
             sizes: Sizes {
                 limits: Limits {
                     frontends: size("max-frontends", max_frontends, limits.frontends, ROWS_AT_MOST)?,
@@ -495,11 +511,7 @@ mod tests {
     use super::*;
 
     fn run(arguments: &[&str]) -> anyhow::Result<Config> {
-        let cli = Cli::try_parse_from(["dataplane-agent", "run"].iter().chain(arguments))?;
-        let Command::Run(run) = cli.command else {
-            anyhow::bail!("another command");
-        };
-        run.resolve()
+        Cli::config_of(["dataplane-agent", "run"].iter().chain(arguments).copied())
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub struct Config {
     /// Serve `spec.externalIPs`.
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,
+    pub policy_changes: PolicyChanges,
     pub sizes: Sizes,
     /// Log what the datapath does with packets.
     pub debug_log: bool,
@@ -152,6 +153,17 @@ pub enum ServiceEcho {
     Ignore,
     /// The node answers, whether there are endpoints or not.
     Answer,
+}
+
+/// `--policy-changes`: which flows a change of policies is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyChanges {
+    /// All: one that is under way is judged again at its next packet, and ends where it is denied now.
+    #[default]
+    All,
+    /// Those that begin later: one that was allowed goes on.
+    NewFlows,
 }
 
 /// An inclusive range of ports, written `A-B`.

@@ -11,8 +11,8 @@ use dataplane_agent::{
     attach::start::{prepare, start},
     bpf::map_names,
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, ServiceEcho, Sizes, SocketLb,
-        SourceRangesFor,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
+        SocketLb, SourceRangesFor,
     },
     decode::{Decoded, decode},
     health::{Progress, node_ports},
@@ -134,6 +134,7 @@ fn config(inside: &Inside, fleet: Fleet) -> Config {
         service_echo: ServiceEcho::default(),
         external_ips: true,
         source_ranges_for: SourceRangesFor::Lb,
+        policy_changes: PolicyChanges::All,
         sizes: sizes(fleet),
         debug_log: false,
     }

@@ -20,7 +20,7 @@ use crate::{
         loader::{self, LoadOptions},
         pins::Pins,
     },
-    config::{Config, DatapathMode, FastPath, PortRange, SocketLb},
+    config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb},
     host::{HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
     store::{bpf::BpfStore, sockets::GivenSockets},
@@ -183,6 +183,10 @@ fn datapath_config(
             config_flags::SOCKET_PODS,
             socket_hooks && config.socket_lb == SocketLb::All,
         ),
+        (
+            config_flags::POLICY_NEW_FLOWS_ONLY,
+            config.policy_changes == PolicyChanges::NewFlows,
+        ),
     ] {
         if on {
             flags |= flag;
@@ -235,4 +239,22 @@ fn cgroup_path(config: &Config) -> anyhow::Result<PathBuf> {
     };
     kernel::check_cgroup2(&path)?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Cli;
+
+    #[test]
+    fn policy_changes_are_for_new_flows_only_where_that_is_asked_for() {
+        for (flag, expected) in [(None, false), (Some("all"), false), (Some("new-flows"), true)] {
+            let base = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
+            let asked = flag.iter().flat_map(|flag| ["--policy-changes", flag]);
+            let config = Cli::config_of(base.into_iter().chain(asked)).unwrap();
+            let flags = datapath_config(&config, (6, 1), 0, false).flags;
+            let is_set = flags & config_flags::POLICY_NEW_FLOWS_ONLY != 0;
+            assert_eq!(is_set, expected, "{flag:?}");
+        }
+    }
 }

@@ -16,8 +16,8 @@ use dataplane_agent::{
     },
     bpf::{Hook, pins::Pins, sys},
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PortRange, ServiceEcho, Sizes, SocketLb,
-        SourceRangesFor,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
+        SocketLb, SourceRangesFor,
     },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
@@ -154,6 +154,7 @@ impl Node {
             service_echo: ServiceEcho::Ignore,
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
+            policy_changes: PolicyChanges::All,
             sizes: SIZES,
             debug_log: false,
         }

@@ -30,13 +30,13 @@ use crate::{
         Compiler, Options,
         policy::{PolicyCompiler, Subjects},
     },
-    config::{Config, NodePortAddresses},
+    config::{Config, NodePortAddresses, SourceConfig},
     events::Recorder,
     health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
     metrics::{Metrics, kernel_side::KernelSide},
     model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Pod, Rejected},
-    source::{self, Batch, Change},
+    source::{self, Batch, Change, Source, kube::state::State},
     store::{Store, StoreError},
     sync::{Failure, Subject, Syncer, policy::PolicySyncer},
 };
@@ -63,8 +63,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 async fn start(config: Config) -> anyhow::Result<()> {
-    let source = source::manifests::start(&config.manifests)
-        .with_context(|| format!("failed to watch {}", config.manifests.display()))?;
+    let metrics = Metrics::new();
+    let source = start_source(&config, &metrics).await?;
     // All that can fail without a trace comes first.
     let prepared = attach::start::prepare(&config)?;
     let socket = health::bind_unix(&config.socket)?;
@@ -82,6 +82,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let health = Health {
         progress: progress_seen,
         rescan: source.rescan.clone(),
+        source: source.state.clone(),
         asks,
     };
     if let Some(addr) = config.health_addr {
@@ -94,7 +95,6 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut alive = time::interval(SIGN_OF_LIFE);
     let mut audit = time::interval_at(time::Instant::now() + AUDIT, AUDIT);
     let mut batches = source.batches;
-    let metrics = Metrics::new();
     metrics.add(KernelSide::new(&config.bpffs))?;
     if let Some(addr) = config.metrics_addr {
         tokio::spawn(metrics.clone().serve(addr));
@@ -112,7 +112,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
             tracing::warn!("verdicts of policies are not told: failed to open their tables ({error})");
         })
         .ok();
-    tracing::info!(node = config.node_name, manifests = %config.manifests.display(), "started");
+    tracing::info!(node = config.node_name, source = ?config.source, "started");
     loop {
         let reclaim_at = agent.reclaim_at;
         let retry_at = agent.retry_at;
@@ -146,6 +146,21 @@ async fn start(config: Config) -> anyhow::Result<()> {
     // Gone already if somebody removed it.
     let _gone = std::fs::remove_file(&config.socket);
     Ok(())
+}
+
+async fn start_source(config: &Config, metrics: &Metrics) -> anyhow::Result<Source> {
+    match &config.source {
+        SourceConfig::Folder(folder) => {
+            source::manifests::start(folder).with_context(|| format!("failed to watch {}", folder.display()))
+        }
+        SourceConfig::Kube(address) => {
+            let settings = source::kube::Settings {
+                address: address.clone(),
+                node_name: config.node_name.clone(),
+            };
+            source::kube::start(settings, State::new(metrics.source.clone())).await
+        }
+    }
 }
 
 /// Returns when verdicts of policies have been told.

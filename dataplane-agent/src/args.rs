@@ -16,9 +16,10 @@ use crate::{
     cli::status::Output,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceRangesFor,
+        SocketLb, SourceConfig, SourceRangesFor,
     },
     explain::{End, Port},
+    source::kube::Address,
     store::{Limits, policy::PolicyLimits},
 };
 
@@ -134,9 +135,19 @@ struct Settings {
     /// The name of this node's Node object.
     #[arg(long, env = "DATAPLANE_NODE_NAME")]
     node_name: Option<String>,
+    /// Where Services, policies and all else come from [default: folder if --manifests is given].
+    #[arg(long, env = "DATAPLANE_SOURCE", value_enum)]
+    source: Option<SourceKind>,
     /// The folder of manifests to serve.
     #[arg(long, env = "DATAPLANE_MANIFESTS")]
     manifests: Option<PathBuf>,
+    /// For `--source kube`: the kubeconfig [default: the service account of the pod that the agent runs in].
+    #[arg(long, env = "DATAPLANE_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// For `--source kube`: addresses of the API server such as `https://192.0.2.1:6443`, of which the next is used when one
+    /// fails [default: the kubeconfig's, else `KUBERNETES_SERVICE_HOST`, which on a node without another proxy leads nowhere].
+    #[arg(long, env = "DATAPLANE_APISERVER", value_delimiter = ',')]
+    apiserver: Option<Vec<String>>,
     /// Uplinks: names or patterns, of which the first that matches a device counts (`wg0,eth*`). Default: the
     /// devices of the default route and of the node's addresses.
     #[arg(long, env = "DATAPLANE_DEVICE")]
@@ -250,6 +261,16 @@ struct Settings {
     debug_log: Option<bool>,
 }
 
+/// `--source`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SourceKind {
+    /// A folder of manifests.
+    Folder,
+    /// The Kubernetes API server.
+    Kube,
+}
+
 /// An address and port, or `off`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(try_from = "String")]
@@ -297,7 +318,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, manifests, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
+            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
             snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
@@ -328,7 +349,10 @@ impl Settings {
     fn resolve(self) -> anyhow::Result<Config> {
         let Settings {
             node_name,
+            source,
             manifests,
+            kubeconfig,
+            apiserver,
             device,
             bpffs,
             cgroup,
@@ -372,7 +396,7 @@ impl Settings {
             node_name: node_name
                 .filter(|name| !name.is_empty())
                 .context("the node has no name: give --node-name")?,
-            manifests: manifests.context("there is no source: give --manifests")?,
+            source: resolve_source(source, manifests, kubeconfig, apiserver)?,
             devices: device.unwrap_or_default(),
             bpffs: bpffs.unwrap_or_else(|| BPFFS.into()),
             cgroup,
@@ -455,6 +479,32 @@ impl Run {
         let file = self.config.as_deref().map(Settings::read).transpose()?;
         self.settings.or(file.unwrap_or_default()).resolve()
     }
+}
+
+fn resolve_source(
+    source: Option<SourceKind>,
+    manifests: Option<PathBuf>,
+    kubeconfig: Option<PathBuf>,
+    apiserver: Option<Vec<String>>,
+) -> anyhow::Result<SourceConfig> {
+    let folder = match (source, manifests) {
+        (Some(SourceKind::Folder) | None, Some(folder)) => folder,
+        (Some(SourceKind::Folder), None) => anyhow::bail!("--source folder needs --manifests"),
+        (None, None) => anyhow::bail!("there is no source: give --manifests or --source kube"),
+        (Some(SourceKind::Kube), Some(_)) => {
+            anyhow::bail!("--source kube reads no folder: leave --manifests out")
+        }
+        (Some(SourceKind::Kube), None) => {
+            let servers = apiserver.unwrap_or_default();
+            let servers = servers.into_iter().filter(|server| !server.is_empty()).collect();
+            return Ok(SourceConfig::Kube(Address { kubeconfig, servers }));
+        }
+    };
+    anyhow::ensure!(
+        kubeconfig.is_none() && apiserver.is_none(),
+        "--kubeconfig and --apiserver are for --source kube"
+    );
+    Ok(SourceConfig::Folder(folder))
 }
 
 fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddresses> {
@@ -567,6 +617,20 @@ mod tests {
         let refused = |arguments: &[&str]| run(arguments).unwrap_err().to_string();
         assert!(refused(&["--manifests", "/m"]).contains("--node-name"));
         assert!(refused(&["--node-name", "a"]).contains("--manifests"));
+        assert!(run(&["--node-name", "a", "--source", "kube"]).is_ok());
+        let folder = ["--node-name", "a", "--source", "folder"];
+        assert!(refused(&folder).contains("--source folder needs --manifests"));
+        let both = ["--node-name", "a", "--source", "kube", "--manifests", "/m"];
+        assert!(refused(&both).contains("leave --manifests out"));
+        let folder = [
+            "--node-name",
+            "a",
+            "--manifests",
+            "/m",
+            "--apiserver",
+            "https://a",
+        ];
+        assert!(refused(&folder).contains("are for --source kube"));
         let base = ["--node-name", "a", "--manifests", "/m"];
         for (arguments, expected) in [
             (["--snat-ports", "32000-33000"], "overlap"),

@@ -7,15 +7,17 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::store::{Limits, policy::PolicyLimits};
+use crate::{
+    source::kube::Address,
+    store::{Limits, policy::PolicyLimits},
+};
 
 /// Everything that `run` is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The name of this node's Node object.
     pub node_name: String,
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    pub source: SourceConfig,
     /// Patterns of uplinks, first match first, each element a comma list as typed; empty: found by default route
     /// and node address.
     pub devices: Vec<String>,
@@ -47,6 +49,15 @@ pub struct Config {
     pub sizes: Sizes,
     /// Log what the datapath does with packets.
     pub debug_log: bool,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// A folder of manifests.
+    Folder(PathBuf),
+    /// The API server.
+    Kube(Address),
 }
 
 /// Entries of each table that can be sized.

@@ -26,14 +26,16 @@ impl EventKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     NotServed,
+    SourceNotFollowed,
     NoProblemAnyMore,
     TableFull,
     WriteRefused,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 4] = [
+    pub const ALL: [Reason; 5] = [
         Reason::NotServed,
+        Reason::SourceNotFollowed,
         Reason::NoProblemAnyMore,
         Reason::TableFull,
         Reason::WriteRefused,
@@ -43,6 +45,7 @@ impl Reason {
     pub const fn as_str(self) -> &'static str {
         match self {
             Reason::NotServed => "NotServed",
+            Reason::SourceNotFollowed => "SourceNotFollowed",
             Reason::NoProblemAnyMore => "NoProblemAnyMore",
             Reason::TableFull => "TableFull",
             Reason::WriteRefused => "WriteRefused",
@@ -52,7 +55,9 @@ impl Reason {
     pub const fn kind(self) -> EventKind {
         match self {
             Reason::NoProblemAnyMore => EventKind::Normal,
-            Reason::NotServed | Reason::TableFull | Reason::WriteRefused => EventKind::Warning,
+            Reason::NotServed | Reason::SourceNotFollowed | Reason::TableFull | Reason::WriteRefused => {
+                EventKind::Warning
+            }
         }
     }
 
@@ -60,6 +65,9 @@ impl Reason {
     pub const fn text(self) -> &'static str {
         match self {
             Reason::NotServed => "an object, or a part of it, is not served because of what it says",
+            Reason::SourceNotFollowed => {
+                "what the API server says is not known; what it said last stays in force"
+            }
             Reason::NoProblemAnyMore => "what an event told of is in order again",
             Reason::TableFull => "an object, or a part of it, is not served because a table has no room",
             Reason::WriteRefused => {

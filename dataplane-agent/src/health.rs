@@ -23,7 +23,7 @@ use tokio::{
 use self::http::{Answer, Listener};
 use crate::{
     served::{Condition, Served},
-    source::Rescan,
+    source::{Rescan, kube::state::State},
     told::Told,
 };
 
@@ -110,6 +110,8 @@ pub enum Ask {
 pub struct Health {
     pub progress: watch::Receiver<Progress>,
     pub rescan: Rescan,
+    /// `None` for a folder.
+    pub source: Option<State>,
     pub asks: mpsc::UnboundedSender<Ask>,
 }
 
@@ -185,6 +187,10 @@ impl Health {
     async fn command(mut self, uri: &Uri) -> Answer {
         match uri.path() {
             "/conditions" => Answer::of_health(true, to_json(&self.progress.borrow().conditions)),
+            "/source" => {
+                let report = self.source.as_ref().map(State::report);
+                Answer::of_health(true, to_json(&report))
+            }
             "/services" => match self.ask(Ask::Served).await {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),

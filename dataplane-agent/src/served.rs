@@ -33,6 +33,8 @@ pub struct Condition {
 /// What is stated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionKind {
+    /// All that the source holds is known.
+    SourceFollowed,
     /// Every object can be used in full.
     ObjectsUsable,
     /// All that is wanted fits into the tables.
@@ -42,7 +44,8 @@ pub enum ConditionKind {
 }
 
 impl ConditionKind {
-    pub const ALL: [ConditionKind; 3] = [
+    pub const ALL: [ConditionKind; 4] = [
+        ConditionKind::SourceFollowed,
         ConditionKind::ObjectsUsable,
         ConditionKind::TablesHaveRoom,
         ConditionKind::KernelAcceptsWrites,
@@ -50,6 +53,7 @@ impl ConditionKind {
 
     pub const fn as_str(self) -> &'static str {
         match self {
+            ConditionKind::SourceFollowed => "SourceFollowed",
             ConditionKind::ObjectsUsable => "ObjectsUsable",
             ConditionKind::TablesHaveRoom => "TablesHaveRoom",
             ConditionKind::KernelAcceptsWrites => "KernelAcceptsWrites",
@@ -58,6 +62,7 @@ impl ConditionKind {
 
     const fn concerns(self, cause: Cause) -> bool {
         match cause {
+            Cause::Unfollowed => matches!(self, ConditionKind::SourceFollowed),
             Cause::TableFull => matches!(self, ConditionKind::TablesHaveRoom),
             Cause::WriteRefused => matches!(self, ConditionKind::KernelAcceptsWrites),
             Cause::Invalid | Cause::Unsupported | Cause::Conflict | Cause::Disabled | Cause::Unreadable => {

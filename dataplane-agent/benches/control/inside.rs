@@ -12,7 +12,7 @@ use dataplane_agent::{
     bpf::map_names,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceRangesFor,
+        SocketLb, SourceConfig, SourceRangesFor,
     },
     decode::{Decoded, decode},
     health::{Progress, node_ports},
@@ -111,7 +111,7 @@ fn sizes(fleet: Fleet) -> Sizes {
 fn config(inside: &Inside, fleet: Fleet) -> Config {
     Config {
         node_name: fleet::NODE.to_owned(),
-        manifests: inside.folder.clone().unwrap_or_default(),
+        source: SourceConfig::Folder(inside.folder.clone().unwrap_or_default()),
         devices: Vec::new(),
         bpffs: inside.bpffs.clone(),
         cgroup: None,

@@ -67,7 +67,7 @@ impl Agent {
         let new = rejected.difference(&self.rejected);
         let gone = self.rejected.difference(&rejected);
         let events: Vec<Event> = new
-            .map(|one| event(Reason::NotServed, one))
+            .map(|one| event(reason_of(one), one))
             .chain(gone.map(|one| event(Reason::NoProblemAnyMore, one)))
             .collect();
         self.events.record(&events);
@@ -122,5 +122,12 @@ impl Agent {
                 .collect(),
             problems,
         }
+    }
+}
+
+fn reason_of(rejected: &Rejected) -> Reason {
+    match rejected.problem.cause {
+        Cause::Unfollowed => Reason::SourceNotFollowed,
+        _ => Reason::NotServed,
     }
 }

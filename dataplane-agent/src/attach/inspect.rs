@@ -27,6 +27,7 @@ use crate::{
         tables::{Link, Tables},
     },
     served::Condition,
+    source::kube::state::Report,
     store::{Store, bpf::BpfStore},
     sync::encode,
 };
@@ -51,6 +52,9 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// What a running agent says of its work.
     pub conditions: Vec<Condition>,
+    /// What it has read of the API server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<Report>,
     /// Where it is asked.
     #[serde(skip)]
     pub socket: Option<PathBuf>,
@@ -144,6 +148,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         tables: table_use(&pins),
         flows: flow_events(&pins),
         counters: occurred(&pins),
+        source: None,
         conditions: Vec::new(),
         socket: state.record.socket.clone(),
     })

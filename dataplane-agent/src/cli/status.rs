@@ -4,12 +4,13 @@ use std::{io::Write, path::Path, time::Duration};
 
 use anyhow::Context;
 use comfy_table::{Table, presets};
+use serde::de::DeserializeOwned;
 
 use super::ask::ask;
 use crate::{
     attach::inspect::{self, Status},
     bpf::kernel,
-    served::Condition,
+    source::kube::state::KindState,
 };
 
 /// How long the agent may be silent.
@@ -27,8 +28,12 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     kernel::check_capabilities()?;
     let mut status = inspect::inspect(bpffs).context("failed to query what is attached")?;
     if let Some(socket) = status.socket.as_ref().filter(|_| status.agent_running) {
-        match conditions(socket) {
+        match told(socket, "/conditions") {
             Ok(conditions) => status.conditions = conditions,
+            Err(error) => status.warnings.push(format!("{error:#}")),
+        }
+        match told(socket, "/source") {
+            Ok(report) => status.source = report,
             Err(error) => status.warnings.push(format!("{error:#}")),
         }
     }
@@ -41,8 +46,8 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
         .context("failed to print")
 }
 
-fn conditions(socket: &Path) -> anyhow::Result<Vec<Condition>> {
-    ask(socket, "/conditions", WITHIN)
+fn told<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    ask(socket, path, WITHIN)
         .with_context(|| format!("failed to ask the agent at {}", socket.display()))?
         .value()
 }
@@ -72,6 +77,26 @@ fn render(status: &Status) -> String {
         ]
     });
     text += &table(&["CONDITION", "HOLDS", "NOT SERVED"], rows);
+
+    if let Some(source) = &status.source {
+        let head = format!(
+            "\nAPI server {}: {} requests, {} bytes received\n",
+            source.server, source.requests, source.received_bytes
+        );
+        text += &head;
+        text += &table(
+            &[
+                "KIND",
+                "STATE",
+                "OBJECTS",
+                "LISTS",
+                "LAST EVENT",
+                "ERRORS",
+                "FAILING",
+            ],
+            source.kinds.iter().map(|(kind, state)| kind_row(kind, state)),
+        );
+    }
 
     let rows = status.attachments.iter().map(|one| {
         let owner = if one.ours { "us" } else { "other" };
@@ -126,6 +151,19 @@ fn render(status: &Status) -> String {
         text += "\n";
     }
     text
+}
+
+fn kind_row(kind: &str, state: &KindState) -> Vec<String> {
+    let last_event = state.last_event.map_or_else(String::new, |time| time.to_string());
+    vec![
+        kind.to_owned(),
+        state.phase.as_str().to_owned(),
+        state.objects.to_string(),
+        state.lists.to_string(),
+        last_event,
+        state.errors.to_string(),
+        state.failing.clone().unwrap_or_default(),
+    ]
 }
 
 /// Nothing when there are no rows, else an empty line first.

@@ -4,6 +4,7 @@
 //! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks.
 
 pub mod kernel_side;
+pub mod source;
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +19,8 @@ use prometheus::{
     TextEncoder, core::Collector,
 };
 use tokio::time;
+
+use source::SourceMetrics;
 
 use crate::{
     events,
@@ -49,6 +52,7 @@ pub struct Metrics {
     pub writes: IntCounter,
     failures: IntCounterVec,
     pub retries: IntCounter,
+    pub source: SourceMetrics,
 }
 
 impl Default for Metrics {
@@ -127,6 +131,7 @@ impl Metrics {
                 "dataplane_sync_retries_total",
                 "Synchronisations that only tried again what had failed",
             )?,
+            source: SourceMetrics::new(&registry)?,
             registry,
         };
         metrics.register()?;
@@ -149,6 +154,7 @@ impl Metrics {
             writes,
             failures,
             retries,
+            source: _,
         } = self;
         let build_info = Gauge::with_opts(
             Opts::new("dataplane_build_info", "1; the labels say what runs")

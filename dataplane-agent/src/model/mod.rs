@@ -222,6 +222,8 @@ pub enum Cause {
     Disabled,
     /// The document could not be read.
     Unreadable,
+    /// The source does not say at the moment; what it said last stays in force.
+    Unfollowed,
     /// A table has no room.
     TableFull,
     /// The kernel refused to write it.
@@ -229,12 +231,13 @@ pub enum Cause {
 }
 
 impl Cause {
-    pub const ALL: [Cause; 7] = [
+    pub const ALL: [Cause; 8] = [
         Cause::Invalid,
         Cause::Unsupported,
         Cause::Conflict,
         Cause::Disabled,
         Cause::Unreadable,
+        Cause::Unfollowed,
         Cause::TableFull,
         Cause::WriteRefused,
     ];
@@ -247,6 +250,7 @@ impl Cause {
             Cause::Conflict => "conflict",
             Cause::Disabled => "disabled",
             Cause::Unreadable => "unreadable",
+            Cause::Unfollowed => "unfollowed",
             Cause::TableFull => "table-full",
             Cause::WriteRefused => "write-refused",
         }
@@ -260,6 +264,9 @@ impl Cause {
             Cause::Conflict => "another object has what it asks for",
             Cause::Disabled => "a setting of the agent forbids it",
             Cause::Unreadable => "the document could not be read",
+            Cause::Unfollowed => {
+                "the API server does not say at the moment; what it said last stays in force"
+            }
             Cause::TableFull => "a table has no room: a `--max-…` flag makes it larger",
             Cause::WriteRefused => "the kernel refused to write it; it is tried again",
         }

@@ -1,5 +1,6 @@
 //! Where objects come from. Every source delivers the same [`Batch`]es; only this folder knows how they are found.
 
+pub mod kube;
 pub mod manifests;
 
 use std::collections::BTreeMap;
@@ -39,18 +40,26 @@ pub struct Batch {
 pub struct Source {
     pub batches: mpsc::UnboundedReceiver<Batch>,
     pub rescan: Rescan,
+    /// What it has read and when; `None` for a folder, whose problems say it all.
+    pub state: Option<kube::state::State>,
 }
 
 /// Asks a source to look again.
 #[derive(Clone, Debug)]
-pub struct Rescan(std::sync::mpsc::Sender<manifests::Request>);
+pub enum Rescan {
+    Folder(std::sync::mpsc::Sender<manifests::Request>),
+    Api(mpsc::UnboundedSender<oneshot::Sender<u64>>),
+}
 
 impl Rescan {
-    /// Reads everything anew and returns the revision that holds it all; `None` when the source has ended or cannot
-    /// be read.
+    /// Makes sure that all that the source holds at this moment has been read, and returns the revision that holds it;
+    /// `None` when the source has ended or cannot be read.
     pub async fn now(&self) -> Option<u64> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(manifests::Request::Rescan(reply)).ok()?;
+        match self {
+            Rescan::Folder(requests) => requests.send(manifests::Request::Rescan(reply)).ok()?,
+            Rescan::Api(requests) => requests.send(reply).ok()?,
+        }
         answer.await.ok()
     }
 }

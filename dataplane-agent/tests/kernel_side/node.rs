@@ -17,7 +17,7 @@ use dataplane_agent::{
     bpf::{Hook, pins::Pins, sys},
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceRangesFor,
+        SocketLb, SourceConfig, SourceRangesFor,
     },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
@@ -131,7 +131,7 @@ impl Node {
     pub fn config(&self) -> Config {
         Config {
             node_name: "node".into(),
-            manifests: "/nonexistent".into(),
+            source: SourceConfig::Folder("/nonexistent".into()),
             devices: Vec::new(),
             bpffs: self.places.bpffs.clone(),
             cgroup: Some(self.places.cgroup.clone()),

@@ -65,7 +65,8 @@ pub fn start(root: &Path) -> notify::Result<Source> {
         .map_err(notify::Error::io)?;
     Ok(Source {
         batches: outbox,
-        rescan: Rescan(requests),
+        rescan: Rescan::Folder(requests),
+        state: None,
     })
 }
 

@@ -1,0 +1,78 @@
+//! What is counted of the API server as a source.
+
+use std::time::SystemTime;
+
+use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+use crate::{model::Kind, source::kube::state::Phase};
+
+/// Counts of requests and of what came. Clones count together.
+#[derive(Clone, Debug)]
+pub struct SourceMetrics {
+    pub requests: IntCounter,
+    pub received_bytes: IntCounter,
+    pub lists: IntCounterVec,
+    pub errors: IntCounterVec,
+    listed: IntGaugeVec,
+    last_event: GaugeVec,
+}
+
+impl SourceMetrics {
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let kind = &["kind"];
+        let counters = |name: &str, help: &str| IntCounterVec::new(Opts::new(name, help), kind);
+        let metrics = Self {
+            requests: IntCounter::new("dataplane_source_requests_total", "Requests to the API server")?,
+            received_bytes: IntCounter::new(
+                "dataplane_source_received_bytes_total",
+                "What the API server has answered, in bytes, without headers",
+            )?,
+            lists: counters(
+                "dataplane_source_lists_total",
+                "Lists that were read to their end, by kind; more than one: a watch was lost for too long",
+            )?,
+            errors: counters("dataplane_source_errors_total", "Requests that failed, by kind")?,
+            listed: IntGaugeVec::new(
+                Opts::new(
+                    "dataplane_source_listed",
+                    "1 when a kind has been read, or does not exist in this cluster; nothing is deleted from the tables before all have",
+                ),
+                kind,
+            )?,
+            last_event: GaugeVec::new(
+                Opts::new(
+                    "dataplane_source_last_event_timestamp_seconds",
+                    "When a list, a change or a bookmark of a kind last came, in seconds since 1970",
+                ),
+                kind,
+            )?,
+        };
+        registry.register(Box::new(metrics.requests.clone()))?;
+        registry.register(Box::new(metrics.received_bytes.clone()))?;
+        registry.register(Box::new(metrics.lists.clone()))?;
+        registry.register(Box::new(metrics.errors.clone()))?;
+        registry.register(Box::new(metrics.listed.clone()))?;
+        registry.register(Box::new(metrics.last_event.clone()))?;
+        for kind in Kind::ALL {
+            let label = &[kind.as_str()];
+            metrics.lists.with_label_values(label);
+            metrics.errors.with_label_values(label);
+            metrics.listed.with_label_values(label);
+            metrics.last_event.with_label_values(label);
+        }
+        Ok(metrics)
+    }
+
+    pub fn heard(&self, kind: Kind) {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        self.last_event
+            .with_label_values(&[kind.as_str()])
+            .set(since.map_or(0.0, |since| since.as_secs_f64()));
+    }
+
+    pub fn phase(&self, kind: Kind, phase: Phase) {
+        self.listed
+            .with_label_values(&[kind.as_str()])
+            .set(i64::from(phase != Phase::Waiting));
+    }
+}

@@ -1,0 +1,183 @@
+//! The Kubernetes API as a source: [`follow`] lists and watches each kind, [`collect`] makes batches of what comes,
+//! [`api`] talks to the server, [`item`] decodes, [`state`] is what `status` shows.
+//!
+//! All of it runs in a thread of its own, so that a long write of tables keeps no watch waiting.
+
+mod api;
+mod collect;
+mod follow;
+mod item;
+mod resources;
+pub mod state;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time,
+};
+
+pub use api::Address;
+use api::{Api, ApiError, JSON};
+use collect::{Collector, Held, Target};
+use follow::{Follower, News};
+use state::{Phase, State};
+
+use super::{Batch, Rescan, Source};
+use crate::model::Kind;
+
+/// After a change others are waited for so long: what belongs together often comes together.
+const QUIET: Duration = Duration::from_millis(10);
+/// Between looks for kinds that the cluster did not have.
+const LOOK_FOR_KINDS: Duration = Duration::from_secs(30);
+
+/// What to follow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub address: Address,
+    /// The name of this node's Node object.
+    pub node_name: String,
+}
+
+/// Starts following the API server. It may be down; what says where it is must be there.
+pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
+    let (batches, outbox) = mpsc::unbounded_channel();
+    let (asks, asked) = mpsc::unbounded_channel();
+    let (started, outcome) = oneshot::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    let of_thread = state.clone();
+    std::thread::Builder::new()
+        .name("kube".to_owned())
+        .spawn(move || runtime.block_on(run(settings, of_thread, batches, asked, started)))
+        .context("failed to start a thread")?;
+    outcome.await.context("the source has ended")??;
+    Ok(Source {
+        batches: outbox,
+        rescan: Rescan::Api(asks),
+        state: Some(state),
+    })
+}
+
+/// Runs until batches are not received any more.
+async fn run(
+    settings: Settings,
+    state: State,
+    batches: mpsc::UnboundedSender<Batch>,
+    mut asked: mpsc::UnboundedReceiver<oneshot::Sender<u64>>,
+    started: oneshot::Sender<anyhow::Result<()>>,
+) {
+    let Settings { address, node_name } = settings;
+    let api = match Api::new(&address, state.clone()).await {
+        Ok(api) => Arc::new(api),
+        Err(error) => {
+            let _gone = started.send(Err(error));
+            return;
+        }
+    };
+    let _gone = started.send(Ok(()));
+    let node: Arc<str> = node_name.into();
+    let (news, mut inbox) = mpsc::unbounded_channel();
+    let (all_nodes, all_nodes_seen) = watch::channel(false);
+    let (kinds_came, kinds_came_seen) = watch::channel(0);
+    let kinds_came = Arc::new(kinds_came);
+    for kind in Kind::ALL {
+        let follower = Follower {
+            kind,
+            node: node.clone(),
+            api: api.clone(),
+            news: news.clone(),
+            all_nodes: all_nodes_seen.clone(),
+            kinds_came: kinds_came_seen.clone(),
+        };
+        tokio::spawn(follower.run());
+    }
+    tokio::spawn(look_for_kinds(api.clone(), kinds_came.clone()));
+    let mut collector = Collector::new(node.clone(), state, all_nodes);
+    let (found, mut targets) = mpsc::unbounded_channel();
+    loop {
+        tokio::select! {
+            Some(news) = inbox.recv() => {
+                collector.take(news);
+                time::sleep(QUIET).await;
+                drain(&mut inbox, &mut collector);
+            }
+            Some(reply) = asked.recv() => {
+                kinds_came.send_modify(|times| *times += 1);
+                let all_nodes = *all_nodes_seen.borrow();
+                tokio::spawn(look(api.clone(), node.clone(), all_nodes, reply, found.clone()));
+            }
+            Some(target) = targets.recv() => collector.wait_for(target),
+            () = batches.closed() => return,
+        }
+        if let Some(batch) = collector.batch()
+            && batches.send(batch).is_err()
+        {
+            return;
+        }
+        collector.answer();
+    }
+}
+
+fn drain(inbox: &mut mpsc::UnboundedReceiver<News>, collector: &mut Collector) {
+    while let Ok(news) = inbox.try_recv() {
+        collector.take(news);
+    }
+}
+
+/// Asks the server what it holds now. When it does not say, whoever asked is not answered.
+async fn look(
+    api: Arc<Api>,
+    node: Arc<str>,
+    all_nodes: bool,
+    reply: oneshot::Sender<u64>,
+    found: mpsc::UnboundedSender<Target>,
+) {
+    let mut kinds = Vec::new();
+    for kind in Kind::ALL {
+        let collection = resources::collection(kind, (!all_nodes).then_some(&*node));
+        match follow::names(&api, &collection).await {
+            Ok((version, names)) => kinds.push((kind, Some(Held { version, names }))),
+            Err(ApiError::NotFound { .. } | ApiError::Forbidden { .. }) if resources::is_optional(kind) => {
+                kinds.push((kind, None));
+            }
+            Err(error) => {
+                tracing::debug!(kind = kind.as_str(), %error, "failed to ask what there is");
+                time::sleep(QUIET).await;
+                return;
+            }
+        }
+    }
+    // The source has ended.
+    let _ended = found.send(Target { kinds, reply });
+}
+
+/// Tells those who follow kinds that the cluster does not have when they may have come.
+async fn look_for_kinds(api: Arc<Api>, kinds_came: Arc<watch::Sender<u64>>) {
+    let mut known: [Option<Vec<u8>>; 2] = [None, None];
+    loop {
+        time::sleep(follow::jittered(LOOK_FOR_KINDS)).await;
+        let kinds = api.state().report().kinds;
+        if !kinds.values().any(|kind| kind.phase == Phase::Absent) {
+            continue;
+        }
+        let mut is_news = false;
+        for (path, known) in resources::TIER_VERSIONS.iter().zip(&mut known) {
+            let found = match api.get(path, JSON).await {
+                Ok(text) => Some(text),
+                Err(ApiError::NotFound { .. }) => None,
+                Err(_) => continue,
+            };
+            if *known != found {
+                *known = found;
+                is_news = true;
+            }
+        }
+        if is_news {
+            kinds_came.send_modify(|times| *times += 1);
+        }
+    }
+}

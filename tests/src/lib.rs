@@ -5,12 +5,14 @@
 //! * [`worker`] is a process in one of those namespaces that answers, connects and keeps flows.
 //! * [`flood`] sends first packets from very many addresses.
 //! * [`test_run`] runs programs of the datapath by `BPF_PROG_TEST_RUN`, for benchmarks.
+//! * [`api`] runs a real Kubernetes API server, which agents may read in place of a folder.
 //! * [`scenario`] reads scenario files, drives a cluster by them and judges what was seen.
 //!
 //! Everything made here carries its owner's process id in its name ([`places`]), so that what a killed run left behind
 //! is found and removed by the next one.
 
 pub mod agent;
+pub mod api;
 pub mod cgroup;
 pub mod cli;
 pub mod cluster;

@@ -6,6 +6,7 @@ mod demo;
 mod ebpf;
 mod guest;
 mod kernels;
+mod kube;
 mod lint;
 mod needs;
 mod paths;
@@ -48,6 +49,8 @@ enum Command {
     Lint,
     /// Run scenario files against a test cluster with real packets
     Scenarios(scenarios::Args),
+    /// Build a real Kubernetes API server for tests, unless `KUBEBUILDER_ASSETS` names one
+    Kube,
     /// Measure the datapath, or connections through it beside its peers
     Bench(bench::Args),
 }
@@ -71,6 +74,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
         Command::Scenarios(args) => scenarios::run(&args),
+        Command::Kube => kube::run(),
         Command::Bench(args) => bench::run(&args),
     }
 }

@@ -190,8 +190,9 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let (meta, reply) = (F::meta(flow), F::meta(&work.reply));
         let same = F::rewrite(flow) == F::rewrite(&work.reply);
         if same && same_plan(meta, reply) {
-            if meta.seen_ticks != now || is_tcp && meta.state != flow_state::OPEN {
-                occupant.touch(now, flow_state::OPEN);
+            let state = if is_tcp { flow_state::OPEN } else { meta.state };
+            if meta.seen_ticks != now || meta.state != state {
+                occupant.touch(now, state);
             }
             return if is_tcp {
                 Verdict::TRANSLATE
@@ -222,7 +223,7 @@ fn stay<F: Family, W: World<F>>(world: &W, work: &mut Work<F>, now: u32) -> Verd
         let (meta, forward) = (F::meta(entry.flow()), F::meta(&work.forward));
         if same_plan(meta, forward) {
             if meta.seen_ticks != now {
-                entry.touch(now, flow_state::OPEN);
+                entry.touch(now, meta.state);
             }
             return Verdict::TRANSLATE;
         }

@@ -10,8 +10,6 @@ pub const SYMBOL: &str = "CONFIG";
 pub mod config_flags {
     /// `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16).
     pub const CSUM_IPV6: u32 = 1;
-    /// `bpf_ktime_get_coarse_ns` exists (5.11).
-    pub const COARSE_CLOCK: u32 = 2;
     /// Pods of this node reach each other by `bpf_redirect_peer`.
     pub const FAST_PATH: u32 = 4;
     /// Socket hooks translate for host processes only.
@@ -51,16 +49,47 @@ pub struct Config {
     pub held: u32,
     /// Verdicts of policies about one pod that are told in a tick at the most; 0: none.
     pub verdicts_per_tick: u32,
+    pub jiffies: Jiffies,
     pub unused: u32,
 }
 
-const _: () = assert!(size_of::<Config>() == 64);
+const _: () = assert!(size_of::<Config>() == 72);
+
+/// The counter that the datapath tells the time by. `bpf_jiffies64` is a load, where each of the kernel's clocks costs a
+/// call; it follows `CLOCK_MONOTONIC`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Jiffies {
+    /// What it began with at boot: so that it comes round after 300 s (`INITIAL_JIFFIES`, linux/jiffies.h).
+    pub initial: u32,
+    /// Between two jiffies, in nanoseconds.
+    pub length_ns: u32,
+}
+
+impl Jiffies {
+    /// By what `clock_getres` says of `CLOCK_MONOTONIC_COARSE`.
+    pub const fn of(length_ns: u32) -> Self {
+        let hz = (1_000_000_000 + length_ns / 2) / length_ns;
+        Self {
+            initial: (hz * 300).wrapping_neg(),
+            length_ns,
+        }
+    }
+
+    /// Nanoseconds since boot.
+    #[inline(always)]
+    pub const fn to_ns(self, count: u64) -> u64 {
+        count
+            .wrapping_sub(self.initial as u64)
+            .wrapping_mul(self.length_ns as u64)
+    }
+}
 
 impl Config {
     /// What holds where nothing else is configured.
     pub const DEFAULT: Self = Self {
         host_netns_cookie: 0,
-        flags: config_flags::COARSE_CLOCK | config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
+        flags: config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
         // Above the default of ip_local_port_range (32768-60999), beside the node ports (30000-32767).
         snat_port_min: 61000,
         snat_port_max: 65535,
@@ -77,6 +106,8 @@ impl Config {
         fragment_ticks: Self::ticks(30),
         held: 2048,
         verdicts_per_tick: 100,
+        // CONFIG_HZ=250, as most distributions have it.
+        jiffies: Jiffies::of(4_000_000),
         unused: 0,
     };
 
@@ -89,5 +120,27 @@ impl Config {
 impl Default for Config {
     fn default() -> Self {
         Self::DEFAULT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jiffies_count_from_boot() {
+        for (hz, length_ns) in [
+            (100, 10_000_000),
+            (250, 4_000_000),
+            (300, 3_333_333),
+            (1000, 1_000_000),
+        ] {
+            let jiffies = Jiffies::of(length_ns);
+            let at_boot = u64::from((-300i32 * hz).cast_unsigned());
+            assert_eq!(jiffies.to_ns(at_boot), 0, "{hz}");
+            // Also behind the end of 32 bits.
+            let hour = jiffies.to_ns(at_boot + 3600 * u64::from(hz.cast_unsigned()));
+            assert!(hour.abs_diff(3_600_000_000_000) < 1_000_000, "{hz} {hour}");
+        }
     }
 }

@@ -54,7 +54,7 @@ pub mod datagram_state {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct DatagramHead {
-    /// When the entry was made, in ticks of 2^30 ns of the coarse monotonic clock.
+    /// When the entry was made, in ticks of 2^30 ns since boot.
     pub seen_ticks: u32,
     /// [`datagram_state`].
     pub state: u32,

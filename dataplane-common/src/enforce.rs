@@ -17,13 +17,13 @@ use crate::{
     flow::{Exit, FlowMeta, flow_flags, flow_state},
     icmp,
     packet::Packet,
-    parse::{Fragment, parse_ports},
+    parse::{Fragment, Headers, parse_ports},
     pipeline::{Context, Work, World, state_after, timeout_ticks},
     policy::{self, Judgement, NO_RULE_INDEX, PolicyFlow, REVISION_NONE, SET_NONE, policy_flow_flags},
     reason::Reason,
     rewrite::RewriteIp,
-    tables::{Entry, Env},
-    verdict::{Hook, Verdict},
+    tables::{Entry, Env, PolicyEntry},
+    verdict::{Action, Hook, Verdict},
 };
 
 impl Context {
@@ -76,7 +76,49 @@ enum Part {
     Unreadable,
 }
 
-/// A packet that no translated flow speaks for; one that could not be read, if `verdict` says so.
+/// A packet that no translated flow speaks for: most belong to a flow that is allowed, and go on.
+#[inline(always)]
+pub(crate) fn glance<F: Family, W: World<F>>(
+    world: &W,
+    at: &Context,
+    headers: &Headers<F::Addr>,
+    verdict: Verdict,
+) -> Verdict {
+    let is_plain = headers.fragment == Fragment::Whole
+        && match headers.proto {
+            proto::TCP => !headers.is_syn(),
+            proto => proto == proto::UDP,
+        };
+    if verdict == Verdict::PASS && is_plain && is_known::<F, W>(world, at, headers) {
+        return Verdict::ONWARD;
+    }
+    Verdict::to(Action::Enforce, verdict.value())
+}
+
+/// Whether a packet that begins nothing belongs to a flow that is allowed, whichever end began it.
+#[inline(always)]
+fn is_known<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F::Addr>) -> bool {
+    let key = if at.hook as u8 == Hook::FromPod as u8 {
+        F::policy_flow_key(&headers.tuple, headers.proto)
+    } else {
+        F::policy_flow_key(&headers.tuple.reversed(), headers.proto)
+    };
+    let Some(known) = world.policy_flow(&key) else {
+        return false;
+    };
+    let flow = known.flow();
+    let now = world.now_ticks();
+    let timeout = timeout_ticks(world, headers.proto == proto::TCP, flow_state::OPEN);
+    let is_allowed = flow.ifindex == at.ifindex
+        && now.wrapping_sub(flow.seen_ticks) <= timeout
+        && (flow.revision == world.policy_revision() || keeps_verdicts(world));
+    if is_allowed && flow.seen_ticks != now {
+        known.touch(now);
+    }
+    is_allowed
+}
+
+/// A packet that no known flow speaks for; one that could not be read, if `verdict` says so.
 #[inline(always)]
 pub fn untranslated<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &P,
@@ -120,7 +162,8 @@ pub fn untranslated<F: RewriteIp, P: Packet, W: World<F>>(
         seen_ticks: now,
         flags: if from_pod { policy_flow_flags::FROM_POD } else { 0 },
     };
-    if let Some(known) = world.policy_flow(&work.policy_key) {
+    if let Some(entry) = world.policy_flow(&work.policy_key) {
+        let known = entry.flow();
         let is_own = (known.flags & policy_flow_flags::FROM_POD != 0) == from_pod;
         let timeout = timeout_ticks(world, work.headers.proto == proto::TCP, flow_state::OPEN);
         if known.ifindex == at.ifindex
@@ -129,7 +172,7 @@ pub fn untranslated<F: RewriteIp, P: Packet, W: World<F>>(
         {
             if known.revision == world.policy_revision() || keeps_verdicts(world) {
                 if known.seen_ticks != now {
-                    world.touch_policy_flow(&work.policy_key, now);
+                    entry.touch(now);
                 }
                 return Verdict::PASS;
             }
@@ -210,7 +253,7 @@ fn related<F: RewriteIp, P: Packet, W: World<F>>(
     work.policy_key = F::policy_flow_key(&work.from_pod, quoted.proto);
     world
         .policy_flow(&work.policy_key)
-        .is_some_and(|known| known.ifindex == at.ifindex)
+        .is_some_and(|known| known.flow().ifindex == at.ifindex)
 }
 
 /// A packet of which it can't be told what flow it belongs to: no policy could allow it.

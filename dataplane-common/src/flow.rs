@@ -134,7 +134,7 @@ pub struct FlowMeta {
     pub flags: u8,
     /// [`Exit`] of this direction in the lower four bits, of the other one in the upper four.
     pub exit: u8,
-    /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
+    /// When a packet last used the entry, in ticks of 2^30 ns since boot.
     pub seen_ticks: u32,
     /// The device of [`Exit::Pod`] and [`Exit::Host`].
     pub ifindex: u32,

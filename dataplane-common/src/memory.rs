@@ -29,7 +29,7 @@ use crate::{
     rewrite::RewriteIp,
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     sock::SockBackend,
-    tables::{Entry, Env, InsertError, Route, Router, Tables},
+    tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
     verdict::{Action, Hook, Verdict},
 };
 
@@ -468,6 +468,26 @@ impl<F: Family> Entry<F> for MemoryEntry<'_, F> {
     }
 }
 
+/// An entry of the policies' flows as it was found, and where to write to it.
+#[derive(Debug)]
+pub struct MemoryPolicyEntry<'a, F: Family> {
+    table: &'a RefCell<HashMap<F::PolicyFlowKey, PolicyFlow>>,
+    key: F::PolicyFlowKey,
+    flow: PolicyFlow,
+}
+
+impl<F: Family> PolicyEntry for MemoryPolicyEntry<'_, F> {
+    fn flow(&self) -> &PolicyFlow {
+        &self.flow
+    }
+
+    fn touch(&self, seen_ticks: u32) {
+        if let Some(flow) = self.table.borrow_mut().get_mut(&self.key) {
+            flow.seen_ticks = seen_ticks;
+        }
+    }
+}
+
 fn find<'a, F: Family>(
     table: &'a RefCell<HashMap<F::FlowKey, F::Flow>>,
     key: &F::FlowKey,
@@ -527,6 +547,7 @@ impl PolicyTables for Policies {
 
 impl<F: MemoryFamily> Tables<F> for Memory {
     type Entry<'a> = MemoryEntry<'a, F>;
+    type PolicyEntry<'a> = MemoryPolicyEntry<'a, F>;
 
     fn flow(&self, key: &F::FlowKey) -> Option<MemoryEntry<'_, F>> {
         find(&F::tables(self).flows, key)
@@ -550,14 +571,14 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         Ok(())
     }
 
-    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<PolicyFlow> {
-        F::tables(self).policy_flows.borrow().get(key).copied()
-    }
-
-    fn touch_policy_flow(&self, key: &F::PolicyFlowKey, seen_ticks: u32) {
-        if let Some(flow) = F::tables(self).policy_flows.borrow_mut().get_mut(key) {
-            flow.seen_ticks = seen_ticks;
-        }
+    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<MemoryPolicyEntry<'_, F>> {
+        let table = &F::tables(self).policy_flows;
+        let flow = *table.borrow().get(key)?;
+        Some(MemoryPolicyEntry {
+            table,
+            key: *key,
+            flow,
+        })
     }
 
     fn put_policy_flow(&self, key: &F::PolicyFlowKey, flow: &PolicyFlow) {

@@ -175,7 +175,7 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     let mut verdict = if F::VERSION == 4 {
         let mut headers = Headers::default();
         let verdict = glance::<F, P, W>(packet, world, at, &mut headers);
-        if (verdict.is_pending() || enforce::is_asked(world, at))
+        if verdict.is_pending()
             && let Some(work) = stages.work()
         {
             work.headers = headers;
@@ -187,14 +187,16 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     if verdict.is_pending() {
         // A copy in memory, so that the glance can have its own in registers.
         let at = Context { ..*at };
-        verdict = if verdict.action() == Action::Fragment {
-            fragment::process::<F, P, W, S>(packet, world, &at, stages, verdict.value() == 0)
-        } else {
-            settle::<F, P, W, S>(packet, world, &at, stages, verdict)
+        verdict = match verdict.action() {
+            Action::Enforce => Verdict::to(Action::Pass, verdict.value()),
+            Action::Fragment => {
+                fragment::process::<F, P, W, S>(packet, world, &at, stages, verdict.value() == 0)
+            }
+            _ => settle::<F, P, W, S>(packet, world, &at, stages, verdict),
         };
-    }
-    if enforce::is_asked(world, at) && verdict.is_open() {
-        verdict = stages.enforce(packet, world, at, verdict);
+        if verdict.is_open() && enforce::is_asked(world, &at) {
+            verdict = stages.enforce(packet, world, &at, verdict);
+        }
     }
     if verdict.action() == Action::Drop {
         world.count(verdict.value());
@@ -267,6 +269,21 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
 /// Reads the headers, and finishes the packet if a live entry speaks for it or if it can't be anything to us.
 #[inline(always)]
 pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    headers: &mut Headers<F::Addr>,
+) -> Verdict {
+    let verdict = services::<F, P, W>(packet, world, at, headers);
+    if verdict.is_open() && enforce::is_asked(world, at) {
+        return enforce::glance::<F, W>(world, at, headers, verdict);
+    }
+    verdict
+}
+
+/// What services have to do with a packet, at the first look.
+#[inline(always)]
+fn services<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
     world: &W,
     at: &Context,

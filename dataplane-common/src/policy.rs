@@ -82,7 +82,7 @@ pub struct PolicyFlow {
     pub ifindex: u32,
     /// `POLICY_REVISION` when the flow was judged.
     pub revision: u32,
-    /// When a packet last used the entry, in ticks of 2^30 ns of the coarse monotonic clock.
+    /// When a packet last used the entry, in ticks of 2^30 ns since boot.
     pub seen_ticks: u32,
     /// [`policy_flow_flags`].
     pub flags: u32,
@@ -131,6 +131,9 @@ pub struct VerdictBudget {
     /// When one was told last, in ticks.
     pub ticks: u32,
 }
+
+/// The map of one element that loaders make of the object's variables. It holds `POLICY_REVISION`, and is pinned under that name.
+pub const VARIABLES: &str = ".bss";
 
 /// Value of `POLICY_REVISION` while no pod of this node has a set: hooks ask for nothing. It changes whenever a verdict may
 /// have changed: behind every change of the tables, so that a verdict of before is not kept for one of after.

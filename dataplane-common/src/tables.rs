@@ -20,6 +20,13 @@ pub trait Entry<F: Family> {
     fn set_judged(&self, revision: u32);
 }
 
+/// An entry of `POLICY_FLOWS_*`, in place.
+pub trait PolicyEntry {
+    fn flow(&self) -> &PolicyFlow;
+    /// Stores when the entry was last used.
+    fn touch(&self, seen_ticks: u32);
+}
+
 /// Why an insert did nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InsertError {
@@ -32,6 +39,9 @@ pub trait Tables<F: Family> {
     type Entry<'a>: Entry<F>
     where
         Self: 'a;
+    type PolicyEntry<'a>: PolicyEntry
+    where
+        Self: 'a;
 
     fn flow(&self, key: &F::FlowKey) -> Option<Self::Entry<'_>>;
     fn half_open(&self, key: &F::FlowKey) -> Option<Self::Entry<'_>>;
@@ -40,9 +50,7 @@ pub trait Tables<F: Family> {
     /// Inserts, or replaces when `replace`.
     fn put_half_open(&self, key: &F::FlowKey, flow: &F::Flow, replace: bool) -> Result<(), InsertError>;
 
-    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<PolicyFlow>;
-    /// Stores when an entry was last used, if it is still there.
-    fn touch_policy_flow(&self, key: &F::PolicyFlowKey, seen_ticks: u32);
+    fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<Self::PolicyEntry<'_>>;
     /// Inserts or replaces. A full table evicts; where even that fails, the flow is judged anew.
     fn put_policy_flow(&self, key: &F::PolicyFlowKey, flow: &PolicyFlow);
 
@@ -65,7 +73,7 @@ pub trait Tables<F: Family> {
 pub trait Env {
     /// One of the constants.
     fn config<T: Copy>(&self, field: impl FnOnce(&Config) -> &T) -> T;
-    /// The coarse monotonic clock in ticks of 2^30 ns.
+    /// Since boot, in ticks of 2^30 ns: [`Jiffies`](crate::config::Jiffies).
     fn now_ticks(&self) -> u32;
     /// The same clock in eighths of a tick.
     fn now_eighths(&self) -> u32;

@@ -35,6 +35,8 @@ pub enum Action {
     Translate,
     /// Not decided yet: policies have changed since the flow was judged.
     Judge,
+    /// Not decided yet: policies are to be asked about what would pass, with this value.
+    Enforce,
     /// Not decided yet: a fragment, the datagram's first one if `value` is 0.
     Fragment,
 }
@@ -91,6 +93,7 @@ impl Verdict {
             12 => Action::Next,
             13 => Action::Translate,
             14 => Action::Judge,
+            15 => Action::Enforce,
             _ => Action::Fragment,
         }
     }

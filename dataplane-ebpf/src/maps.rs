@@ -78,9 +78,10 @@ pub static OWN_ADDRS_V6: HashMap<[u32; 4], u32, 1024> = HashMap::new();
 #[btf_map]
 pub static DEVICES: HashMap<u32, Device, 1024> = HashMap::new();
 
-/// One element, see `dataplane_common::policy::REVISION_NONE`.
-#[btf_map]
-pub static POLICY_REVISION: Array<u32, 1> = Array::new();
+/// See `dataplane_common::policy::REVISION_NONE`. The object's only variable ([`dataplane_common::policy::VARIABLES`]): every
+/// packet of a pod asks for it, and a variable's address is in the instruction.
+#[unsafe(no_mangle)]
+pub static mut POLICY_REVISION: u32 = 0;
 #[btf_map]
 pub static POD_POLICY: HashMap<u32, PodPolicy, 1024> = HashMap::new();
 #[btf_map]

@@ -9,14 +9,14 @@ use aya_ebpf::{
     },
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_coarse_ns,
+        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64,
         bpf_ktime_get_ns,
     },
 };
 use dataplane_common::{
     addr::{Family, Mac, V4, V6},
     backend::{Backend, BackendHead},
-    config::{Config, config_flags},
+    config::{Config, Jiffies},
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
@@ -29,7 +29,7 @@ use dataplane_common::{
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
     },
     sock::{SockBackend, SockKey4, SockKey6},
-    tables::{Entry, Env, InsertError, Route, Router, Tables},
+    tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
 };
 
 use crate::{maps::*, policies};
@@ -43,6 +43,18 @@ static CONFIG: Config = Config::DEFAULT;
 pub fn config<T: Copy>(field: impl FnOnce(&Config) -> &T) -> T {
     // SAFETY: a reference to a part of a static. Volatile: the value here is not the one that the agent sets.
     unsafe { ptr::read_volatile(field(&CONFIG)) }
+}
+
+/// In nanoseconds, in steps of a jiffy.
+#[inline(always)]
+fn since_boot_ns() -> u64 {
+    // SAFETY: a helper without arguments. Before the constants are loaded, which would be kept over the call on the stack.
+    let count = unsafe { bpf_jiffies64() };
+    let jiffies = Jiffies {
+        initial: config(|c| &c.jiffies.initial),
+        length_ns: config(|c| &c.jiffies.length_ns),
+    };
+    jiffies.to_ns(count)
 }
 
 /// This CPU's [`Work`]; programs that use it do not nest.
@@ -115,6 +127,19 @@ impl<T> Aligned<T> {
 /// A flow entry in its map.
 pub struct MapEntry<V>(*mut V);
 
+impl PolicyEntry for MapEntry<PolicyFlow> {
+    #[inline(always)]
+    fn flow(&self) -> &PolicyFlow {
+        // SAFETY: as of `Entry` below. It may be torn when it is reused meanwhile, for a flow that was allowed, too.
+        unsafe { &*self.0 }
+    }
+    #[inline(always)]
+    fn touch(&self, seen_ticks: u32) {
+        // SAFETY: a single store of an aligned field of an element that exists.
+        unsafe { ptr::write_volatile(&raw mut (*self.0).seen_ticks, seen_ticks) };
+    }
+}
+
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
      $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr,
@@ -143,6 +168,10 @@ macro_rules! family_tables {
         }
 
         impl<C: Sender> Tables<$family> for World<C> {
+            type PolicyEntry<'a>
+                = MapEntry<PolicyFlow>
+            where
+                Self: 'a;
             type Entry<'a>
                 = MapEntry<$flow>
             where
@@ -172,16 +201,8 @@ macro_rules! family_tables {
                 )
             }
             #[inline(always)]
-            fn policy_flow(&self, key: &$policy_key) -> Option<PolicyFlow> {
-                // SAFETY: may be torn when the entry is reused meanwhile, for a flow that was allowed, too.
-                unsafe { $policy_flows.get(key) }.copied()
-            }
-            #[inline(always)]
-            fn touch_policy_flow(&self, key: &$policy_key, seen_ticks: u32) {
-                if let Some(flow) = $policy_flows.get_ptr_mut(key) {
-                    // SAFETY: a single store of an aligned field of an element that exists.
-                    unsafe { ptr::write_volatile(&raw mut (*flow).seen_ticks, seen_ticks) };
-                }
+            fn policy_flow(&self, key: &$policy_key) -> Option<MapEntry<PolicyFlow>> {
+                $policy_flows.get_ptr_mut(Aligned(*key).in_place()).map(MapEntry)
             }
             #[inline(always)]
             fn put_policy_flow(&self, key: &$policy_key, flow: &PolicyFlow) {
@@ -309,27 +330,12 @@ impl<C> Env for World<C> {
 
     #[inline(always)]
     fn now_ticks(&self) -> u32 {
-        // SAFETY: helpers without arguments.
-        unsafe {
-            if config(|c| &c.flags) & config_flags::COARSE_CLOCK != 0 {
-                (bpf_ktime_get_coarse_ns() >> 30) as u32
-            } else {
-                // Before 5.11. CONFIG_HZ is 250 or 1000 on all distributions; ticks need no more than that.
-                (bpf_jiffies64() >> 8) as u32
-            }
-        }
+        (since_boot_ns() >> 30) as u32
     }
 
     #[inline(always)]
     fn now_eighths(&self) -> u32 {
-        // SAFETY: helpers without arguments.
-        unsafe {
-            if config(|c| &c.flags) & config_flags::COARSE_CLOCK != 0 {
-                (bpf_ktime_get_coarse_ns() >> 27) as u32
-            } else {
-                (bpf_jiffies64() >> 5) as u32
-            }
-        }
+        (since_boot_ns() >> 27) as u32
     }
 
     #[inline(always)]
@@ -385,11 +391,8 @@ impl<C> Env for World<C> {
 
     #[inline(always)]
     fn policy_revision(&self) -> u32 {
-        let Some(revision) = POLICY_REVISION.get_ptr(0) else {
-            return REVISION_NONE;
-        };
-        // SAFETY: the element exists; one aligned load.
-        unsafe { ptr::read_volatile(revision) }
+        // SAFETY: one aligned load; nobody makes a reference to it.
+        unsafe { ptr::read_volatile(&raw const POLICY_REVISION) }
     }
 
     #[inline(always)]

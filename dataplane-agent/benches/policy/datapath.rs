@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, path::Path};
 use anyhow::{Context, Result};
 use aya::{Ebpf, programs::ProgramFd};
 use dataplane_agent::compile::policy::tables::Tables;
-use dataplane_common::policy::{PodPolicy, PolicyFlow, PolicyFlowKey4, policy_flow_flags};
+use dataplane_common::policy::{PodPolicy, PolicyFlow, PolicyFlowKey4, VARIABLES, policy_flow_flags};
 use dataplane_tests::test_run::{
     CLIENT, Device, TCP, load, program,
     tables::{Filling, now_ticks, source},
@@ -45,7 +45,7 @@ impl Datapath {
             ..PodPolicy::default()
         };
         filling.write("POD_POLICY", &device.ifindex, &pod)?;
-        filling.write("POLICY_REVISION", &0u32, &revision)?;
+        filling.write(VARIABLES, &0u32, &revision)?;
         Ok(Self { object, from_pod })
     }
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, thread};
 
 use anyhow::Context;
-use dataplane_common::config::{self as datapath, config_flags};
+use dataplane_common::config::{self as datapath, Jiffies, config_flags};
 use tokio::sync::watch;
 
 use super::{
@@ -93,9 +93,10 @@ fn load_and_watch(
         record.cgroup.clone_from(&cgroup);
         record.socket = Some(config.socket.clone());
     })?;
+    let jiffies = kernel::jiffies().context("failed to read the resolution of the kernel's coarse clock")?;
     let options = LoadOptions {
         sizes: config.sizes,
-        config: datapath_config(config, version, cookie, cgroup.is_some()),
+        config: datapath_config(config, version, cookie, jiffies, cgroup.is_some()),
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks: cgroup.is_some(),
         debug_log: config.debug_log,
@@ -172,6 +173,7 @@ fn datapath_config(
     config: &Config,
     version: (u32, u32),
     host_netns_cookie: u64,
+    jiffies: Jiffies,
     socket_hooks: bool,
 ) -> datapath::Config {
     let mut flags = kernel::config_flags(version);
@@ -193,6 +195,7 @@ fn datapath_config(
         }
     }
     datapath::Config {
+        jiffies,
         host_netns_cookie,
         flags,
         snat_port_min: config.snat_ports.min,
@@ -252,7 +255,7 @@ mod tests {
             let base = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
             let asked = flag.iter().flat_map(|flag| ["--policy-changes", flag]);
             let config = Cli::config_of(base.into_iter().chain(asked)).unwrap();
-            let flags = datapath_config(&config, (6, 1), 0, false).flags;
+            let flags = datapath_config(&config, (6, 1), 0, Jiffies::of(4_000_000), false).flags;
             let is_set = flags & config_flags::POLICY_NEW_FLOWS_ONLY != 0;
             assert_eq!(is_set, expected, "{flag:?}");
         }

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use dataplane_common::config::Jiffies;
+
 use super::{Hook, sys};
 use crate::path_error::PathError;
 
@@ -111,15 +113,22 @@ pub fn netns_cookie() -> io::Result<u64> {
 
 /// The flags of [`dataplane_common::config::Config`] that say what this kernel has.
 pub fn config_flags(version: (u32, u32)) -> u32 {
-    use dataplane_common::config::config_flags::{COARSE_CLOCK, CSUM_IPV6};
+    use dataplane_common::config::config_flags::CSUM_IPV6;
     let mut flags = 0;
-    if version >= (5, 11) {
-        flags |= COARSE_CLOCK;
-    }
     if version >= (6, 16) {
         flags |= CSUM_IPV6;
     }
     flags
+}
+
+/// How this kernel counts the time: the coarse clocks go on with every jiffy.
+pub fn jiffies() -> io::Result<Jiffies> {
+    let resolution = sys::coarse_resolution()?;
+    u32::try_from(resolution.as_nanos())
+        .ok()
+        .filter(|length_ns| (1..=100_000_000).contains(length_ns))
+        .map(Jiffies::of)
+        .ok_or_else(|| io::Error::other(format!("a jiffy of {resolution:?}")))
 }
 
 /// The root of the mounted cgroup v2 hierarchy.

@@ -13,19 +13,30 @@ use aya::{
     EbpfLoader,
     programs::{Program as AyaProgram, ProgramError},
 };
-use dataplane_common::config::{self, Config};
+use dataplane_common::{
+    config::{self, Config},
+    policy::VARIABLES,
+};
 
 use super::{
     OBJECT, Program,
     debug_log::{self, DebugLog},
-    kernel,
+    kernel, map_names as names,
     maps::{self, Shape},
     pins::{PinError, Pins},
 };
 use crate::config::Sizes;
 
 /// Begins the names of maps that are renewed with the programs: read-only data, those of aya-log, scratch space.
-const RENEWED_MAPS: [&str; 3] = [".", "AYA_", "WORK_"];
+const RENEWED_MAPS: [&str; 3] = [".rodata", "AYA_", "WORK_"];
+
+/// The name under which one of the object's maps is pinned: bpffs allows no dots.
+fn pinned_as(name: &str) -> &str {
+    match name {
+        VARIABLES => names::POLICY_REVISION,
+        name => name,
+    }
+}
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -166,14 +177,14 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
 fn make_maps(object: &[u8], pins: &Pins, options: &LoadOptions) -> Result<aya::Ebpf, LoadError> {
     let shapes = wanted_shapes(object, &options.sizes)?;
     for (name, shape) in &shapes {
-        maps::check_pinned(pins, name, shape)?;
+        maps::check_pinned(pins, pinned_as(name), shape)?;
     }
 
     let mut loader = EbpfLoader::new();
     loader.override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
     for (name, shape) in &shapes {
         loader.map_max_entries(name, shape.max_entries);
-        loader.map_pin_path(name, pins.map(name));
+        loader.map_pin_path(name, pins.map(pinned_as(name)));
     }
     let level = debug_log::level(options.debug_log);
     loader.override_global(aya_log::LEVEL, &level, true);

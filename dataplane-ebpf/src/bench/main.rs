@@ -20,7 +20,7 @@ use dataplane_common::{
     policy::PolicyFlowKey4,
     rewrite::{RewriteIp, rewrite, write_macs},
     service::{Scope, port_set_index},
-    tables::{Entry, Env, Route, Router, Tables},
+    tables::{Entry, Env, PolicyEntry, Route, Router, Tables},
 };
 
 use crate::{
@@ -260,7 +260,7 @@ pub fn floor_policy_flow_tc(ctx: TcContext) -> i32 {
     let known = policy_flow_key(&ctx).and_then(|key| Tables::<V4>::policy_flow(&world, &key));
     match known {
         // SAFETY: the context is valid while the program runs.
-        Some(known) if known.ifindex == unsafe { (*ctx.skb.skb).ifindex } => NEXT,
+        Some(known) if known.flow().ifindex == unsafe { (*ctx.skb.skb).ifindex } => NEXT,
         _ => 2,
     }
 }

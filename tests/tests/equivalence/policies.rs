@@ -7,7 +7,7 @@ use dataplane_common::addr::{AnyAddr, Family, V4, V6, proto};
 use dataplane_common::memory::{FamilyTables, Memory, MemoryCidr};
 use dataplane_common::policy::{
     PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
-    RuleBits, VerdictEvent, port_prefix, set_flags,
+    RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
 };
 
 use crate::kernel::Kernel;
@@ -171,7 +171,7 @@ pub fn change(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -
         } else {
             tables.revision + 1
         };
-        kernel.set_element::<_, 4>("POLICY_REVISION", 0, &tables.revision)?;
+        kernel.set_element::<_, 4>(VARIABLES, 0, &tables.revision)?;
     }
     Ok(())
 }

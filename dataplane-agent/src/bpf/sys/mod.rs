@@ -25,8 +25,8 @@ pub use objects::{
     prog_by_id, prog_info, prog_query, try_map,
 };
 pub use process::{
-    filesystem_magic, give_memory_back, grace_period, legacy_filter_rules, monotonic, netns_cookie,
-    raise_memlock_limit, watch_readable,
+    coarse_resolution, filesystem_magic, give_memory_back, grace_period, legacy_filter_rules, monotonic,
+    netns_cookie, raise_memlock_limit, watch_readable,
 };
 
 /// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.

@@ -33,6 +33,22 @@ pub fn raise_memlock_limit() {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
 }
 
+/// By what steps the coarse clocks go on (`clock_getres`(2)).
+pub fn coarse_resolution() -> io::Result<Duration> {
+    let mut step = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `step` lives across the call.
+    match unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut step) } {
+        0 => Ok(Duration::new(
+            step.tv_sec.cast_unsigned(),
+            step.tv_nsec.cast_unsigned() as u32,
+        )),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Gives memory that was freed back to the system; glibc keeps it otherwise.
 pub fn give_memory_back() {
     #[cfg(target_env = "gnu")]

@@ -16,7 +16,7 @@ use crate::{
     cli::status::Output,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceConfig, SourceRangesFor,
+        SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     explain::{End, Port},
     source::kube::Address,
@@ -92,7 +92,8 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
-    /// Say what policies have denied lately and by which rule, and what dry runs would have changed.
+    /// Say what policies have denied lately and by which rule, and what dry runs would have changed; with `--verdicts all` of
+    /// `run`, what they have allowed too.
     Verdicts {
         /// The agent's socket.
         #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
@@ -203,6 +204,9 @@ struct Settings {
     /// Which flows a change of policies is about [default: all].
     #[arg(long, env = "DATAPLANE_POLICY_CHANGES", value_enum)]
     policy_changes: Option<PolicyChanges>,
+    /// Which verdicts of policies are told, for `verdicts` [default: denied].
+    #[arg(long, env = "DATAPLANE_VERDICTS", value_enum)]
+    verdicts: Option<Verdicts>,
     /// Addresses and ports of Services, by family and scope; 176 bytes each [default: 131072].
     #[arg(long, env = "DATAPLANE_MAX_FRONTENDS")]
     max_frontends: Option<u32>,
@@ -318,8 +322,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path,
-            snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, max_frontends, max_services, max_backends, max_maglev,
+            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, verdicts, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
@@ -370,6 +373,7 @@ impl Settings {
             external_ips,
             source_ranges_for,
             policy_changes,
+            verdicts,
             max_frontends,
             max_services,
             max_backends,
@@ -420,6 +424,7 @@ impl Settings {
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
             policy_changes: policy_changes.unwrap_or_default(),
+            verdicts: verdicts.unwrap_or_default(),
             sizes: Sizes {
                 limits: Limits {
                     frontends: size("max-frontends", max_frontends, limits.frontends, ROWS_AT_MOST)?,

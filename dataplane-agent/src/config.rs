@@ -46,6 +46,7 @@ pub struct Config {
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,
     pub policy_changes: PolicyChanges,
+    pub verdicts: Verdicts,
     pub sizes: Sizes,
     /// Log what the datapath does with packets.
     pub debug_log: bool,
@@ -175,6 +176,17 @@ pub enum PolicyChanges {
     All,
     /// Those that begin later: one that was allowed goes on.
     NewFlows,
+}
+
+/// `--verdicts`: which verdicts of policies are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdicts {
+    /// What is denied, and what dry runs would change.
+    #[default]
+    Denied,
+    /// Flows that policies allow too, once each.
+    All,
 }
 
 /// An inclusive range of ports, written `A-B`.

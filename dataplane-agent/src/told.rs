@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 pub enum ToldVerdict {
     #[default]
     Denied,
+    Allowed,
     /// A policy that is a dry run would deny what was allowed.
     WouldDeny,
     /// A policy that is a dry run would allow what was denied.
@@ -18,6 +19,7 @@ impl ToldVerdict {
     pub const fn as_str(self) -> &'static str {
         match self {
             ToldVerdict::Denied => "denied",
+            ToldVerdict::Allowed => "allowed",
             ToldVerdict::WouldDeny => "would deny",
             ToldVerdict::WouldAllow => "would allow",
         }

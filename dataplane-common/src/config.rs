@@ -18,6 +18,8 @@ pub mod config_flags {
     pub const SOCKET_PODS: u32 = 16;
     /// A change of policies is for new flows: one that was allowed is not judged again.
     pub const POLICY_NEW_FLOWS_ONLY: u32 = 32;
+    /// Verdicts that allow are told too.
+    pub const TELL_ALLOWED: u32 = 64;
 }
 
 /// Constants for one load of the object.

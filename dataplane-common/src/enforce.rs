@@ -279,9 +279,15 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
         let outward = work.policy_flow.flags & policy_flow_flags::FROM_POD != 0;
         let mut verdict = judge::<F, W>(world, at.ifindex, work, outward);
         if verdict != Verdict::PASS && is_middle && !is_known {
-            work.policy_flow.flags ^= policy_flow_flags::FROM_POD;
+            work.judged_first = work.judged;
             verdict = judge::<F, W>(world, at.ifindex, work, !outward);
+            if verdict == Verdict::PASS {
+                work.policy_flow.flags ^= policy_flow_flags::FROM_POD;
+            } else {
+                work.judged = work.judged_first;
+            }
         }
+        report::<F, W>(world, work);
         if verdict != Verdict::PASS {
             return verdict;
         }
@@ -290,9 +296,12 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
     Verdict::PASS
 }
 
-/// What a pod's set says of `work.from_pod`: of what the pod sends, or else of what reaches it. `ifindex` is the pod's.
+/// What a pod's set says of `work.from_pod`: of what the pod sends, or else of what reaches it. `ifindex` is the pod's. What
+/// decided is in `work.judged`, for [`report`].
 #[inline(never)]
 fn judge<F: Family, W: World<F>>(world: &W, ifindex: u32, work: &mut Work<F>, outward: bool) -> Verdict {
+    work.judged.set = SET_NONE;
+    work.judged.audit = SET_NONE;
     let Some(pod) = world.pod_policy(ifindex) else {
         return Verdict::drop(Reason::PolicyUnknownPod);
     };
@@ -307,27 +316,15 @@ fn judge<F: Family, W: World<F>>(world: &W, ifindex: u32, work: &mut Work<F>, ou
     }
     let class = world.forget(policy::class::<F, W>(world, &tuple.dst));
     let judgement = world.judge(set, class, work.headers.proto, port_be);
-    if let Some(rule) = judgement.rule() {
-        world.count_rule(rule);
-    }
-    let allowed = judgement.is_allowed();
-    if !allowed {
-        let reason = denied(judgement);
-        tell::<F, W>(world, ifindex, work, outward, judgement, reason);
-    }
+    work.judged.ifindex = ifindex;
+    work.judged.outward = u32::from(outward);
+    work.judged.set = set;
+    work.judged.audit = audit;
+    work.judged.judgement = judgement.to_raw();
     if audit != set {
-        let other = world.judge(audit, class, work.headers.proto, port_be);
-        if other.is_allowed() != allowed {
-            let reason = if allowed {
-                Reason::DryRunDenied
-            } else {
-                Reason::DryRunAllowed
-            };
-            world.count(reason as u32);
-            tell::<F, W>(world, ifindex, work, outward, other, reason);
-        }
+        work.judged.would_be = world.judge(audit, class, work.headers.proto, port_be).to_raw();
     }
-    if allowed {
+    if judgement.is_allowed() {
         Verdict::PASS
     } else {
         Verdict::drop(denied(judgement))
@@ -343,22 +340,55 @@ fn denied(judgement: Judgement) -> Reason {
     }
 }
 
+/// Counts and tells the verdict in `work.judged`, which is final, and what a dry run would make of it. One that allows is told
+/// where that is asked for.
+#[inline(never)]
+fn report<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) {
+    let (set, audit) = (work.judged.set, work.judged.audit);
+    if set == SET_NONE && audit == SET_NONE {
+        return;
+    }
+    let judgement = Judgement::from_raw(work.judged.judgement);
+    let allowed = judgement.is_allowed();
+    if set != SET_NONE {
+        world.count_verdict(set, judgement, false);
+    }
+    if allowed {
+        world.count(Reason::PolicyAllowed as u32);
+        if world.config(|c| &c.flags) & config_flags::TELL_ALLOWED != 0 {
+            tell::<F, W>(world, work, judgement, Reason::PolicyAllowed);
+        }
+    } else {
+        tell::<F, W>(world, work, judgement, denied(judgement));
+    }
+    if audit == set {
+        return;
+    }
+    let would_be = Judgement::from_raw(work.judged.would_be);
+    if would_be.is_allowed() != allowed {
+        let reason = if allowed {
+            Reason::DryRunDenied
+        } else {
+            Reason::DryRunAllowed
+        };
+        world.count_verdict(audit, would_be, true);
+        world.count(reason as u32);
+        tell::<F, W>(world, work, would_be, reason);
+    }
+}
+
 /// Tells user space of a verdict, unless there have been too many about the pod just now.
 #[inline(never)]
-fn tell<F: Family, W: World<F>>(
-    world: &W,
-    ifindex: u32,
-    work: &mut Work<F>,
-    outward: bool,
-    judgement: Judgement,
-    reason: Reason,
-) {
-    let Some(untold) = world.may_tell(ifindex) else {
+fn tell<F: Family, W: World<F>>(world: &W, work: &mut Work<F>, judgement: Judgement, reason: Reason) {
+    let ifindex = work.judged.ifindex;
+    let allows = reason as u32 == Reason::PolicyAllowed as u32;
+    let Some(untold) = world.may_tell(ifindex, allows) else {
         return;
     };
+    let outward = work.judged.outward;
     let event = &mut work.told;
     let tuple = &work.from_pod;
-    if outward {
+    if outward != 0 {
         (event.src_be, event.dst_be) = (F::to_any(tuple.src), F::to_any(tuple.dst));
         (event.sport_be, event.dport_be) = (tuple.sport_be, tuple.dport_be);
     } else {
@@ -372,8 +402,21 @@ fn tell<F: Family, W: World<F>>(
     event.untold = untold;
     event.family = F::VERSION;
     event.proto = work.headers.proto;
-    event.outward = u8::from(outward);
+    event.outward = outward as u8;
     world.tell(event);
+}
+
+/// [`judge`] where its verdict is the final one.
+#[inline(always)]
+fn judge_at_once<F: Family, W: World<F>>(
+    world: &W,
+    ifindex: u32,
+    work: &mut Work<F>,
+    outward: bool,
+) -> Verdict {
+    let verdict = judge::<F, W>(world, ifindex, work, outward);
+    report::<F, W>(world, work);
+    verdict
 }
 
 /// A packet of a translated flow, whose entry is `work.forward`: what the policies of its pods say that meet here. With
@@ -404,12 +447,12 @@ pub(crate) fn translated<F: Family, W: World<F>>(world: &W, at: &Context, work: 
         F::rewrite(&work.forward).tuple()
     };
     let outward = at_client || !is_reply;
-    let verdict = judge::<F, W>(world, at.ifindex, work, outward);
+    let verdict = judge_at_once::<F, W>(world, at.ifindex, work, outward);
     if verdict != Verdict::PASS || far == 0 {
         return verdict;
     }
     work.from_pod = work.from_pod.reversed();
-    judge::<F, W>(world, far, work, !outward)
+    judge_at_once::<F, W>(world, far, work, !outward)
 }
 
 /// Judges a flow that is about to begin, whose entries are in `work`. `NEXT`: it may.

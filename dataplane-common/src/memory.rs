@@ -22,8 +22,8 @@ use crate::{
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
     policy::{
-        self, Judgement, PeerRulesKey, PeerTables, PodPolicy, PolicyFlow, PolicyRule, PolicySet,
-        PolicyTables, PortRulesKey, RuleBits, VerdictEvent, port_prefix,
+        self, Hits, Judged, Judgement, PeerRulesKey, PeerTables, PodPolicy, PolicyFlow, PolicyRule,
+        PolicySet, PolicyTables, PortRulesKey, RuleBits, VerdictEvent, port_prefix,
     },
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
@@ -146,10 +146,18 @@ pub struct Policies {
     pub port_rules: HashMap<(u32, PortRulesKey), u32>,
     pub bits: Vec<RuleBits>,
     pub rules: Vec<PolicyRule>,
-    /// By index of a rule.
-    pub hits: RefCell<HashMap<u32, u64>>,
+    pub hits: RefCell<HashMap<Counted, Hits>>,
     /// What was told of verdicts.
     pub told: RefCell<Vec<VerdictEvent>>,
+}
+
+/// What verdicts are counted at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Counted {
+    /// An index into `RULES`.
+    Rule(u32),
+    /// A set, where none of its rules decides.
+    Set(u32),
 }
 
 /// A range of `CIDRS_*`.
@@ -419,6 +427,8 @@ fn work<F: Family>() -> Work<F> {
         from_pod: Tuple::default(),
         policy_key: F::PolicyFlowKey::zeroed(),
         policy_flow: PolicyFlow::default(),
+        judged: Judged::default(),
+        judged_first: Judged::default(),
         told: VerdictEvent::default(),
     }
 }
@@ -672,11 +682,22 @@ impl Env for Memory {
         policy::judge(&self.policies, set, class, proto, port_be)
     }
 
-    fn count_rule(&self, index: u32) {
-        *self.policies.hits.borrow_mut().entry(index).or_default() += 1;
+    fn count_verdict(&self, set: u32, judgement: Judgement, is_dry_run: bool) {
+        let counted = match judgement.rule() {
+            Some(rule) => Counted::Rule(rule),
+            None => Counted::Set(set),
+        };
+        let mut all = self.policies.hits.borrow_mut();
+        let hits = all.entry(counted).or_default();
+        let count = if is_dry_run {
+            &mut hits.dry_run
+        } else {
+            &mut hits.decided
+        };
+        *count += 1;
     }
 
-    fn may_tell(&self, _ifindex: u32) -> Option<u32> {
+    fn may_tell(&self, _ifindex: u32, _allows: bool) -> Option<u32> {
         (self.config.verdicts_per_tick != 0).then_some(0)
     }
 

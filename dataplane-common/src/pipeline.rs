@@ -23,7 +23,7 @@ use crate::{
     half_open, icmp,
     packet::Packet,
     parse::{Fragment, Headers, parse_l4, tcp},
-    policy::{PeerTables, PolicyFlow, VerdictEvent},
+    policy::{Judged, PeerTables, PolicyFlow, VerdictEvent},
     reason::Reason,
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
@@ -116,6 +116,9 @@ pub struct Work<F: Family> {
     pub from_pod: Tuple<F::Addr>,
     pub policy_key: F::PolicyFlowKey,
     pub policy_flow: PolicyFlow,
+    /// The verdict of a pod's policies, and that of before where both directions are asked.
+    pub judged: Judged,
+    pub judged_first: Judged,
     pub told: VerdictEvent,
 }
 

@@ -120,6 +120,33 @@ pub struct VerdictEvent {
 /// In [`VerdictEvent::rule`]: none decided.
 pub const NO_RULE_INDEX: u32 = u32::MAX;
 
+/// Value of `RULE_HITS`, by index into `RULES`, and of `SET_HITS`, by set, for what no rule of it decides. Each verdict counts
+/// once: a flow that begins, or that is judged again because policies have changed, and each packet that is denied.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Hits {
+    /// Verdicts in force.
+    pub decided: u64,
+    /// Verdicts that a dry run would change, counted at what decides them if no policy is one.
+    pub dry_run: u64,
+}
+
+/// A verdict about a pod, until it is known to be the final one; then it is counted and told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Judged {
+    /// The host-side interface of the pod whose policies these are.
+    pub ifindex: u32,
+    /// 1: about what the pod sends, 0: about what reaches it.
+    pub outward: u32,
+    /// The set that was asked, and [`Judgement::to_raw`].
+    pub set: u32,
+    pub judgement: u32,
+    /// The set that would be if no policy were a dry run, and what it says.
+    pub audit: u32,
+    pub would_be: u32,
+}
+
 /// Value of `VERDICTS_TOLD`, by ifindex: how many verdicts about a pod are told in a tick.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -253,6 +280,8 @@ const _: () = assert!(size_of::<PolicyFlowKey6>() == 40);
 const _: () = assert!(size_of::<PolicyFlow>() == 16);
 const _: () = assert!(size_of::<VerdictEvent>() == 72);
 const _: () = assert!(size_of::<VerdictBudget>() == 12);
+const _: () = assert!(size_of::<Hits>() == 16);
+const _: () = assert!(size_of::<Judged>() == 24);
 const _: () = assert!(size_of::<RuleBits>() == 128);
 const _: () = assert!(size_of::<PolicySet>() == 12);
 const _: () = assert!(size_of::<PeerRulesKey>() == 8);

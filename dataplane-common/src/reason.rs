@@ -71,6 +71,8 @@ reasons! {
     TtlExceeded = "ttl-exceeded",
     /// Answered: larger than the path's MTU (fragmentation needed or packet too big sent).
     FragmentationNeeded = "fragmentation-needed",
+    /// Judged: policies allow the flow; counted when it begins, and again when policies have changed.
+    PolicyAllowed = "policy-allowed",
     /// Dropped: a policy denies the flow, or isolates the pod and no rule allows it.
     PolicyDenied = "policy-denied",
     /// Dropped: the interface's pod is not known yet, nor its policies.

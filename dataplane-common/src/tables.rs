@@ -93,10 +93,11 @@ pub trait Env {
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy>;
     /// [`policy::judge`](crate::policy::judge) by these tables.
     fn judge(&self, set: u32, class: u32, proto: u8, port_be: u16) -> Judgement;
-    /// Counts a verdict of a rule, by its index in `RULES`.
-    fn count_rule(&self, index: u32);
+    /// Counts a verdict of a set: at the rule that decided, or at the set. `is_dry_run`: it is not in force.
+    fn count_verdict(&self, set: u32, judgement: Judgement, is_dry_run: bool);
     /// Whether a verdict about the pod behind an interface may be told now; then, how many were not since the last one.
-    fn may_tell(&self, ifindex: u32) -> Option<u32>;
+    /// Those that allow get half of what there is, so that they never leave out others.
+    fn may_tell(&self, ifindex: u32, allows: bool) -> Option<u32>;
     /// Puts a record into `VERDICTS`; fills in the time.
     fn tell(&self, event: &mut VerdictEvent);
 

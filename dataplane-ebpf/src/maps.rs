@@ -13,7 +13,7 @@ use dataplane_common::{
     flow::{self, Flow4, Flow6, FlowKey4, FlowKey6},
     pipeline::Work,
     policy::{
-        PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
+        Hits, PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
         PortRulesKey, RuleBits, VerdictBudget,
     },
     reason::REASONS,
@@ -107,9 +107,10 @@ pub static RULES: Array<PolicyRule, 32768> = Array::new();
 pub static VERDICTS: RingBuf<(), 65536> = RingBuf::new();
 #[btf_map]
 pub static VERDICTS_TOLD: LruHashMap<u32, VerdictBudget, 1024> = LruHashMap::new();
-/// By index into `RULES`: flows that a rule has allowed, and packets that it has dropped.
 #[btf_map]
-pub static RULE_HITS: PerCpuArray<u64, 32768> = PerCpuArray::new();
+pub static RULE_HITS: PerCpuArray<Hits, 32768> = PerCpuArray::new();
+#[btf_map]
+pub static SET_HITS: PerCpuArray<Hits, 4096> = PerCpuArray::new();
 #[btf_map]
 pub static POLICY_FLOWS_V4: LruHashMap<PolicyFlowKey4, PolicyFlow, 131072> = LruHashMap::new();
 #[btf_map]

@@ -406,8 +406,8 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
-    fn may_tell(&self, ifindex: u32) -> Option<u32> {
-        let most = config(|c| &c.verdicts_per_tick);
+    fn may_tell(&self, ifindex: u32, allows: bool) -> Option<u32> {
+        let most = config(|c| &c.verdicts_per_tick) >> u32::from(allows);
         if most == 0 {
             return None;
         }
@@ -448,10 +448,20 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
-    fn count_rule(&self, index: u32) {
-        if let Some(hits) = RULE_HITS.get_ptr_mut(index) {
+    fn count_verdict(&self, set: u32, judgement: Judgement, is_dry_run: bool) {
+        let hits = match judgement.rule() {
+            Some(rule) => RULE_HITS.get_ptr_mut(rule),
+            None => SET_HITS.get_ptr_mut(set),
+        };
+        if let Some(hits) = hits {
             // SAFETY: as in `count`.
-            unsafe { *hits += 1 };
+            unsafe {
+                if is_dry_run {
+                    (*hits).dry_run += 1;
+                } else {
+                    (*hits).decided += 1;
+                }
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use dataplane_agent::{
     bpf::map_names,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceConfig, SourceRangesFor,
+        SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     decode::{Decoded, decode},
     health::{Progress, node_ports},
@@ -135,6 +135,7 @@ fn config(inside: &Inside, fleet: Fleet) -> Config {
         external_ips: true,
         source_ranges_for: SourceRangesFor::Lb,
         policy_changes: PolicyChanges::All,
+        verdicts: Verdicts::Denied,
         sizes: sizes(fleet),
         debug_log: false,
     }

@@ -23,7 +23,7 @@ use dataplane_tests::test_run::{
     counting::Counting,
     frame, load, make_device, program,
     stats::{less, median},
-    tables::counted,
+    tables::{counted, decided},
 };
 use serde::Serialize;
 
@@ -218,7 +218,7 @@ fn verdicts(
         let judged = |node: &Datapath, compiled: &Compiled| {
             if is_allowed {
                 let rules = 0..compiled.tables.rules.len() as u32;
-                rules.map(|rule| counted(&node.object, "RULE_HITS", rule)).sum()
+                rules.map(|rule| decided(&node.object, rule)).sum()
             } else {
                 counted(&node.object, "COUNTERS", Reason::PolicyDenied as u32)
             }
@@ -331,7 +331,7 @@ fn established(args: &Args, device: &Device, results: &mut Results) -> Result<()
             }
             check(&mut trampoline, &arms)?;
             let net = rounds(args, &mut trampoline, &arms)?;
-            let judged = counted(&with.object, "RULE_HITS", 0)?;
+            let judged = decided(&with.object, 0)?;
             ensure!(judged == 0, "{judged} packets of established flows were judged");
             results.add(established_row(flows, &net));
         }

@@ -85,6 +85,7 @@ impl Agent {
             number: 0,
             time: wall_clock(event.at_ns),
             verdict: match reason {
+                Some(Reason::PolicyAllowed) => ToldVerdict::Allowed,
                 Some(Reason::DryRunDenied) => ToldVerdict::WouldDeny,
                 Some(Reason::DryRunAllowed) => ToldVerdict::WouldAllow,
                 _ => ToldVerdict::Denied,
@@ -116,7 +117,7 @@ impl Agent {
         }
     }
 
-    /// The policies that isolate the pod of an event that no rule has decided.
+    /// The policies that select the pod of an event that no rule has decided.
     fn selected_by(&self, event: &VerdictEvent) -> Option<String> {
         let own = if event.outward != 0 {
             event.src_be

@@ -20,7 +20,7 @@ use crate::{
         loader::{self, LoadOptions},
         pins::Pins,
     },
-    config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb},
+    config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb, Verdicts},
     host::{HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
     store::{bpf::BpfStore, sockets::GivenSockets},
@@ -189,6 +189,7 @@ fn datapath_config(
             config_flags::POLICY_NEW_FLOWS_ONLY,
             config.policy_changes == PolicyChanges::NewFlows,
         ),
+        (config_flags::TELL_ALLOWED, config.verdicts == Verdicts::All),
     ] {
         if on {
             flags |= flag;
@@ -250,14 +251,21 @@ mod tests {
     use crate::args::Cli;
 
     #[test]
-    fn policy_changes_are_for_new_flows_only_where_that_is_asked_for() {
-        for (flag, expected) in [(None, false), (Some("all"), false), (Some("new-flows"), true)] {
+    fn settings_of_policies_are_constants_of_the_datapath() {
+        for (flags, expected) in [
+            (&[][..], 0),
+            (&["--policy-changes", "all", "--verdicts", "denied"], 0),
+            (
+                &["--policy-changes", "new-flows"],
+                config_flags::POLICY_NEW_FLOWS_ONLY,
+            ),
+            (&["--verdicts", "all"], config_flags::TELL_ALLOWED),
+        ] {
             let base = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
-            let asked = flag.iter().flat_map(|flag| ["--policy-changes", flag]);
-            let config = Cli::config_of(base.into_iter().chain(asked)).unwrap();
-            let flags = datapath_config(&config, (6, 1), 0, Jiffies::of(4_000_000), false).flags;
-            let is_set = flags & config_flags::POLICY_NEW_FLOWS_ONLY != 0;
-            assert_eq!(is_set, expected, "{flag:?}");
+            let config = Cli::config_of(base.iter().chain(flags).copied()).unwrap();
+            let of_policies = config_flags::POLICY_NEW_FLOWS_ONLY | config_flags::TELL_ALLOWED;
+            let set = datapath_config(&config, (6, 1), 0, Jiffies::of(4_000_000), false).flags & of_policies;
+            assert_eq!(set, expected, "{flags:?}");
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 35] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 36] {
     let Sizes {
         limits,
         affinity,
@@ -74,6 +74,7 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 35] {
         (map_names::RULE_BITS, bits),
         (map_names::RULES, rules),
         (map_names::RULE_HITS, rules),
+        (map_names::SET_HITS, sets),
         (map_names::POLICY_FLOWS_V4, policy_flows),
         (map_names::POLICY_FLOWS_V6, policy_flows),
     ]

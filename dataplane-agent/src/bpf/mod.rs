@@ -129,6 +129,7 @@ pub mod map_names {
     pub const RULE_BITS: &str = "RULE_BITS";
     pub const RULES: &str = "RULES";
     pub const RULE_HITS: &str = "RULE_HITS";
+    pub const SET_HITS: &str = "SET_HITS";
     pub const POLICY_FLOWS_V4: &str = "POLICY_FLOWS_V4";
     pub const POLICY_FLOWS_V6: &str = "POLICY_FLOWS_V6";
     pub const SOCK_CHOSEN: &str = "SOCK_CHOSEN";

@@ -1,4 +1,4 @@
-//! The folder in the BPF filesystem: `<bpffs>/dataplane-v3/` with `maps/` and `links/`. The number is that of the
+//! The folder in the BPF filesystem: `<bpffs>/dataplane-v…/` with `maps/` and `links/`. The number is that of the
 //! maps' layout; a folder of another number belongs to another version of the agent and is never touched.
 
 use std::{
@@ -11,7 +11,7 @@ use super::{Program, sys};
 use crate::path_error::PathError;
 
 /// Changes when a map's key or value changes its layout.
-pub const SCHEMA_VERSION: u32 = 5;
+pub const SCHEMA_VERSION: u32 = 6;
 
 const FOLDER_PREFIX: &str = "dataplane-v";
 /// `BPF_FS_MAGIC`.

@@ -1,4 +1,5 @@
-//! `verdicts`: what policies have denied lately, and what dry runs would have changed.
+//! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
+//! was allowed.
 
 use std::{io::Write, path::Path, thread, time::Duration};
 

@@ -16,7 +16,7 @@ pub struct PolicyLimits {
     pub peers: u32,
     /// Entries of each of `CIDRS_V4` and `CIDRS_V6`.
     pub ranges: u32,
-    /// Elements of `POLICY_SETS`.
+    /// Elements of `POLICY_SETS` and `SET_HITS`.
     pub sets: u32,
     pub peer_rules: u32,
     pub port_rules: u32,

@@ -203,6 +203,17 @@ pub fn counted(object: &Ebpf, name: &str, index: u32) -> Result<u64> {
     Ok(counts.get(&index, 0)?.iter().sum())
 }
 
+/// The verdicts that a rule has given, over all CPUs.
+pub fn decided(object: &Ebpf, rule: u32) -> Result<u64> {
+    let map = object.map("RULE_HITS").context("no map RULE_HITS")?;
+    let hits: PerCpuArray<&MapData, [u64; 2]> = PerCpuArray::try_from(map)?;
+    Ok(hits
+        .get(&rule, 0)?
+        .iter()
+        .map(|[decided, _dry_run]| decided)
+        .sum())
+}
+
 /// The clock of the datapath, in ticks.
 pub fn now_ticks() -> Result<u32> {
     let path = "/proc/uptime";

@@ -14,6 +14,7 @@ use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
 use dataplane_common::config::{self, Config};
 use dataplane_common::memory::{Frame, Memory};
 use dataplane_common::pipeline::Context;
+use dataplane_common::policy::Hits;
 use dataplane_common::verdict::{Action, Hook, Verdict};
 
 /// Every hook and its program.
@@ -246,14 +247,26 @@ impl Kernel {
 
     /// Sums up an element of a per-CPU array, and sets it to 0.
     pub fn take_count(&mut self, name: &str, index: u32) -> Result<u64> {
+        self.take(name, index).map(|[count]| count)
+    }
+
+    /// The same of verdicts.
+    pub fn take_hits(&mut self, name: &str, index: u32) -> Result<Hits> {
+        let [decided, dry_run] = self.take(name, index)?;
+        Ok(Hits { decided, dry_run })
+    }
+
+    fn take<const N: usize>(&mut self, name: &str, index: u32) -> Result<[u64; N]> {
         let map = self
             .object
             .map_mut(name)
             .with_context(|| format!("no map {name}"))?;
-        let mut counts: PerCpuArray<&mut MapData, u64> = PerCpuArray::try_from(map)?;
+        let mut counts: PerCpuArray<&mut MapData, [u64; N]> = PerCpuArray::try_from(map)?;
         let values = counts.get(&index, 0)?;
-        counts.set(index, PerCpuValues::try_from(vec![0; values.len()])?, 0)?;
-        Ok(values.iter().sum())
+        counts.set(index, PerCpuValues::try_from(vec![[0; N]; values.len()])?, 0)?;
+        Ok(std::array::from_fn(|at| {
+            values.iter().map(|value| value[at]).sum()
+        }))
     }
 
     /// Takes every record out of a ring buffer.

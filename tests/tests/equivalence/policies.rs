@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::{Result, bail, ensure};
 use dataplane_common::addr::{AnyAddr, Family, V4, V6, proto};
-use dataplane_common::memory::{FamilyTables, Memory, MemoryCidr};
+use dataplane_common::memory::{Counted, FamilyTables, Memory, MemoryCidr};
 use dataplane_common::policy::{
     PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
     RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
@@ -182,11 +182,14 @@ pub fn compare(setting: &mut Setting, kernel: &mut Kernel) -> Result<usize> {
     let memory = &mut setting.memory;
     let count = compare_flows::<V4, PolicyFlowKey4, 16>(kernel, "POLICY_FLOWS_V4", &mut memory.v4)?
         + compare_flows::<V6, PolicyFlowKey6, 40>(kernel, "POLICY_FLOWS_V6", &mut memory.v6)?;
-    for (index, hits) in memory.policies.hits.get_mut().drain() {
-        let of_kernel = kernel.take_count("RULE_HITS", index)?;
+    for (counted, hits) in memory.policies.hits.get_mut().drain() {
+        let of_kernel = match counted {
+            Counted::Rule(index) => kernel.take_hits("RULE_HITS", index)?,
+            Counted::Set(set) => kernel.take_hits("SET_HITS", set)?,
+        };
         ensure!(
             of_kernel == hits,
-            "rule {index}: host {hits} verdicts, kernel {of_kernel}"
+            "{counted:?}: host {hits:?}, kernel {of_kernel:?}"
         );
     }
     let mut of_kernel = kernel.take_records::<VerdictEvent>("VERDICTS")?.into_iter();

@@ -30,7 +30,7 @@ use crate::{
         Compiler, Options,
         policy::{PolicyCompiler, Subjects},
     },
-    config::{Config, NodePortAddresses, SourceConfig},
+    config::{Config, NodePortAddresses, PolicyMode, SourceConfig},
     events::Recorder,
     health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
@@ -88,6 +88,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     if let Some(addr) = config.health_addr {
         tokio::spawn(health.clone().serve_tcp(addr));
     }
+    let for_metrics = health.clone();
     tokio::spawn(health.serve_unix(socket));
 
     let mut terminate = signal(SignalKind::terminate())?;
@@ -97,7 +98,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let mut batches = source.batches;
     metrics.add(KernelSide::new(&config.bpffs))?;
     if let Some(addr) = config.metrics_addr {
-        tokio::spawn(metrics.clone().serve(addr));
+        tokio::spawn(metrics.clone().serve(addr, for_metrics.clone()));
     }
     let outward = Outward {
         wanted,
@@ -190,6 +191,7 @@ pub struct Outward {
 pub struct Agent {
     node_port_addresses: NodePortAddresses,
     localhost_node_ports: bool,
+    policy_mode: PolicyMode,
     index: Index,
     compiler: Compiler,
     syncer: Syncer,
@@ -249,6 +251,7 @@ impl Agent {
         Self {
             node_port_addresses: config.node_port_addresses.clone(),
             localhost_node_ports: config.localhost_node_ports,
+            policy_mode: config.policy_mode,
             index: Index::new(&config.node_name),
             compiler: Compiler::new(Options {
                 external_ips: config.external_ips,
@@ -338,8 +341,15 @@ impl Agent {
 
     fn take_change(&mut self, change: Change) -> Dirty {
         match change {
-            Change::Apply { key, object, origin } => {
+            Change::Apply {
+                key,
+                mut object,
+                origin,
+            } => {
                 self.metrics.changed(key.kind);
+                if let Object::Policy(policy) = &mut object {
+                    policy.dry_run |= self.policy_mode == PolicyMode::DryRun;
+                }
                 self.note_trigger(&object);
                 if has_problems_later(key.kind) {
                     self.origins.extend(origin.map(|origin| (key, origin)));
@@ -391,6 +401,9 @@ impl Agent {
             }
             Ask::Served(reply) => {
                 let _gone = reply.send(self.served());
+            }
+            Ask::Enforced(reply) => {
+                let _gone = reply.send(self.enforced());
             }
             Ask::Verdicts(after, reply) => {
                 let _gone = reply.send(self.verdicts.after(after));

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use crate::{
     cli::status::Output,
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceConfig, SourceRangesFor, Verdicts,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
+        Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     explain::{End, Port},
     source::kube::Address,
@@ -101,6 +101,15 @@ pub enum Command {
         /// Go on with what comes.
         #[arg(short, long)]
         follow: bool,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Say which policies select Pods of this node, how often each rule has decided and what dry runs would have changed, and
+    /// what of policies is not honoured.
+    Policies {
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
@@ -204,6 +213,10 @@ struct Settings {
     /// Which flows a change of policies is about [default: all].
     #[arg(long, env = "DATAPLANE_POLICY_CHANGES", value_enum)]
     policy_changes: Option<PolicyChanges>,
+    /// Whether policies are enforced, or all only report what they would deny and allow, as one that is annotated
+    /// `dataplane/dry-run: "true"` [default: enforce].
+    #[arg(long, env = "DATAPLANE_POLICY_MODE", value_enum)]
+    policy_mode: Option<PolicyMode>,
     /// Which verdicts of policies are told, for `verdicts` [default: denied].
     #[arg(long, env = "DATAPLANE_VERDICTS", value_enum)]
     verdicts: Option<Verdicts>,
@@ -253,7 +266,7 @@ struct Settings {
     /// Ranges of addresses that policies name, by family; memory for those in use alone [default: 16384].
     #[arg(long, env = "DATAPLANE_MAX_POLICY_RANGES")]
     max_policy_ranges: Option<u32>,
-    /// Rules of the policies that select Pods of this node, once for Pods that share all their policies; 100 bytes each,
+    /// Rules of the policies that select Pods of this node, once for Pods that share all their policies; 100 bytes each and 18 for each CPU,
     /// with what is sized after it [default: 32768].
     #[arg(long, env = "DATAPLANE_MAX_POLICY_RULES")]
     max_policy_rules: Option<u32>,
@@ -322,7 +335,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, verdicts, max_frontends, max_services, max_backends, max_maglev,
+            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, policy_mode, verdicts, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
@@ -373,6 +386,7 @@ impl Settings {
             external_ips,
             source_ranges_for,
             policy_changes,
+            policy_mode,
             verdicts,
             max_frontends,
             max_services,
@@ -424,6 +438,7 @@ impl Settings {
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
             policy_changes: policy_changes.unwrap_or_default(),
+            policy_mode: policy_mode.unwrap_or_default(),
             verdicts: verdicts.unwrap_or_default(),
             sizes: Sizes {
                 limits: Limits {

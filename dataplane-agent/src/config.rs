@@ -46,6 +46,7 @@ pub struct Config {
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,
     pub policy_changes: PolicyChanges,
+    pub policy_mode: PolicyMode,
     pub verdicts: Verdicts,
     pub sizes: Sizes,
     /// Log what the datapath does with packets.
@@ -165,6 +166,16 @@ pub enum ServiceEcho {
     Ignore,
     /// The node answers, whether there are endpoints or not.
     Answer,
+}
+
+/// `--policy-mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyMode {
+    #[default]
+    Enforce,
+    /// Every policy reports what it would do, and does nothing: as if each were annotated so.
+    DryRun,
 }
 
 /// `--policy-changes`: which flows a change of policies is about.

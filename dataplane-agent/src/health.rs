@@ -22,6 +22,7 @@ use tokio::{
 
 use self::http::{Answer, Listener};
 use crate::{
+    enforced::Enforced,
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
     told::Told,
@@ -101,6 +102,8 @@ pub enum Ask {
     LookAgain(oneshot::Sender<u64>),
     /// What is served.
     Served(oneshot::Sender<Served>),
+    /// What policies do here.
+    Enforced(oneshot::Sender<Enforced>),
     /// What policies have decided after the verdict with a number.
     Verdicts(u64, oneshot::Sender<Vec<Told>>),
 }
@@ -195,6 +198,10 @@ impl Health {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
+            "/policies" => match self.enforced().await {
+                Some(enforced) => Answer::of_health(true, to_json(&enforced)),
+                None => Answer::of_health(false, "{}\n".to_owned()),
+            },
             "/verdicts" => {
                 let after = query(uri, "after").unwrap_or(0);
                 match self.ask(|reply| Ask::Verdicts(after, reply)).await {
@@ -205,6 +212,11 @@ impl Health {
             "/wait" => self.wait_for(uri).await,
             _ => Answer::not_found(),
         }
+    }
+
+    /// What policies do here; `None`: the loop has ended.
+    pub async fn enforced(&self) -> Option<Enforced> {
+        self.ask(Ask::Enforced).await
     }
 
     /// Asks the loop; `None`: it has ended.

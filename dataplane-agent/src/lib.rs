@@ -11,6 +11,7 @@ pub mod cli;
 pub mod compile;
 pub mod config;
 pub mod decode;
+pub mod enforced;
 pub mod events;
 pub mod explain;
 pub mod health;

@@ -11,8 +11,8 @@ use dataplane_agent::{
     attach::start::{prepare, start},
     bpf::map_names,
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceConfig, SourceRangesFor, Verdicts,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
+        Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     decode::{Decoded, decode},
     health::{Progress, node_ports},
@@ -135,6 +135,7 @@ fn config(inside: &Inside, fleet: Fleet) -> Config {
         external_ips: true,
         source_ranges_for: SourceRangesFor::Lb,
         policy_changes: PolicyChanges::All,
+        policy_mode: PolicyMode::Enforce,
         verdicts: Verdicts::Denied,
         sizes: sizes(fleet),
         debug_log: false,

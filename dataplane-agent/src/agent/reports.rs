@@ -104,7 +104,7 @@ impl Agent {
     }
 
     /// Everything that is not served.
-    fn problems(&self) -> Vec<served::Problem> {
+    pub(super) fn problems(&self) -> Vec<served::Problem> {
         let rejected = self.rejected.iter().map(served::Problem::from);
         let failed = self.failed.iter().map(served::Problem::from);
         rejected.chain(failed).collect()

@@ -1,10 +1,12 @@
-//! `COUNTERS` and `FLOW_EVENTS`: how often each reason and each event in the life of a flow occurred.
+//! `COUNTERS` and `FLOW_EVENTS`: how often each reason and each event in the life of a flow occurred; `RULE_HITS` and
+//! `SET_HITS`: what policies have decided.
 
-use std::{fs, io, os::fd::AsFd};
+use std::{fs, io};
 
-use dataplane_common::{flow::FlowEvent, reason::Reason};
+use dataplane_common::{flow::FlowEvent, policy::Hits, reason::Reason};
 
-use super::{map_names, pins::Pins, sys};
+use super::{map_names, pins::Pins, sys::PerCpuFd};
+use crate::store::policy::Counted;
 
 /// Every reason with its count over all CPUs.
 pub fn read(pins: &Pins) -> io::Result<Vec<(Reason, u64)>> {
@@ -17,14 +19,52 @@ pub fn flow_events(pins: &Pins) -> io::Result<Vec<(FlowEvent, u64)>> {
 }
 
 fn sums<T: Copy>(pins: &Pins, map: &str, of: &[T], index: impl Fn(T) -> u32) -> io::Result<Vec<(T, u64)>> {
-    let fd = pins.open_map(map)?;
-    let cpus = possible_cpus()?;
+    let counts: PerCpuFd<u64> = open(pins, map)?;
     of.iter()
-        .map(|&one| {
-            let values = sys::lookup_per_cpu(fd.as_fd(), index(one), cpus)?;
-            Ok((one, values.iter().sum()))
-        })
+        .map(|&one| Ok((one, counts.lookup(index(one))?.iter().sum())))
         .collect()
+}
+
+/// The verdicts of policies, as they are counted.
+#[derive(Debug)]
+pub struct VerdictCounts {
+    rules: PerCpuFd<Hits>,
+    sets: PerCpuFd<Hits>,
+}
+
+impl VerdictCounts {
+    pub fn open(pins: &Pins) -> io::Result<Self> {
+        Ok(Self {
+            rules: open(pins, map_names::RULE_HITS)?,
+            sets: open(pins, map_names::SET_HITS)?,
+        })
+    }
+
+    fn map(&self, of: Counted) -> (&PerCpuFd<Hits>, u32) {
+        match of {
+            Counted::Rule(index) => (&self.rules, index),
+            Counted::Set(id) => (&self.sets, id),
+        }
+    }
+
+    /// Over all CPUs.
+    pub fn read(&self, of: Counted) -> io::Result<Hits> {
+        let (map, index) = self.map(of);
+        let values = map.lookup(index)?;
+        Ok(Hits {
+            decided: values.iter().map(|hits| hits.decided).sum(),
+            dry_run: values.iter().map(|hits| hits.dry_run).sum(),
+        })
+    }
+
+    pub fn clear(&self, of: Counted) -> io::Result<()> {
+        let (map, index) = self.map(of);
+        map.clear(index)
+    }
+}
+
+fn open<V: bytemuck::Pod>(pins: &Pins, map: &str) -> io::Result<PerCpuFd<V>> {
+    PerCpuFd::new(pins.open_map(map)?, possible_cpus()?)
 }
 
 fn possible_cpus() -> io::Result<usize> {

@@ -4,6 +4,7 @@ pub mod ask;
 pub mod check;
 pub mod cleanup;
 pub mod explain;
+pub mod policies;
 pub mod services;
 pub mod status;
 pub mod verdicts;
@@ -48,6 +49,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             problems,
             output,
         } => services::run(&socket, problems, output)?,
+        Command::Policies { socket, output } => policies::run(&socket, output)?,
         Command::Verdicts {
             socket,
             follow,

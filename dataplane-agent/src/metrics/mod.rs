@@ -1,9 +1,11 @@
 //! What Prometheus reads at `/metrics`: kube-proxy's names where they exist, so that alerts on them keep working, ours
-//! beside them. Every label takes one of a few values, which are known at build time.
+//! beside them. Every label takes one of a few values, which are known at build time, but for those that name a policy.
 //!
-//! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks.
+//! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks, and [`policies`] is
+//! asked of the loop.
 
 pub mod kernel_side;
+pub mod policies;
 pub mod source;
 
 use std::{
@@ -23,8 +25,12 @@ use tokio::time;
 use source::SourceMetrics;
 
 use crate::{
+    enforced::Enforced,
     events,
-    health::http::{self, Answer},
+    health::{
+        Health,
+        http::{self, Answer},
+    },
     model::{Cause, Kind, Rejected},
     sync::{Failure, Subject},
 };
@@ -251,23 +257,27 @@ impl Metrics {
     }
 
     /// The page, in Prometheus' text format.
-    pub fn page(&self) -> prometheus::Result<String> {
+    pub fn page(&self, enforced: Option<&Enforced>) -> prometheus::Result<String> {
+        let mut families = self.registry.gather();
+        families.extend(enforced.into_iter().flat_map(policies::families));
         let mut page = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut page)?;
+        TextEncoder::new().encode(&families, &mut page)?;
         Ok(String::from_utf8_lossy(&page).into_owned())
     }
 
     /// Serves the page. While somebody else has the address, it is tried again.
-    pub async fn serve(self, addr: SocketAddr) {
-        let metrics = Arc::new(self);
+    pub async fn serve(self, addr: SocketAddr, agent: Health) {
+        let metrics = Arc::new((self, agent));
         let answer = move |uri: Uri| {
             let metrics = metrics.clone();
             async move {
                 if uri.path() != "/metrics" {
                     return Answer::not_found();
                 }
+                let (metrics, agent) = &*metrics;
+                let enforced = agent.enforced().await;
                 // Reading maps takes the kernel a moment.
-                let page = tokio::task::block_in_place(|| metrics.page());
+                let page = tokio::task::block_in_place(|| metrics.page(enforced.as_ref()));
                 page.map_or_else(|_| Answer::of_health(false, "{}\n".to_owned()), Answer::text)
             }
         };
@@ -358,7 +368,7 @@ mod tests {
         };
         let subject = Subject::from("backend 10.0.0.1:80/TCP".to_owned());
         metrics.count_problems(&count(some.iter(), [(&subject, &full)].into_iter()));
-        let page = metrics.page().unwrap();
+        let page = metrics.page(None).unwrap();
         let problems = |kind, cause| {
             value(
                 &page,
@@ -370,7 +380,7 @@ mod tests {
         assert_eq!(problems("none", "table-full"), Some(1.0));
         assert_eq!(problems("Pod", "invalid"), Some(0.0));
         metrics.count_problems(&BTreeMap::new());
-        let page = metrics.page().unwrap();
+        let page = metrics.page(None).unwrap();
         let series = "dataplane_problems{cause=\"conflict\",kind=\"Service\"}";
         assert_eq!(value(&page, series), Some(0.0));
     }
@@ -381,7 +391,7 @@ mod tests {
         metrics.sync_duration.observe(0.003);
         metrics.synced();
         metrics.changed(Kind::Service);
-        let page = metrics.page().unwrap();
+        let page = metrics.page(None).unwrap();
         assert_eq!(
             value(&page, "kubeproxy_sync_proxy_rules_duration_seconds_count"),
             Some(1.0)
@@ -417,6 +427,7 @@ mod tests {
         families.retain(|family| !family.name().starts_with("dataplane_table_entries"));
         families.retain(|family| !family.name().starts_with("dataplane_table_limit"));
         families.extend(kernel_side::families(&[], &[table]));
+        families.extend(policies::families(&policies::tests::enforced()));
         let mut rows: Vec<String> = families
             .iter()
             .map(|family| {

@@ -7,14 +7,14 @@ use ipnet::IpNet;
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    policy::{PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     service::{Frontend, PortSet, Service},
 };
 
 use super::{
     FrontendKey, Limits, Store, StoreError,
     memory::Memory,
-    policy::{PolicyRows, PolicyStore},
+    policy::{Counted, PolicyRows, PolicyStore},
 };
 
 /// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.
@@ -162,6 +162,12 @@ impl<F: FnMut(usize, &Memory) -> bool> PolicyStore for Faulty<F> {
     fn write_policy_revision(&mut self, revision: u32) -> Result<(), StoreError> {
         self.attempt("write", "POLICY_REVISION")?
             .write_policy_revision(revision)
+    }
+    fn hits(&self, of: Counted) -> Result<Hits, StoreError> {
+        self.memory.hits(of)
+    }
+    fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError> {
+        self.attempt("clear", "RULE_HITS")?.clear_hits(of)
     }
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         self.memory.policy_rows()

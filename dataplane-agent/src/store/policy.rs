@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use dataplane_common::policy::{PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits};
+use dataplane_common::policy::{
+    Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits,
+};
 use ipnet::IpNet;
 
 use super::StoreError;
@@ -46,6 +48,15 @@ const fn at_least(number: u32, least: u32) -> u32 {
     if number < least { least } else { number }
 }
 
+/// What verdicts are counted at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Counted {
+    /// An index into `RULES`.
+    Rule(u32),
+    /// A set, where none of its rules decides.
+    Set(u32),
+}
+
 /// The datapath's tables of policies. Elements of arrays that were never written are zero.
 pub trait PolicyStore {
     fn put_peer(&mut self, addr: IpAddr, class: u32) -> Result<(), StoreError>;
@@ -64,6 +75,10 @@ pub trait PolicyStore {
     fn put_pod_policy(&mut self, ifindex: u32, policy: &PodPolicy) -> Result<(), StoreError>;
     fn delete_pod_policy(&mut self, ifindex: u32) -> Result<(), StoreError>;
     fn write_policy_revision(&mut self, revision: u32) -> Result<(), StoreError>;
+
+    /// How often a rule or a set has decided since it was last cleared.
+    fn hits(&self, of: Counted) -> Result<Hits, StoreError>;
+    fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError>;
 
     /// What the kernel holds.
     fn policy_rows(&self) -> Result<PolicyRows, StoreError>;

@@ -16,8 +16,8 @@ use dataplane_agent::{
     },
     bpf::{Hook, pins::Pins, sys},
     config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PortRange, ServiceEcho, Sizes,
-        SocketLb, SourceConfig, SourceRangesFor, Verdicts,
+        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
+        Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     host::{HostState, Kernel, WantedPods},
     netlink::socket::RequestSocket,
@@ -155,6 +155,7 @@ impl Node {
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
             policy_changes: PolicyChanges::All,
+            policy_mode: PolicyMode::Enforce,
             verdicts: Verdicts::Denied,
             sizes: SIZES,
             debug_log: false,

@@ -1,6 +1,7 @@
 //! Elements of maps: by system call, in batches, and through a mapping.
 
 use std::{
+    cell::RefCell,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
@@ -33,8 +34,11 @@ const MAX_CPUS: usize = 8192;
 /// `BPF_MAP_TYPE_LPM_TRIE`, which has no batches before 5.14.
 const LPM_TRIE: u32 = 11;
 
+/// `BPF_MAP_TYPE_PERCPU_ARRAY`.
+const PER_CPU_ARRAY: u32 = 6;
+
 /// Types of maps whose value is one element for each possible CPU.
-const PER_CPU_TYPES: [u32; 3] = [5, 6, 10];
+const PER_CPU_TYPES: [u32; 3] = [5, PER_CPU_ARRAY, 10];
 
 impl<K: Pod, V: Pod> MapFd<K, V> {
     /// Fails with `InvalidData` when the map's sizes are not those of `K` and `V`, or the map is per CPU.
@@ -214,25 +218,62 @@ fn batches(fd: BorrowedFd<'_>, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8]
     }
 }
 
-/// The 64-bit values of one element of a per-CPU array, one for each of `cpus` possible CPUs.
-pub fn lookup_per_cpu(fd: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<Vec<u64>> {
-    let info = map_info(fd)?;
-    if !PER_CPU_TYPES.contains(&info.map_type) || info.key_size != 4 || info.value_size != 8 {
-        return Err(io::Error::from(io::ErrorKind::InvalidData));
+/// A per-CPU array whose value size has been compared with `V`.
+#[derive(Debug)]
+pub struct PerCpuFd<V> {
+    fd: OwnedFd,
+    cpus: usize,
+    /// Room for the values of more CPUs than any kernel has.
+    values: RefCell<Vec<V>>,
+}
+
+impl<V: Pod> PerCpuFd<V> {
+    /// `cpus`: how many are possible. Fails with `InvalidData` when the map is no array of 8-byte words for each CPU, or of
+    /// other sizes.
+    pub fn new(fd: OwnedFd, cpus: usize) -> io::Result<Self> {
+        let info = map_info(fd.as_fd())?;
+        if info.map_type != PER_CPU_ARRAY
+            || info.key_size != 4
+            || info.value_size as usize != size_of::<V>()
+            || !size_of::<V>().is_multiple_of(8)
+        {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        Ok(Self {
+            fd,
+            cpus,
+            values: RefCell::new(vec![V::zeroed(); cpus.max(MAX_CPUS)]),
+        })
     }
-    // More than any kernel has CPUs, whatever the caller believes.
-    let mut values = vec![0u64; cpus.max(MAX_CPUS)];
-    let mut attr = ElementAttr {
-        map_fd: raw(fd),
-        pad: 0,
-        key: address(&index),
-        value: values.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    // SAFETY: the key is 4 bytes, `values` holds 8 bytes for each possible CPU; both live across the call.
-    unsafe { bpf(Command::MapLookup, &mut attr) }?;
-    values.truncate(cpus);
-    Ok(values)
+
+    /// The values of an element, one for each possible CPU.
+    pub fn lookup(&self, index: u32) -> io::Result<Vec<V>> {
+        let mut values = self.values.borrow_mut();
+        let mut attr = self.element(address(&index), values.as_mut_ptr() as u64);
+        // SAFETY: the key is 4 bytes, `values` holds a value for each possible CPU, whose size is a multiple of 8 and the map's
+        // (`new`); both live across the call.
+        unsafe { bpf(Command::MapLookup, &mut attr) }?;
+        Ok(values[..self.cpus].to_vec())
+    }
+
+    /// Sets an element to zero on every CPU.
+    pub fn clear(&self, index: u32) -> io::Result<()> {
+        let mut values = self.values.borrow_mut();
+        values.fill(V::zeroed());
+        let mut attr = self.element(address(&index), values.as_ptr() as u64);
+        // SAFETY: as in `lookup`.
+        unsafe { bpf(Command::MapUpdate, &mut attr) }.map(drop)
+    }
+
+    fn element(&self, key: u64, value: u64) -> ElementAttr {
+        ElementAttr {
+            map_fd: raw(self.fd.as_fd()),
+            pad: 0,
+            key,
+            value,
+            flags: 0,
+        }
+    }
 }
 
 /// The memory of an array map with `BPF_F_MMAPABLE`, as 64-bit words.

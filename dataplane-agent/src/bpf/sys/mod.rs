@@ -19,7 +19,7 @@ use std::{
 use bytemuck::Pod;
 
 pub use attr::{LinkInfo, MapInfo, ProgInfo};
-pub use maps::{MapFd, MappedArray, count_entries, lookup_per_cpu};
+pub use maps::{MapFd, MappedArray, PerCpuFd, count_entries};
 pub use objects::{
     link_create, link_detach, link_info, link_update, map_by_id, map_in_map_update, map_info, open_pin, pin,
     prog_by_id, prog_info, prog_query, try_map,

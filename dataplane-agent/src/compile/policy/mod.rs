@@ -223,6 +223,11 @@ impl PolicyCompiler {
         &self.pods
     }
 
+    /// The policies that select Pods, with these.
+    pub fn selected(&self) -> impl Iterator<Item = (&ObjectRef, &BTreeSet<Name>)> {
+        self.selected.iter()
+    }
+
     /// The Pod that policies take an address for.
     pub fn pod_at(&self, addr: IpAddr) -> Option<&Name> {
         self.owners.pod_at(addr)

@@ -120,6 +120,11 @@ impl PolicyCompiler {
         let mut key = SetKey {
             direction,
             deny_by_default: isolated,
+            isolated_by: policies
+                .iter()
+                .filter(|policy| policy.tier == Tier::Namespace)
+                .map(|policy| policy.key.clone())
+                .collect(),
             rules: Vec::new(),
         };
         for policy in policies {

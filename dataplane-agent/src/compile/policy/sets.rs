@@ -24,6 +24,8 @@ pub struct SetKey {
     pub direction: Direction,
     /// A `NetworkPolicy` selects the pod, or its policies are more than a set holds.
     pub deny_by_default: bool,
+    /// The `NetworkPolicy`s that select the pod, to whom it is put down what no rule decides. In the order of precedence.
+    pub isolated_by: Vec<ObjectRef>,
     pub rules: Vec<ResolvedRule>,
 }
 

@@ -3,15 +3,17 @@
 
 use std::net::IpAddr;
 
-use dataplane_common::policy::{PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits};
+use dataplane_common::policy::{
+    Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits,
+};
 use ipnet::IpNet;
 
 use super::{Prefix, Table, addr4, addr6, io_error, key4, key6};
 use crate::{
-    bpf::{map_names as names, pins::Pins},
+    bpf::{counters::VerdictCounts, map_names as names, pins::Pins},
     store::{
         StoreError,
-        policy::{PolicyLimits, PolicyRows, PolicyStore},
+        policy::{Counted, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 
@@ -29,6 +31,7 @@ pub struct PolicyMaps {
     rules: Table<u32, PolicyRule>,
     pods: Table<u32, PodPolicy>,
     revision: Table<u32, u32>,
+    counts: VerdictCounts,
 }
 
 impl PolicyMaps {
@@ -45,6 +48,7 @@ impl PolicyMaps {
             rules: Table::open(pins, names::RULES)?,
             pods: Table::open(pins, names::POD_POLICY)?,
             revision: Table::open(pins, names::POLICY_REVISION)?,
+            counts: VerdictCounts::open(pins).map_err(|source| io_error("open", names::RULE_HITS, source))?,
         })
     }
 
@@ -139,6 +143,16 @@ impl PolicyStore for super::BpfStore {
         self.policy.revision.put(&0, &revision)
     }
 
+    fn hits(&self, of: Counted) -> Result<Hits, StoreError> {
+        let hits = self.policy.counts.read(of);
+        hits.map_err(|source| io_error("read", table_of(of), source))
+    }
+
+    fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError> {
+        let outcome = self.policy.counts.clear(of);
+        outcome.map_err(|source| io_error("clear", table_of(of), source))
+    }
+
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         let maps = &self.policy;
         let mut rows = PolicyRows::default();
@@ -182,6 +196,13 @@ impl<V: bytemuck::Pod + PartialEq> Table<u32, V> {
                 elements.push((*index, *value));
             }
         })
+    }
+}
+
+fn table_of(of: Counted) -> &'static str {
+    match of {
+        Counted::Rule(_) => names::RULE_HITS,
+        Counted::Set(_) => names::SET_HITS,
     }
 }
 

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 use dataplane_common::{
     addr::Family,
     policy::{
-        PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey, RuleBits,
+        Hits, PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey,
+        RuleBits,
     },
 };
 use ipnet::IpNet;
@@ -15,7 +16,7 @@ use crate::{
     compile::policy::tables::{ip, longest_port},
     store::{
         StoreError,
-        policy::{PolicyLimits, PolicyRows, PolicyStore},
+        policy::{Counted, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 
@@ -33,6 +34,7 @@ pub struct PolicyMemory {
     pub rules: Vec<PolicyRule>,
     pub pods: BTreeMap<u32, PodPolicy>,
     pub revision: u32,
+    pub hits: BTreeMap<Counted, Hits>,
 }
 
 impl PolicyMemory {
@@ -48,6 +50,7 @@ impl PolicyMemory {
             rules: vec![PolicyRule::default(); limits.rules as usize],
             pods: BTreeMap::new(),
             revision: 0,
+            hits: BTreeMap::new(),
         }
     }
 }
@@ -206,6 +209,16 @@ impl PolicyStore for Memory {
         Ok(())
     }
 
+    fn hits(&self, of: Counted) -> Result<Hits, StoreError> {
+        Ok(self.policy.hits.get(&of).copied().unwrap_or_default())
+    }
+
+    fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.policy.hits.remove(&of);
+        Ok(())
+    }
+
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         let PolicyMemory {
             limits: _,
@@ -218,6 +231,7 @@ impl PolicyStore for Memory {
             rules,
             pods,
             revision,
+            hits: _,
         } = &self.policy;
         Ok(PolicyRows {
             peers: peers.iter().map(|(addr, class)| (*addr, *class)).collect(),

@@ -12,6 +12,7 @@
 mod audit;
 mod bits;
 mod build;
+pub mod hits;
 mod names;
 mod places;
 mod programmed;

@@ -11,7 +11,7 @@ use dataplane_common::policy::{
 };
 use ipnet::IpNet;
 
-use super::{bits::Bits, names::Names};
+use super::{bits::Bits, hits::HitsByDecider, names::Names};
 use crate::{
     compile::policy::{
         atoms::addr_bits,
@@ -76,6 +76,8 @@ pub struct Programmed {
     pub bits: Bits,
     pub rules: Arena,
     pub names: Names,
+    /// What sets have decided that are gone.
+    pub totals: HitsByDecider,
     pub writes: usize,
 }
 
@@ -101,6 +103,7 @@ impl Programmed {
             bits: Bits::new(limits.bits),
             rules: Arena::new(limits.rules),
             names: Names::default(),
+            totals: HitsByDecider::new(),
             writes: 0,
         }
     }
@@ -352,6 +355,7 @@ impl Programmed {
                 self.bits.release(bits);
             }
         }
+        self.take_hits(store, id)?;
         store.write_set(id, &PolicySet::default())?;
         self.writes += 1;
         if let Some(set) = self.sets.remove(&id) {

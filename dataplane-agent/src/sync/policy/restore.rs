@@ -48,6 +48,7 @@ impl PolicySyncer {
         let found = store.policy_rows()?;
         let differing = self.programmed.differing(&found);
         if differing > 0 {
+            let totals = std::mem::take(&mut self.programmed.totals);
             *self = Self {
                 bound: std::mem::take(&mut self.bound),
                 is_stale: true,
@@ -55,6 +56,7 @@ impl PolicySyncer {
                 unused: self.unused,
                 ..Self::of(store, found)
             };
+            self.programmed.totals = totals;
         }
         Ok(differing)
     }

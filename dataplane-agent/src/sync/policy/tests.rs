@@ -2,6 +2,7 @@
 //! anything stays behind.
 
 mod faults;
+mod hits;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,0 +1,44 @@
+//! What policies do on a node, as the agent tells its commands and `/metrics`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::served::Problem;
+
+/// The whole picture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enforced {
+    /// Those that select Pods of this node, by kind and name.
+    pub policies: Vec<EnforcedPolicy>,
+    /// What of policies is not honoured.
+    pub problems: Vec<Problem>,
+}
+
+/// A policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnforcedPolicy {
+    /// `kind namespace/name`.
+    pub policy: String,
+    pub tier: String,
+    /// It reports, and does nothing.
+    pub dry_run: bool,
+    /// Pods of this node that it selects.
+    pub pods: usize,
+    pub rules: Vec<EnforcedRule>,
+}
+
+/// A rule, or what no rule decides for the Pods that the policy isolates.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnforcedRule {
+    pub direction: String,
+    /// Its place in the policy's list for the direction, from 0; `None`: no rule. Of several policies that isolate a Pod each counts
+    /// what no rule decides.
+    pub rule: Option<u32>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    pub action: String,
+    /// Flows that it has allowed, and packets that it has denied, at Pods of this node. A flow counts again when it is judged
+    /// again, because policies have changed.
+    pub verdicts: u64,
+    /// The same, of what a dry run would change.
+    pub dry_run: u64,
+}

@@ -1,5 +1,6 @@
 //! The loop: batches of the source and observations of the machine in, table entries out.
 
+mod explain;
 mod machine;
 mod policies;
 mod reports;
@@ -73,6 +74,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         store,
         mut host,
         given_sockets,
+        constants,
     } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let policy_syncer = PolicySyncer::restore(&*store).context("failed to read the tables of policies")?;
@@ -108,6 +110,10 @@ async fn start(config: Config) -> anyhow::Result<()> {
     };
     let mut agent = Agent::new(&config, store, syncer, policy_syncer, outward);
     agent.sockets = given_sockets.and_then(sockets::open);
+    agent.tables = Some(explain::Tables {
+        pins: Pins::new(&config.bpffs),
+        constants,
+    });
     let mut verdicts = Verdicts::open(&Pins::new(&config.bpffs))
         .inspect_err(|error| {
             tracing::warn!("verdicts of policies are not told: failed to open their tables ({error})");
@@ -189,6 +195,7 @@ pub struct Outward {
 
 /// The state of the loop, and what it does at each turn.
 pub struct Agent {
+    node_name: String,
     node_port_addresses: NodePortAddresses,
     localhost_node_ports: bool,
     policy_mode: PolicyMode,
@@ -200,6 +207,7 @@ pub struct Agent {
     verdicts: verdicts::Kept,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
+    tables: Option<explain::Tables>,
     host: Option<HostState>,
     wanted: watch::Sender<WantedPods>,
     progress: watch::Sender<Progress>,
@@ -249,6 +257,7 @@ impl Agent {
             metrics,
         } = outward;
         Self {
+            node_name: config.node_name.clone(),
             node_port_addresses: config.node_port_addresses.clone(),
             localhost_node_ports: config.localhost_node_ports,
             policy_mode: config.policy_mode,
@@ -264,6 +273,7 @@ impl Agent {
             verdicts: verdicts::Kept::default(),
             store,
             sockets: None,
+            tables: None,
             host: None,
             wanted,
             progress,
@@ -401,6 +411,9 @@ impl Agent {
             }
             Ask::Served(reply) => {
                 let _gone = reply.send(self.served());
+            }
+            Ask::Explain(query, reply) => {
+                let _gone = reply.send(self.explain(&query));
             }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());

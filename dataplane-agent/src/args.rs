@@ -54,8 +54,8 @@ pub enum Command {
         /// The folder of manifests.
         folder: PathBuf,
     },
-    /// Say whether policies allow a flow, and which rule decides; exit status 1 if they do not. From the manifests
-    /// alone.
+    /// Say whether policies allow a new flow, and which rule decides; exit status 1 if they do not. A running agent leads a packet
+    /// through its tables, without a trace; with --manifests, what they say is compiled, and no agent is asked.
     Explain {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
@@ -66,9 +66,15 @@ pub enum Command {
         /// The destination port, such as 80/TCP or 53/UDP, or ICMP.
         #[arg(long)]
         port: Port,
-        /// The folder of manifests.
-        #[arg(long, env = "DATAPLANE_MANIFESTS")]
-        manifests: PathBuf,
+        /// The source's port, by which a Service chooses its endpoint; all of them are explained without it.
+        #[arg(long, conflicts_with = "manifests")]
+        source_port: Option<u16>,
+        /// A folder of manifests to explain from, instead of the tables of the agent.
+        #[arg(long)]
+        manifests: Option<PathBuf>,
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },

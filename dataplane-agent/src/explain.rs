@@ -1,28 +1,41 @@
-//! What the policies of a cluster say of a flow, and why: the tables are compiled for its two ends and asked, as the
-//! datapath asks them.
+//! What the policies of a cluster say of a flow, and why: from objects alone, for whose two ends the tables are compiled and
+//! asked as the datapath asks them; or from the tables of this node as they are, through which a packet is led ([`tables`]).
 
 mod ends;
+pub mod packet;
+mod reasons;
+pub mod tables;
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{borrow::Cow, collections::BTreeSet, net::IpAddr};
 
-use dataplane_common::addr::proto;
-use serde::Serialize;
+use dataplane_common::{addr::proto, policy::SET_NONE};
+use serde::{Deserialize, Serialize};
 
 pub use ends::{End, Error, Port};
 
 use ends::{Found, Target};
+use reasons::Selection;
 
 use crate::{
     compile::policy::{
-        PodPolicy, PolicyCompiler, Subjects,
+        PolicyCompiler, Subjects,
         sets::SetId,
         tables::{Tables, judge},
     },
-    model::{Index, Kind, Name, ObjectRef, Pod, PolicyDirty, Problem, policy::Direction},
+    model::{Index, Pod, PolicyDirty, policy::Direction},
 };
 
+/// What an agent answers when it is asked what its tables say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answered {
+    pub flows: Vec<Explained>,
+    /// Why there is no answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
 /// The answer for one pair of addresses.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explained {
     pub from: Place,
     pub to: Place,
@@ -31,12 +44,29 @@ pub struct Explained {
     /// The Service whose endpoint the target is, if one is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// How many of the Service's new flows the target gets, if the tables were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
+    /// A source port from which this target is chosen, if the tables were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_port: Option<u16>,
+    /// By every step.
     pub allowed: bool,
     pub steps: Vec<Step>,
+    /// What is decided elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub elsewhere: Vec<String>,
+}
+
+/// A part of the slots of a Service's Maglev table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    pub slots: u32,
+    pub of: u32,
 }
 
 /// An end of a flow, as it was found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     pub ip: IpAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -44,10 +74,10 @@ pub struct Place {
 }
 
 /// What is decided at one end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// `egress` of the source or `ingress` of the target.
-    pub direction: &'static str,
+    /// `egress` of the source or `ingress` of the target; `service`: there is no target.
+    pub direction: Cow<'static, str>,
     pub at: Place,
     pub allowed: bool,
     /// The rule that decided; absent when none did.
@@ -62,16 +92,16 @@ pub struct Step {
 }
 
 /// A rule of a policy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// `kind namespace/name`.
     pub policy: String,
     pub tier: String,
     /// Where the rule stands, such as `spec.ingress[0]`.
     pub field: String,
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
-    pub action: &'static str,
+    pub action: Cow<'static, str>,
 }
 
 /// Judges a flow by all policies of the index: for Pods with two addresses in both families, and for a Service with each
@@ -128,8 +158,11 @@ impl Judge<'_> {
             to: place(to),
             port: target.port.to_string(),
             service: target.via.map(ToString::to_string),
+            share: None,
+            source_port: None,
             allowed: steps.iter().all(|step| step.allowed),
             steps,
+            elsewhere: Vec::new(),
         }
     }
 
@@ -141,27 +174,10 @@ impl Judge<'_> {
         (peer, other): Found<'_>,
         port: Port,
     ) -> Step {
-        let step = |allowed, rule, reason: &str| Step {
-            direction: direction.as_str(),
-            at: place((ip, Some(pod))),
-            allowed,
-            rule,
-            reason: reason.to_owned(),
-            dry_run: None,
-            selected_by: Vec::new(),
-        };
-        if pod.host_network {
-            return step(true, None, "it has its node's network: policies are not about it");
-        }
-        if other.is_some_and(|other| other.name == pod.name) {
-            return step(true, None, "a Pod always reaches itself");
-        }
-        let own_node = pod
-            .node
-            .as_deref()
-            .and_then(|node| self.index.node_by_name(&Name::new("", node)));
-        if direction == Direction::Ingress && own_node.is_some_and(|node| node.ips.contains(&peer)) {
-            return step(true, None, "its own node always reaches it");
+        let at = place((ip, Some(pod)));
+        let other = other.map(|other| &other.name);
+        if let Some(reason) = reasons::exempt(self.index, pod, direction, peer, other) {
+            return Step::exempt(direction, at, reason);
         }
         let number = match (port.proto, peer) {
             (Some(proto), _) => proto.number(),
@@ -169,81 +185,30 @@ impl Judge<'_> {
             (None, IpAddr::V6(_)) => proto::ICMPV6,
         };
         let flow = (peer, number, port.number);
-        let none = PodPolicy::default();
-        let of_pod = self.compiler.pods().get(&pod.name).unwrap_or(&none);
-        let policies = &of_pod.policies[direction as usize];
-        let namespace = self.index.namespace(pod.name.namespace());
-        let is_dry_run = |key: &&ObjectRef| {
-            let policy = self.index.policies().get(key);
-            policy.is_some_and(|policy| policy.is_dry_run(namespace))
-        };
-        let in_earnest: Vec<&ObjectRef> = policies.iter().filter(|key| !is_dry_run(key)).collect();
-        let problem = of_pod.problems.first();
-        let (allowed, rule, reason) = self.verdict(
-            direction,
-            of_pod.sets[direction as usize],
-            flow,
-            &in_earnest,
-            problem,
-        );
-        let all: Vec<&ObjectRef> = policies.iter().collect();
-        let audit = self.verdict(direction, of_pod.audit[direction as usize], flow, &all, problem);
-        let describe = |key: &ObjectRef| {
-            let suffix = if is_dry_run(&key) { " (dry run)" } else { "" };
-            format!("{key}{suffix}")
-        };
-        Step {
-            selected_by: policies.iter().map(describe).collect(),
-            dry_run: (audit.0 != allowed).then(|| {
-                let verdict = if audit.0 { "allowed" } else { "denied" };
-                format!("{verdict}: {}", audit.2)
-            }),
-            ..step(allowed, rule, &reason)
-        }
+        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
+        let of_pod = self.compiler.pods().get(&pod.name);
+        let sets = of_pod.map_or([SET_NONE; 2], |pod| {
+            [pod.sets, pod.audit].map(|sets| sets[direction as usize])
+        });
+        let [(allowed, rule), audit] = sets.map(|set| self.verdict(direction, set, flow));
+        let dry_run = (audit.0 != allowed).then_some(audit);
+        selection.step(at, allowed, rule, dry_run)
     }
 
-    /// What a set says of a flow with a peer, a protocol and a port, and why; `policies`: those that made the set.
+    /// What a set says of a flow with a peer, a protocol and a port.
     fn verdict(
         &self,
         direction: Direction,
         set: SetId,
         (peer, proto, port): (IpAddr, u8, u16),
-        policies: &[&ObjectRef],
-        problem: Option<&Problem>,
-    ) -> (bool, Option<Decision>, String) {
+    ) -> (bool, Option<Decision>) {
         let judgement = judge(&self.tables, set, peer, proto, port);
-        let rule = judgement.rule().and_then(|rule| self.decision(direction, rule));
-        let isolated = policies.iter().any(|policy| policy.kind == Kind::NetworkPolicy);
-        let reason = match (&rule, judgement.is_allowed()) {
-            (Some(rule), _) => format!("{} {} of {}: {}", rule.tier, rule.field, rule.policy, rule.action),
-            (None, true) if policies.is_empty() => "no policy selects it in this direction".to_owned(),
-            (None, true) => "no rule decides, and no NetworkPolicy selects it in this direction".to_owned(),
-            (None, false) => match problem {
-                Some(problem) => problem.reason.clone(),
-                None if isolated => {
-                    "a NetworkPolicy selects it in this direction, and no rule allows this".to_owned()
-                }
-                None => "its policies cannot be honoured".to_owned(),
-            },
-        };
-        (judgement.is_allowed(), rule, reason)
-    }
-
-    fn decision(&self, direction: Direction, rule: u32) -> Option<Decision> {
-        let row = self.tables.rules.get(rule as usize)?;
-        let policy = self
-            .index
-            .policies()
-            .get(self.tables.policies.get(row.policy as usize)?)?;
-        let mut rules = policy.rules(direction)?.iter();
-        let rule = rules.find(|rule| rule.place == row.place)?;
-        Some(Decision {
-            policy: policy.key.to_string(),
-            tier: policy.tier.to_string(),
-            field: format!("spec.{}[{}]", direction.as_str(), rule.place),
-            name: rule.name.to_string(),
-            action: rule.action.label(),
-        })
+        let rule = judgement.rule().and_then(|rule| {
+            let row = self.tables.rules.get(rule as usize)?;
+            let policy = self.tables.policies.get(row.policy as usize)?;
+            Decision::of(self.index, policy, direction, row.place)
+        });
+        (judgement.is_allowed(), rule)
     }
 }
 

@@ -23,6 +23,7 @@ use tokio::{
 use self::http::{Answer, Listener};
 use crate::{
     enforced::Enforced,
+    explain::{Answered, tables::Query},
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
     told::Told,
@@ -102,6 +103,8 @@ pub enum Ask {
     LookAgain(oneshot::Sender<u64>),
     /// What is served.
     Served(oneshot::Sender<Served>),
+    /// What the tables say of a flow.
+    Explain(Query, oneshot::Sender<Answered>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
     /// What policies have decided after the verdict with a number.
@@ -198,6 +201,7 @@ impl Health {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
+            "/explain" => self.explain(uri).await,
             "/policies" => match self.enforced().await {
                 Some(enforced) => Answer::of_health(true, to_json(&enforced)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
@@ -211,6 +215,20 @@ impl Health {
             }
             "/wait" => self.wait_for(uri).await,
             _ => Answer::not_found(),
+        }
+    }
+
+    async fn explain(&self, uri: &Uri) -> Answer {
+        let answered = match explain_query(uri) {
+            Ok(query) => self.ask(|reply| Ask::Explain(query, reply)).await,
+            Err(error) => Some(Answered {
+                error: Some(error),
+                ..Answered::default()
+            }),
+        };
+        match answered {
+            Some(answered) => Answer::of_health(true, to_json(&answered)),
+            None => Answer::of_health(false, "{}\n".to_owned()),
         }
     }
 
@@ -279,8 +297,24 @@ pub fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
 
 /// A number in a query.
 fn query(uri: &Uri, name: &str) -> Option<u64> {
+    text(uri, name)?.parse().ok()
+}
+
+fn text<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
-    pairs.find(|(key, _)| *key == name)?.1.parse().ok()
+    Some(pairs.find(|(key, _)| *key == name)?.1)
+}
+
+/// The flow that a path asks about. Names and addresses have no character that would have to be escaped.
+fn explain_query(uri: &Uri) -> Result<Query, String> {
+    let part = |name| text(uri, name).ok_or_else(|| format!("there is no `{name}`"));
+    let source_port = text(uri, "source_port").map(str::parse).transpose();
+    Ok(Query {
+        from: part("from")?.parse()?,
+        to: part("to")?.parse()?,
+        port: part("port")?.parse()?,
+        source_port: source_port.map_err(|_| "`source_port` is no port".to_owned())?,
+    })
 }
 
 /// `/livez` is about this process alone, `/healthz` about what load balancers should send here.

@@ -89,6 +89,8 @@ pub struct Kernel {
     pub host: watch::Receiver<Option<HostState>>,
     /// `None` without socket hooks.
     pub given_sockets: Option<GivenSockets>,
+    /// What the programs were loaded with.
+    pub constants: dataplane_common::config::Config,
 }
 
 impl fmt::Debug for Kernel {

@@ -411,7 +411,7 @@ impl Store<Frame> for Memory {
 }
 
 /// As the kernel side's scratch space begins.
-fn work<F: Family>() -> Work<F> {
+pub fn work<F: Family>() -> Work<F> {
     Work {
         headers: Headers::default(),
         quoted: Headers::default(),

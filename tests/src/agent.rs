@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -157,8 +157,7 @@ impl Agents {
 
     /// What `status` says of a node.
     pub fn status(&self, node: &str) -> Result<serde_json::Value> {
-        let agent = self.nodes.iter().find(|agent| agent.node == node);
-        let agent = agent.with_context(|| format!("there is no agent of {node}"))?;
+        let agent = self.of(node)?;
         let (netns, cgroup) = &agent.enter;
         let mut command = agent
             .helper
@@ -170,6 +169,30 @@ impl Agents {
             .output()
             .context("failed to run `status`")?;
         serde_json::from_slice(&output.stdout).context("`status` printed no JSON")
+    }
+
+    /// Runs a command that asks the agent of a node.
+    pub fn command(&self, node: &str, arguments: &[&str]) -> Result<Output> {
+        let agent = self.of(node)?;
+        let (netns, cgroup) = &agent.enter;
+        let mut command = agent
+            .helper
+            .enter(netns, &cgroup.join("host"), &self.options.program);
+        command.args(arguments).args(["--output", "json"]);
+        command.arg("--socket").arg(&agent.socket);
+        command
+            .output()
+            .with_context(|| format!("failed to run {arguments:?}"))
+    }
+
+    /// The BPF file system of a node's agent.
+    pub fn bpffs(&self, node: &str) -> Result<&Path> {
+        Ok(&self.of(node)?.bpffs)
+    }
+
+    fn of(&self, node: &str) -> Result<&Agent> {
+        let agent = self.nodes.iter().find(|agent| agent.node == node);
+        agent.with_context(|| format!("there is no agent of {node}"))
     }
 
     /// Agents that ended without being asked to.

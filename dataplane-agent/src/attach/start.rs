@@ -147,6 +147,7 @@ fn load_and_watch(
         store: Box::new(store),
         host,
         given_sockets,
+        constants: options.config,
     })
 }
 

@@ -10,6 +10,7 @@ pub mod maps;
 pub mod pins;
 pub mod sys;
 pub mod verdicts;
+pub mod world;
 
 /// The BPF object, or nothing when the agent was built without it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("DATAPLANE_OBJECT"));

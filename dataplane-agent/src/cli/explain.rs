@@ -1,38 +1,30 @@
-//! `explain`: what the policies in a folder of manifests say of a flow.
+//! `explain`: what policies say of a flow, by the tables of a running agent or by a folder of manifests.
 
-use std::{fmt::Write as _, io::Write, path::Path, process::ExitCode};
+use std::{fmt::Write as _, io::Write, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 
-use super::status::Output;
+use super::{ask::ask, status::Output};
 use crate::{
-    explain::{End, Explained, Place, Port, explain},
+    explain::{Answered, Explained, Place, explain, tables::Query},
     model::{Index, Kind, Rejected},
     source::{Change, manifests::Folder},
 };
 
+/// A table of many endpoints takes the agent a moment.
+const WITHIN: Duration = Duration::from_mins(1);
+
 /// Prints the answer; fails when the flow is denied, so that a script can ask.
-pub fn run(manifests: &Path, from: &End, to: &End, port: Port, output: Output) -> anyhow::Result<ExitCode> {
-    let mut folder = Folder::new(manifests.to_owned());
-    let batch = folder.scan(true);
-    ensure!(folder.is_readable(), "failed to read {}", manifests.display());
-    let mut index = Index::new("");
-    for change in batch.changes {
-        if let Change::Apply { object, .. } = change {
-            index.apply(object);
-        }
-    }
-    let explained = explain(&index, from, to, port)?;
-    let about_policies = |one: &&Rejected| {
-        let kind = one.object.split(' ').next().and_then(Kind::parse);
-        kind.is_none_or(Kind::is_policy)
+pub fn run(
+    manifests: Option<&Path>,
+    socket: &Path,
+    query: &Query,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    let (explained, problems) = match manifests {
+        Some(folder) => by_manifests(folder, query)?,
+        None => (by_tables(socket, query)?, Vec::new()),
     };
-    let problems: Vec<String> = batch
-        .rejected
-        .iter()
-        .filter(about_policies)
-        .map(ToString::to_string)
-        .collect();
     let text = match output {
         Output::Json => {
             let answer = serde_json::json!({"flows": explained, "problems": problems});
@@ -51,6 +43,51 @@ pub fn run(manifests: &Path, from: &End, to: &End, port: Port, output: Output) -
     })
 }
 
+/// What the tables of the agent at `socket` say.
+fn by_tables(socket: &Path, query: &Query) -> anyhow::Result<Vec<Explained>> {
+    let Query {
+        from,
+        to,
+        port,
+        source_port,
+    } = query;
+    let mut path = format!("/explain?from={from}&to={to}&port={port}");
+    if let Some(source_port) = source_port {
+        let _infallible = write!(path, "&source_port={source_port}");
+    }
+    let is_plain = |character: char| character.is_ascii_alphanumeric() || "/?=&_.:-".contains(character);
+    ensure!(path.chars().all(is_plain), "no object is called so: {from}, {to}");
+    let answer = ask(socket, &path, WITHIN).with_context(|| {
+        let socket = socket.display();
+        format!("failed to reach an agent at {socket} (with --manifests, none is asked)")
+    })?;
+    let Answered { flows, error } = answer.value()?;
+    match error {
+        Some(error) => anyhow::bail!(error),
+        None => Ok(flows),
+    }
+}
+
+/// What the policies in a folder say, and what of them cannot be honoured.
+fn by_manifests(folder: &Path, query: &Query) -> anyhow::Result<(Vec<Explained>, Vec<String>)> {
+    let mut source = Folder::new(folder.to_owned());
+    let batch = source.scan(true);
+    ensure!(source.is_readable(), "failed to read {}", folder.display());
+    let mut index = Index::new("");
+    for change in batch.changes {
+        if let Change::Apply { object, .. } = change {
+            index.apply(object);
+        }
+    }
+    let explained = explain(&index, &query.from, &query.to, query.port)?;
+    let about_policies = |one: &&Rejected| {
+        let kind = one.object.split(' ').next().and_then(Kind::parse);
+        kind.is_none_or(Kind::is_policy)
+    };
+    let problems = batch.rejected.iter().filter(about_policies);
+    Ok((explained, problems.map(ToString::to_string).collect()))
+}
+
 fn render(explained: &[Explained], problems: &[String]) -> String {
     let mut text = String::new();
     let verdict = |allowed| if allowed { "allowed" } else { "denied" };
@@ -66,7 +103,14 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             flow.port,
             verdict(flow.allowed)
         );
-        if flow.steps.is_empty() {
+        if let Some(share) = flow.share {
+            let percent = f64::from(share.slots) * 100.0 / f64::from(share.of.max(1));
+            let port = flow
+                .source_port
+                .map_or_else(String::new, |port| format!(", as from port {port}"));
+            let _infallible = writeln!(text, "  gets {percent:.1} % of new flows{port}");
+        }
+        if flow.steps.is_empty() && flow.elsewhere.is_empty() {
             text.push_str("  neither end is a Pod of this cluster: no policy is about them\n");
         }
         for step in &flow.steps {
@@ -79,6 +123,9 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             if !step.selected_by.is_empty() {
                 let _infallible = writeln!(text, "    selected by {}", step.selected_by.join(", "));
             }
+        }
+        for elsewhere in &flow.elsewhere {
+            let _infallible = writeln!(text, "  {elsewhere}");
         }
         text.push('\n');
     }

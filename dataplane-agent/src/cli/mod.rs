@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     agent,
     args::{Cli, Command},
+    explain::tables::Query,
 };
 
 /// Runs a command; errors go to stderr, with their causes.
@@ -40,9 +41,19 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             from,
             to,
             port,
+            source_port,
             manifests,
+            socket,
             output,
-        } => return explain::run(&manifests, &from, &to, port, output),
+        } => {
+            let query = Query {
+                from,
+                to,
+                port,
+                source_port,
+            };
+            return explain::run(manifests.as_deref(), &socket, &query, output);
+        }
         Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
         Command::Services {
             socket,

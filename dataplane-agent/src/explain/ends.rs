@@ -1,7 +1,11 @@
 //! The ends of a flow: how they are asked for, and what they are. Behind a Service that is each endpoint that a new flow of
 //! the client may be given, because policies see that and not the Service.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
 
 use crate::{
     compile::endpoints::{self, View},
@@ -31,6 +35,16 @@ impl FromStr for End {
             _ => Err(()),
         }
         .map_err(|()| format!("`{text}` is neither namespace/pod, svc/namespace/service nor an address"))
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(name) => write!(f, "{name}"),
+            Self::Service(name) => write!(f, "svc/{name}"),
+            Self::Addr(addr) => write!(f, "{addr}"),
+        }
     }
 }
 
@@ -199,7 +213,7 @@ fn behind<'a>(
     Ok(targets)
 }
 
-fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
+pub fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
     let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
     if pod.ips.is_empty() {
         return Err(Error::NoAddress(name.clone()));
@@ -207,7 +221,7 @@ fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
     Ok(pod.ips.iter().map(|ip| (*ip, Some(pod))).collect())
 }
 
-fn at(index: &Index, addr: IpAddr) -> Found<'_> {
+pub fn at(index: &Index, addr: IpAddr) -> Found<'_> {
     let is_owner = |pod: &&Pod| !pod.finished && !pod.host_network && pod.ips.contains(&addr);
     (addr, index.pods().find(is_owner))
 }
@@ -216,5 +230,15 @@ fn service_at(index: &Index, addr: IpAddr) -> Option<&Service> {
     index.services().find(|service| {
         let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
         ips.iter().any(|ips| ips.contains(&addr))
+    })
+}
+
+/// The Service that answers at an address and port, a node port among them.
+pub fn service_with(index: &Index, at: SocketAddr, proto: Option<Protocol>) -> Option<&Service> {
+    service_at(index, at.ip()).or_else(|| {
+        index.services().find(|service| {
+            let mut ports = service.ports.iter();
+            ports.any(|port| port.node_port == Some(at.port()) && Some(port.proto) == proto)
+        })
     })
 }

@@ -1,0 +1,419 @@
+//! What the tables of this node say of a flow: its first packet is led through the host build of the datapath, at the hooks
+//! of the Pods that are here.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use dataplane_common::{
+    pipeline::Context,
+    policy::{NO_RULE_INDEX, VerdictEvent},
+    reason::Reason,
+    service::{Scope, Service, service_flags},
+    verdict::Hook,
+};
+
+use super::{
+    Decision, End, Explained, Place, Port, Share, Step,
+    ends::{self, Error, Found},
+    packet, place,
+    reasons::{self, Selection},
+};
+use crate::{
+    bpf::world::{Outcome, World},
+    compile::policy::PolicyCompiler,
+    model::{Index, Name, ObjectRef, Pod, policy::Direction},
+    sync::policy::PolicySyncer,
+};
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Query {
+    pub from: End,
+    pub to: End,
+    pub port: Port,
+    /// Of the source. `None`: of a Service each endpoint, else any.
+    pub source_port: Option<u16>,
+}
+
+/// In place of a source port where none is asked for: one that applications get.
+const SOURCE_PORT: u16 = 32768;
+
+/// The tables, and the names of what is in them.
+#[derive(Debug)]
+pub struct Here<'a> {
+    pub world: World,
+    pub node: &'a str,
+    pub index: &'a Index,
+    pub compiler: &'a PolicyCompiler,
+    /// The interfaces of this node's Pods.
+    pub interfaces: BTreeMap<Name, u32>,
+    /// Who knows the policies by their numbers in `RULES`.
+    pub syncer: &'a PolicySyncer,
+}
+
+/// Why the tables have no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    #[error(transparent)]
+    Ends(#[from] Error),
+    #[error("there are no tables")]
+    NoTables,
+    #[error("failed to read the tables")]
+    Read(#[from] io::Error),
+}
+
+/// A flow to judge: who is at its ends, and where its first packet is sent.
+#[derive(Clone, Copy, Debug)]
+struct Flow<'a> {
+    from: Found<'a>,
+    source_port: u16,
+    /// The Service's address, or the target's.
+    asked: SocketAddr,
+    to: Found<'a>,
+    port: Port,
+}
+
+impl<'a> Here<'a> {
+    /// Judges a flow as the tables would: for Pods with two addresses in both families, and for a Service with each of the
+    /// endpoints that it chooses from, or the one that the source port leads to.
+    pub fn explain(&self, query: &Query) -> Result<Vec<Explained>, Failed> {
+        let from = ends::sources(self.index, &query.from)?;
+        let mut explained = Vec::new();
+        for from in &from {
+            for (asked, to) in self.targets(query, *from)? {
+                explained.extend(self.flows(query, *from, asked, to)?);
+            }
+        }
+        if explained.is_empty() {
+            return Err(Error::Families.into());
+        }
+        Ok(explained)
+    }
+
+    /// The addresses that the flow may be sent to, and endpoints of a Service without an address of its own.
+    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<(SocketAddr, Option<&'a Name>)>, Error> {
+        let number = query.port.number;
+        let direct = |addr: IpAddr| (SocketAddr::new(addr, number), None);
+        let all: Vec<_> = match &query.to {
+            End::Service(name) => {
+                let service = self
+                    .index
+                    .service(name)
+                    .ok_or_else(|| Error::NoService(name.clone()))?;
+                if service.cluster_ips.is_empty() {
+                    let targets = ends::targets(self.index, &query.to, query.port, from.1)?;
+                    let at = |target: ends::Target<'a>| {
+                        (SocketAddr::new(target.found.0, target.port.number), target.via)
+                    };
+                    targets.into_iter().map(at).collect()
+                } else {
+                    service.cluster_ips.iter().copied().map(direct).collect()
+                }
+            }
+            End::Pod(name) => ends::of_pod(self.index, name)?
+                .into_iter()
+                .map(|(addr, _)| direct(addr))
+                .collect(),
+            End::Addr(addr) => vec![direct(*addr)],
+        };
+        Ok(all
+            .into_iter()
+            .filter(|(at, _)| at.is_ipv4() == from.0.is_ipv4())
+            .collect())
+    }
+
+    fn flows(
+        &self,
+        query: &Query,
+        from: Found<'a>,
+        asked: SocketAddr,
+        via: Option<&'a Name>,
+    ) -> Result<Vec<Explained>, Failed> {
+        let Query { port, .. } = *query;
+        let service = port.proto.and_then(|proto| {
+            let is_inside = self.interface(from).is_some() || self.world.is_own(from.0);
+            let scope = if is_inside {
+                Scope::Internal
+            } else {
+                Scope::External
+            };
+            self.world.find_service(asked, proto.number(), scope)
+        });
+        let flow = Flow {
+            from,
+            source_port: query.source_port.unwrap_or(SOURCE_PORT),
+            asked,
+            to: ends::at(self.index, asked.ip()),
+            port: Port {
+                number: asked.port(),
+                ..port
+            },
+        };
+        let of_service = service.and_then(|index| Some((index, self.world.service(index)?)));
+        let Some((index, service)) = of_service else {
+            if let (End::Service(name), None) = (&query.to, via) {
+                return Err(Error::NoPort(name.clone(), port).into());
+            }
+            let service = via.map(ToString::to_string);
+            let explained = self.judge(flow, None)?;
+            return Ok(vec![Explained { service, ..explained }]);
+        };
+        let name = ends::service_with(self.index, asked, port.proto);
+        let name = name.map_or_else(|| asked.to_string(), |service| service.name.to_string());
+        let mut explained = Vec::new();
+        for (share, source_port, to) in self.endpoints(query, &flow, index, &service) {
+            let flow = Flow {
+                source_port,
+                to: ends::at(self.index, to.ip()),
+                port: Port {
+                    number: to.port(),
+                    ..port
+                },
+                ..flow
+            };
+            explained.push(self.judge(flow, share)?);
+        }
+        if explained.is_empty() {
+            explained.push(self.refused(flow)?);
+        }
+        for one in &mut explained {
+            one.service = Some(name.clone());
+        }
+        Ok(explained)
+    }
+
+    /// The endpoints that a service may choose for a flow, with their share and a source port that leads there.
+    fn endpoints(
+        &self,
+        query: &Query,
+        flow: &Flow<'_>,
+        index: u32,
+        service: &Service,
+    ) -> Vec<(Option<Share>, u16, SocketAddr)> {
+        let choice = self.world.choice(index);
+        let proto = service.proto;
+        let from = |port| SocketAddr::new(flow.from.0, port);
+        let all = (0..choice.ids.len()).zip(choice.shares());
+        if service.head.flags & service_flags::AFFINITY != 0
+            && let Some(ifindex) = self.interface(flow.from)
+        {
+            // It is the client's, whatever its port.
+            let outcome = self.run(Hook::FromPod, ifindex, false, flow, flow.asked);
+            let led = outcome
+                .ok()
+                .and_then(|outcome| packet::destination(&outcome.bytes));
+            let led = led.map(|(addr, port)| SocketAddr::new(addr, port));
+            return led
+                .filter(|led| *led != flow.asked)
+                .map(|led| (None, flow.source_port, led))
+                .into_iter()
+                .collect();
+        }
+        let only = query
+            .source_port
+            .and_then(|port| choice.of_flow(from(port), flow.asked, proto));
+        let ports = match query.source_port {
+            Some(port) => vec![Some(port); choice.ids.len()],
+            None => choice.source_ports(flow.from.0, SOURCE_PORT, flow.asked, proto),
+        };
+        let chosen = all.filter(|(number, slots)| match query.source_port {
+            Some(_) => Some(*number) == only,
+            None => *slots > 0,
+        });
+        chosen
+            .filter_map(|(number, slots)| {
+                let share = Share {
+                    slots,
+                    of: choice.slots(),
+                };
+                let at = self.world.backend_at(choice.ids[number])?;
+                Some((Some(share), ports[number].unwrap_or(flow.source_port), at))
+            })
+            .collect()
+    }
+
+    /// A flow whose Service has nowhere to lead it to.
+    fn refused(&self, flow: Flow<'a>) -> Result<Explained, Failed> {
+        let reason = match self.interface(flow.from) {
+            Some(ifindex) => self
+                .run(Hook::FromPod, ifindex, false, &flow, flow.asked)?
+                .stopped(),
+            None => None,
+        };
+        let reason = reason.unwrap_or(Reason::NoEndpoints);
+        let mut explained = answer(&flow, None);
+        explained.push(refusal(&flow, reason));
+        Ok(explained)
+    }
+
+    /// Judges a flow at both ends, as far as they are here.
+    fn judge(&self, flow: Flow<'a>, share: Option<Share>) -> Result<Explained, Failed> {
+        let target = SocketAddr::new(flow.to.0, flow.port.number);
+        let is_translated = target != flow.asked;
+        let mut explained = answer(&flow, share);
+        if is_translated || share.is_some() {
+            explained.source_port = Some(flow.source_port);
+        }
+        let mut told = Vec::new();
+        if let Some(ifindex) = self.interface(flow.from) {
+            let outcome = self.run(Hook::FromPod, ifindex, false, &flow, flow.asked)?;
+            if let Some(reason) = outcome.stopped().filter(|reason| !is_of_policy(*reason)) {
+                explained.push(refusal(&flow, reason));
+                return Ok(explained);
+            }
+            told = outcome.told;
+        }
+        if let Some(pod) = flow.from.1 {
+            let ends = (flow.from, flow.to);
+            self.step(&mut explained, Direction::Egress, pod, ends, &told);
+        }
+        if let Some(pod) = flow.to.1 {
+            let ends = (flow.to, flow.from);
+            if let Some(ifindex) = self.interface(flow.to)
+                // On the fast path both ends are asked at once.
+                && !told.iter().any(|event| event.ifindex == ifindex && event.outward == 0)
+            {
+                let from_host = self.world.is_own(flow.from.0);
+                told = self.run(Hook::ToPod, ifindex, from_host, &flow, target)?.told;
+            }
+            self.step(&mut explained, Direction::Ingress, pod, ends, &told);
+        }
+        Ok(explained)
+    }
+
+    /// Adds what was decided at one end, if that is here.
+    fn step(
+        &self,
+        explained: &mut Explained,
+        direction: Direction,
+        pod: &Pod,
+        (own, peer): (Found<'_>, Found<'_>),
+        told: &[VerdictEvent],
+    ) {
+        let at = place(own);
+        let other = peer.1.map(|other| &other.name);
+        let is_here = pod.node.as_deref() == Some(self.node);
+        if let Some(reason) = reasons::exempt(self.index, pod, direction, peer.0, other)
+            && (is_here || pod.host_network || other == Some(&pod.name))
+        {
+            explained.push(Step::exempt(direction, at, reason));
+            return;
+        }
+        let Some(ifindex) = self.interface(own) else {
+            let what = format!("{} of {}", direction.as_str(), pod.name);
+            explained.elsewhere.push(match &pod.node {
+                Some(node) if !is_here => format!("{what} is decided on node {node}"),
+                _ => format!("{what}: its interface is not known"),
+            });
+            return;
+        };
+        let outward = u8::from(direction == Direction::Egress);
+        let mine = |event: &&VerdictEvent| event.ifindex == ifindex && event.outward == outward;
+        let of = |reasons: &[Reason]| {
+            let mut told = told.iter().filter(mine);
+            told.find(|event| reasons.iter().any(|reason| *reason as u32 == event.reason))
+        };
+        let decision = |event: &VerdictEvent| {
+            let rule = self
+                .world
+                .rule(event.rule)
+                .filter(|_| event.rule != NO_RULE_INDEX)?;
+            let policy: &ObjectRef = self.syncer.policy(rule.policy)?;
+            Decision::of(self.index, policy, direction, rule.place)
+        };
+        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
+        let verdict = of(&[Reason::PolicyAllowed, Reason::PolicyDenied, Reason::PolicyBroken]);
+        let step = match verdict {
+            Some(event) => {
+                let allowed = event.reason == Reason::PolicyAllowed as u32;
+                let audit = of(&[Reason::DryRunAllowed, Reason::DryRunDenied]);
+                let audit =
+                    audit.map(|event| (event.reason == Reason::DryRunAllowed as u32, decision(event)));
+                selection.step(at, allowed, decision(event), audit)
+            }
+            None if self.world.is_unknown(ifindex) => Step {
+                reason: Reason::PolicyUnknownPod.text().trim().to_owned(),
+                ..selection.step(at, false, None, None)
+            },
+            None => selection.step(at, true, None, None),
+        };
+        explained.push(step);
+    }
+
+    /// Leads the flow's first packet, sent to `to`, through a hook.
+    fn run(
+        &self,
+        hook: Hook,
+        ifindex: u32,
+        from_host: bool,
+        flow: &Flow<'_>,
+        to: SocketAddr,
+    ) -> io::Result<Outcome> {
+        let at = Context {
+            hook,
+            ifindex,
+            from_host,
+            l3: 14,
+        };
+        let from = (flow.from.0, flow.source_port);
+        let port = Port {
+            number: to.port(),
+            ..flow.port
+        };
+        self.world
+            .run(packet::first(from, (to.ip(), to.port()), port), &at)
+    }
+
+    /// The interface of an end that is a Pod of this node.
+    fn interface(&self, (_, pod): Found<'_>) -> Option<u32> {
+        self.interfaces.get(&pod?.name).copied()
+    }
+}
+
+impl Explained {
+    fn push(&mut self, step: Step) {
+        self.allowed &= step.allowed;
+        self.steps.push(step);
+    }
+}
+
+/// Nothing has been decided yet.
+fn answer(flow: &Flow<'_>, share: Option<Share>) -> Explained {
+    Explained {
+        from: place(flow.from),
+        to: place(flow.to),
+        port: flow.port.to_string(),
+        service: None,
+        share,
+        source_port: None,
+        allowed: true,
+        steps: Vec::new(),
+        elsewhere: Vec::new(),
+    }
+}
+
+/// A step that ends a flow before policies are asked.
+fn refusal(flow: &Flow<'_>, reason: Reason) -> Step {
+    Step {
+        direction: "service".into(),
+        at: Place {
+            ip: flow.asked.ip(),
+            pod: None,
+        },
+        allowed: false,
+        rule: None,
+        reason: format!("{}: {}", reason.label(), reason.text().trim()),
+        dry_run: None,
+        selected_by: Vec::new(),
+    }
+}
+
+fn is_of_policy(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::PolicyDenied | Reason::PolicyBroken | Reason::PolicyUnknownPod | Reason::PolicyUnreadable
+    )
+}

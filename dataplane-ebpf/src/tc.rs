@@ -14,6 +14,7 @@ use dataplane_common::{
     packet::Packet,
     parse::ETHERNET_LEN,
     pipeline::Context,
+    reason::Reason,
     rewrite::write_macs,
     tables::Env,
     verdict::{Action, Hook, Verdict},
@@ -164,8 +165,12 @@ fn act_without_link_layer(
     let to = verdict.value();
     let (device, flags) = match verdict.action() {
         Action::Pass => return NEXT,
+        Action::Drop => return SHOT,
         // Nothing enters or leaves a pod by a device without link layer.
-        Action::Drop | Action::Pod => return SHOT,
+        Action::Pod => {
+            world.count(Reason::RewriteFailed as u32);
+            return SHOT;
+        }
         Action::Answer if hook as u8 == Hook::FromNetdev as u8 => (own_ifindex, 0),
         Action::Answer => (own_ifindex, INGRESS),
         Action::Host => (to, INGRESS),
@@ -176,6 +181,7 @@ fn act_without_link_layer(
     if has_link_layer {
         let mac = found.map_or(Mac::default(), |found| found.mac);
         if add_header(skb, mac).is_none() {
+            world.count(Reason::RewriteFailed as u32);
             return SHOT;
         }
     }

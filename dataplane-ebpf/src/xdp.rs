@@ -6,6 +6,8 @@ use dataplane_common::{
     packet::Packet,
     parse::ETHERNET_LEN,
     pipeline::Context,
+    reason::Reason,
+    tables::Env,
     verdict::{Action, Hook, Verdict},
 };
 
@@ -39,6 +41,9 @@ pub fn xdp(ctx: XdpContext) -> u32 {
         Action::Transmit => unsafe { bpf_redirect(verdict.value(), 0) as u32 },
         Action::Drop => xdp_action::XDP_DROP,
         // XDP leaves all these to TC.
-        _ => xdp_action::XDP_ABORTED,
+        _ => {
+            world.count(Reason::RewriteFailed as u32);
+            xdp_action::XDP_ABORTED
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Agent processes: one a node, in its namespace and cgroup.
 
 use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
@@ -15,6 +17,8 @@ const START: Duration = Duration::from_mins(1);
 /// How long the agent may take to program what was written. Its socket is there before its programs are loaded, which
 /// takes seconds on a busy machine.
 const SETTLE: Duration = Duration::from_mins(2);
+/// How long the agent may take to answer.
+const ANSWER: Duration = Duration::from_secs(30);
 const STEP: Duration = Duration::from_millis(20);
 
 /// A time that a machine of ordinary speed needs at most, made longer as `DATAPLANE_TEST_PATIENCE` says: emulated machines
@@ -183,6 +187,20 @@ impl Agents {
         command
             .output()
             .with_context(|| format!("failed to run {arguments:?}"))
+    }
+
+    /// What the agent of a node answers on its socket.
+    pub fn ask(&self, node: &str, path: &str) -> Result<serde_json::Value> {
+        let mut socket = UnixStream::connect(&self.of(node)?.socket)?;
+        socket.set_read_timeout(Some(patient(ANSWER)))?;
+        write!(
+            socket,
+            "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        let (_, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        serde_json::from_str(body).with_context(|| format!("{path}: {answer}"))
     }
 
     /// The BPF file system of a node's agent.

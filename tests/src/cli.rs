@@ -60,6 +60,9 @@ struct Run {
     /// Keep the agents' logs in this folder
     #[arg(long)]
     logs: Option<PathBuf>,
+    /// Ask the agents, too, what they would do with each cell of the tables of policy scenarios
+    #[arg(long)]
+    explain: bool,
     /// Keep each cluster up until Enter (one at a time)
     #[arg(long)]
     hold: bool,
@@ -167,6 +170,7 @@ impl Run {
             output,
             logs,
             hold,
+            explain,
         } = self;
         if source == Source::Api {
             bail!("--source api is not supported yet: this version reads objects from a folder only");
@@ -216,6 +220,7 @@ impl Run {
             helper: Helper::find()?,
             logs,
             hold,
+            explain,
         };
         let text = output == Output::Text;
         let done = |report: &crate::scenario::report::ScenarioReport| {

@@ -43,6 +43,8 @@ pub struct Cells {
     pub probed: usize,
     /// The kernel has no SCTP.
     pub sctp_left_out: usize,
+    /// Cells about which the agents were asked.
+    pub explained: usize,
 }
 
 /// The whole run.
@@ -83,9 +85,13 @@ impl ScenarioReport {
         if let Some(Cells {
             probed,
             sctp_left_out,
+            explained,
         }) = self.cells
         {
             let _ = write!(text, "  {probed} cells");
+            if explained > 0 {
+                let _ = write!(text, ", {explained} explained");
+            }
             if sctp_left_out > 0 {
                 let _ = write!(text, ", {sctp_left_out} of SCTP left out: the kernel lacks it");
             }

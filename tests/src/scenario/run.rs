@@ -29,6 +29,8 @@ pub struct RunOptions {
     pub logs: Option<PathBuf>,
     /// Wait for Enter before a cluster is removed.
     pub hold: bool,
+    /// Ask the agents about each cell of policy scenarios too.
+    pub explain: bool,
 }
 
 /// Runs a scenario in a cluster called `name`. Whatever goes wrong is in the report.

@@ -2,7 +2,7 @@
 //! probes from source ports that no case before had.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::Duration;
 
@@ -35,6 +35,7 @@ pub struct Bed {
     cluster: Cluster,
     needs: Needs,
     next_port: u16,
+    explains: bool,
     /// How many cases were begun here.
     pub cases: usize,
     /// Whether a case has changed the cluster itself.
@@ -43,6 +44,13 @@ pub struct Bed {
 
 /// What one member tries: the cell's number and the target.
 pub type Tries = BTreeMap<String, Vec<(usize, Target)>>;
+
+/// What agents say of a flow.
+#[derive(Debug)]
+pub struct Said {
+    pub allowed: bool,
+    pub reasons: Vec<String>,
+}
 
 /// What arrived at each member: protocol, port and client.
 pub type Arrivals = BTreeMap<String, BTreeSet<(Proto, u16, SocketAddr)>>;
@@ -65,6 +73,7 @@ impl Bed {
             cluster,
             needs,
             next_port: *PORTS.start(),
+            explains: options.explain,
             cases: 0,
             is_changed: false,
         })
@@ -98,6 +107,43 @@ impl Bed {
     /// Agents' log files by node.
     pub fn agents(&mut self) -> &mut Agents {
         &mut self.agents
+    }
+
+    /// Whether agents are asked what they would do.
+    pub fn explains(&self) -> bool {
+        self.explains
+    }
+
+    /// What the agents of two members say of a flow between their addresses; `None` where neither is a pod.
+    pub fn explain(
+        &self,
+        from: &(String, IpAddr),
+        to: &(String, IpAddr),
+        (proto, port): (Proto, u16),
+    ) -> Result<Option<Said>> {
+        let shape = self.cluster.shape();
+        let nodes: BTreeSet<&str> = [from, to]
+            .iter()
+            .filter_map(|(member, _)| shape.node_of(member))
+            .collect();
+        let mut said = Said {
+            allowed: true,
+            reasons: Vec::new(),
+        };
+        let proto = format!("{proto:?}").to_uppercase();
+        let path = format!("/explain?from={}&to={}&port={port}/{proto}", from.1, to.1);
+        for node in &nodes {
+            let answer = self.agents.ask(node, &path)?;
+            let flows = answer["flows"].as_array().filter(|flows| flows.len() == 1);
+            let flow = &flows.with_context(|| format!("{path} of {node}: {answer}"))?[0];
+            said.allowed &= flow["allowed"] == true;
+            let steps = flow["steps"].as_array().into_iter().flatten();
+            said.reasons.extend(steps.map(|step| {
+                let (direction, reason) = (&step["direction"], &step["reason"]);
+                format!("{node}, {direction}: {reason}")
+            }));
+        }
+        Ok((!nodes.is_empty()).then_some(said))
     }
 
     /// Starts a pod that was not there when the cluster was built.

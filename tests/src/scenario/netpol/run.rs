@@ -129,25 +129,14 @@ impl Run<'_> {
             };
             tries.entry(member(cell.from)).or_default().push((index, target));
         }
+        if bed.explains() {
+            self.explain(bed, number, &cells, objects)?;
+        }
         let (swept, arrivals) = bed.sweep(&tries)?;
         for (index, swept) in &swept {
             let cell = &cells[*index];
             if let Some(seen) = fault(cell, swept, &arrivals) {
-                let proto = format!("{:?}", cell.proto).to_uppercase();
-                self.failed.push(ProbeReport {
-                    id: format!("{proto}/{}", cell.port),
-                    step: number + 1,
-                    status: Status::Failed,
-                    expected: if cell.connects {
-                        "connects"
-                    } else {
-                        "does not connect"
-                    }
-                    .to_owned(),
-                    seen,
-                    route: format!("{} -> {}", cell.from, cell.to),
-                    note: None,
-                });
+                self.failed.push(report(cell, number, seen));
             }
         }
         ensure!(
@@ -155,6 +144,46 @@ impl Run<'_> {
             "a sweep left targets out"
         );
         Ok(())
+    }
+}
+
+impl Run<'_> {
+    /// Asks the agents at both ends of each cell, those of SCTP too, what they would do.
+    fn explain(&mut self, bed: &Bed, number: usize, cells: &[Cell], objects: &Objects) -> Result<()> {
+        for cell in cells {
+            let from = (member(cell.from), objects.address(self.case, cell.from)?);
+            let to = (member(cell.to), objects.address(self.case, cell.to)?);
+            let Some(said) = bed.explain(&from, &to, (cell.proto, cell.port))? else {
+                continue;
+            };
+            self.cells.explained += 1;
+            if said.allowed != cell.connects {
+                self.failed.push(report(
+                    cell,
+                    number,
+                    format!("explain: {}", said.reasons.join("; ")),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn report(cell: &Cell, step: usize, seen: String) -> ProbeReport {
+    let proto = format!("{:?}", cell.proto).to_uppercase();
+    ProbeReport {
+        id: format!("{proto}/{}", cell.port),
+        step: step + 1,
+        status: Status::Failed,
+        expected: if cell.connects {
+            "connects"
+        } else {
+            "does not connect"
+        }
+        .to_owned(),
+        seen,
+        route: format!("{} -> {}", cell.from, cell.to),
+        note: None,
     }
 }
 

@@ -109,6 +109,9 @@ async fn start(config: Config) -> anyhow::Result<()> {
         metrics,
     };
     let mut agent = Agent::new(&config, store, syncer, policy_syncer, outward);
+    if let Some(events) = source.events {
+        agent.events.send_to(events);
+    }
     agent.sockets = given_sockets.and_then(sockets::open);
     agent.tables = Some(explain::Tables {
         pins: Pins::new(&config.bpffs),

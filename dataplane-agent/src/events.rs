@@ -1,6 +1,8 @@
 //! What happens to objects that somebody may want to know of: one place, from which it is logged and counted, and from
 //! which Kubernetes Events can be sent.
 
+use tokio::sync::mpsc;
+
 use crate::{metrics::Metrics, model::ObjectRef};
 
 /// Of many events at once so many are logged one by one; `services --problems` always lists all.
@@ -91,15 +93,33 @@ pub struct Event {
 #[derive(Clone, Debug, Default)]
 pub struct Recorder {
     metrics: Metrics,
+    /// Who sends them to Kubernetes.
+    kubernetes: Option<mpsc::Sender<Event>>,
 }
 
 impl Recorder {
     pub fn new(metrics: Metrics) -> Self {
-        Self { metrics }
+        Self {
+            metrics,
+            kubernetes: None,
+        }
+    }
+
+    /// Sends what happens from now on to Kubernetes too.
+    pub fn send_to(&mut self, kubernetes: mpsc::Sender<Event>) {
+        self.kubernetes = Some(kubernetes);
     }
 
     /// Records what happened at once.
     pub fn record(&self, events: &[Event]) {
+        if let Some(kubernetes) = &self.kubernetes {
+            for event in events {
+                if kubernetes.try_send(event.clone()).is_err() {
+                    // More than wait are more than would be sent.
+                    self.metrics.source.events_dropped.inc();
+                }
+            }
+        }
         for reason in Reason::ALL {
             let of_reason: Vec<&Event> = events.iter().filter(|event| event.reason == reason).collect();
             self.metrics.event(reason, of_reason.len());

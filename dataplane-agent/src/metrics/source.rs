@@ -13,6 +13,8 @@ pub struct SourceMetrics {
     pub received_bytes: IntCounter,
     pub lists: IntCounterVec,
     pub errors: IntCounterVec,
+    pub events_sent: IntCounter,
+    pub events_dropped: IntCounter,
     listed: IntGaugeVec,
     last_event: GaugeVec,
 }
@@ -32,6 +34,14 @@ impl SourceMetrics {
                 "Lists that were read to their end, by kind; more than one: a watch was lost for too long",
             )?,
             errors: counters("dataplane_source_errors_total", "Requests that failed, by kind")?,
+            events_sent: IntCounter::new(
+                "dataplane_kubernetes_events_sent_total",
+                "Kubernetes Events that the API server has taken",
+            )?,
+            events_dropped: IntCounter::new(
+                "dataplane_kubernetes_events_dropped_total",
+                "Kubernetes Events that were too many, or that the API server did not take",
+            )?,
             listed: IntGaugeVec::new(
                 Opts::new(
                     "dataplane_source_listed",
@@ -51,6 +61,8 @@ impl SourceMetrics {
         registry.register(Box::new(metrics.received_bytes.clone()))?;
         registry.register(Box::new(metrics.lists.clone()))?;
         registry.register(Box::new(metrics.errors.clone()))?;
+        registry.register(Box::new(metrics.events_sent.clone()))?;
+        registry.register(Box::new(metrics.events_dropped.clone()))?;
         registry.register(Box::new(metrics.listed.clone()))?;
         registry.register(Box::new(metrics.last_event.clone()))?;
         for kind in Kind::ALL {

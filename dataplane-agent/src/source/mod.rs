@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::model::{Object, ObjectRef, Origin, Rejected};
+use crate::{
+    events::Event,
+    model::{Object, ObjectRef, Origin, Rejected},
+};
 
 /// One change of one object.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +45,8 @@ pub struct Source {
     pub rescan: Rescan,
     /// What it has read and when; `None` for a folder, whose problems say it all.
     pub state: Option<kube::state::State>,
+    /// Takes Kubernetes Events; `None` where there is nobody to send them to.
+    pub events: Option<mpsc::Sender<Event>>,
 }
 
 /// Asks a source to look again.

@@ -5,3 +5,4 @@ mod faults;
 mod load;
 mod rights;
 mod seen;
+mod telling;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use dataplane_agent::{
+    events::Event,
     metrics::Metrics,
     model::Object,
     source::{
@@ -163,6 +164,12 @@ impl Seen {
             }
         };
         self.until("the batch of a look", |seen| seen.revision >= revision);
+    }
+
+    /// Has the source send an event.
+    pub fn tell(&self, event: &Event) {
+        let events = self.source.events.as_ref().unwrap();
+        events.try_send(event.clone()).unwrap();
     }
 
     pub fn has(&self, object: &str) -> bool {

@@ -14,7 +14,7 @@ use ::kube::{
 };
 use anyhow::Context;
 use http_body_util::BodyExt;
-use hyper::{Request, Uri, body::Bytes, header};
+use hyper::{Method, Request, Uri, body::Bytes, header};
 use serde::Deserialize;
 use tokio::time;
 
@@ -167,25 +167,47 @@ impl Api {
 
     /// Reads a path to the end.
     pub async fn get(&self, path: &str, accept: &'static str) -> Result<Vec<u8>, ApiError> {
-        self.open(path, accept).await?.whole().await
+        self.open(Method::GET, path, accept, None).await?.whole().await
+    }
+
+    /// Sends a document of a type; the answer is of no interest.
+    pub async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: &'static str,
+        document: &serde_json::Value,
+    ) -> Result<(), ApiError> {
+        let body = Some((content_type, document.to_string()));
+        self.open(method, path, JSON, body).await?.whole().await.map(drop)
     }
 
     /// Begins to read a path, which may never end.
     pub async fn stream(&self, path: &str) -> Result<Answer<'_>, ApiError> {
-        self.open(path, JSON).await
+        self.open(Method::GET, path, JSON, None).await
     }
 
-    async fn open(&self, path: &str, accept: &'static str) -> Result<Answer<'_>, ApiError> {
+    async fn open(
+        &self,
+        method: Method,
+        path: &str,
+        accept: &'static str,
+        body: Option<(&'static str, String)>,
+    ) -> Result<Answer<'_>, ApiError> {
         let (client, generation, server) = self.client()?;
-        let request = Request::builder()
+        let mut request = Request::builder()
+            .method(method)
             .uri(path)
             .header(header::ACCEPT, accept)
             .header(header::USER_AGENT, USER_AGENT);
-        let request = request
-            .body(Body::empty())
-            .map_err(|error| ApiError::Unreadable {
-                reason: format!("{path}: {error}"),
-            })?;
+        let mut content = Body::empty();
+        if let Some((content_type, document)) = body {
+            request = request.header(header::CONTENT_TYPE, content_type);
+            content = Body::from(document.into_bytes());
+        }
+        let request = request.body(content).map_err(|error| ApiError::Unreadable {
+            reason: format!("{path}: {error}"),
+        })?;
         self.state.requested(&server);
         let response = match time::timeout(ANSWER, client.send(request)).await {
             Ok(Ok(response)) => response,

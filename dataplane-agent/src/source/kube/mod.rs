@@ -1,5 +1,5 @@
 //! The Kubernetes API as a source: [`follow`] lists and watches each kind, [`collect`] makes batches of what comes,
-//! [`api`] talks to the server, [`item`] decodes, [`state`] is what `status` shows.
+//! [`api`] talks to the server, [`item`] decodes, [`state`] is what `status` shows, [`tell`] sends Events.
 //!
 //! All of it runs in a thread of its own, so that a long write of tables keeps no watch waiting.
 
@@ -9,6 +9,7 @@ mod follow;
 mod item;
 mod resources;
 pub mod state;
+mod tell;
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,12 +24,15 @@ use api::{Api, ApiError, JSON};
 use collect::{Collector, Held, Target};
 use follow::{Follower, News};
 use state::{Phase, State};
+use tell::Teller;
 
 use super::{Batch, Rescan, Source};
-use crate::model::Kind;
+use crate::{events::Event, model::Kind};
 
 /// After a change others are waited for so long: what belongs together often comes together.
 const QUIET: Duration = Duration::from_millis(10);
+/// Events that wait to be sent; more are dropped.
+const EVENTS_AT_MOST: usize = 64;
 /// Between looks for kinds that the cluster did not have.
 const LOOK_FOR_KINDS: Duration = Duration::from_secs(30);
 
@@ -44,6 +48,7 @@ pub struct Settings {
 pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
     let (batches, outbox) = mpsc::unbounded_channel();
     let (asks, asked) = mpsc::unbounded_channel();
+    let (events, to_tell) = mpsc::channel(EVENTS_AT_MOST);
     let (started, outcome) = oneshot::channel();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -52,24 +57,41 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
     let of_thread = state.clone();
     std::thread::Builder::new()
         .name("kube".to_owned())
-        .spawn(move || runtime.block_on(run(settings, of_thread, batches, asked, started)))
+        .spawn(move || {
+            let outside = Outside {
+                batches,
+                asked,
+                to_tell,
+                started,
+            };
+            runtime.block_on(run(settings, of_thread, outside));
+        })
         .context("failed to start a thread")?;
     outcome.await.context("the source has ended")??;
     Ok(Source {
         batches: outbox,
         rescan: Rescan::Api(asks),
         state: Some(state),
+        events: Some(events),
     })
 }
 
-/// Runs until batches are not received any more.
-async fn run(
-    settings: Settings,
-    state: State,
+/// The other ends of what a [`Source`] has.
+struct Outside {
     batches: mpsc::UnboundedSender<Batch>,
-    mut asked: mpsc::UnboundedReceiver<oneshot::Sender<u64>>,
+    asked: mpsc::UnboundedReceiver<oneshot::Sender<u64>>,
+    to_tell: mpsc::Receiver<Event>,
     started: oneshot::Sender<anyhow::Result<()>>,
-) {
+}
+
+/// Runs until batches are not received any more.
+async fn run(settings: Settings, state: State, outside: Outside) {
+    let Outside {
+        batches,
+        mut asked,
+        to_tell,
+        started,
+    } = outside;
     let Settings { address, node_name } = settings;
     let api = match Api::new(&address, state.clone()).await {
         Ok(api) => Arc::new(api),
@@ -95,6 +117,7 @@ async fn run(
         };
         tokio::spawn(follower.run());
     }
+    tokio::spawn(Teller::new(api.clone(), node.clone()).run(to_tell));
     tokio::spawn(look_for_kinds(api.clone(), kinds_came.clone()));
     let mut collector = Collector::new(node.clone(), state, all_nodes);
     let (found, mut targets) = mpsc::unbounded_channel();

@@ -57,6 +57,19 @@ pub fn collection(kind: Kind, node: Option<&str>) -> String {
     format!("{path}?{}={}&", selector.0, encoded(&selector.1))
 }
 
+/// A question for one object by its name, which takes no more than the right to list.
+pub fn by_name(kind: Kind, namespace: &str, name: &str) -> String {
+    let version = version_path(kind);
+    let plural = plural(kind);
+    let name = encoded(name);
+    if kind.is_namespaced() {
+        let namespace = encoded(namespace);
+        format!("{version}/namespaces/{namespace}/{plural}?fieldSelector=metadata.name%3D{name}")
+    } else {
+        format!("{version}/{plural}?fieldSelector=metadata.name%3D{name}")
+    }
+}
+
 /// A text for a query or a part of a path.
 pub fn encoded(text: &str) -> String {
     let mut encoded = String::new();

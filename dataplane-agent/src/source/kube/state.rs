@@ -137,6 +137,16 @@ impl State {
         });
     }
 
+    /// A Kubernetes Event was taken by the server.
+    pub fn event_sent(&self) {
+        self.metrics.events_sent.inc();
+    }
+
+    /// A Kubernetes Event was not sent.
+    pub fn event_dropped(&self) {
+        self.metrics.events_dropped.inc();
+    }
+
     fn of(&self, kind: Kind, change: impl FnOnce(&mut KindState)) {
         change(self.lock().kinds.entry(kind.as_str().to_owned()).or_default());
     }

@@ -67,6 +67,7 @@ pub fn start(root: &Path) -> notify::Result<Source> {
         batches: outbox,
         rescan: Rescan::Folder(requests),
         state: None,
+        events: None,
     })
 }
 

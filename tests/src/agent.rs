@@ -1,5 +1,6 @@
 //! Agent processes: one a node, in its namespace and cgroup.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -10,7 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::api::account;
+use crate::api::relay::Relay;
+use crate::api::served::Served;
 use crate::cluster::Cluster;
+use crate::manifests::Manifests;
 
 /// How long an agent may take to open its socket.
 const START: Duration = Duration::from_mins(1);
@@ -70,7 +75,10 @@ struct Agent {
     /// Everything that goes before the program's own arguments.
     enter: (PathBuf, PathBuf),
     helper: crate::process::Helper,
-    manifests: PathBuf,
+    /// The flags that say where objects come from.
+    source: Vec<OsString>,
+    /// The way to the server, if there is one.
+    relay: Option<Relay>,
     bpffs: PathBuf,
     socket: PathBuf,
     log: PathBuf,
@@ -79,6 +87,33 @@ struct Agent {
 impl Agents {
     /// Starts an agent on every node.
     pub fn start(cluster: &Cluster, manifests: &Path, options: AgentOptions) -> Result<Self> {
+        Self::start_with(cluster, options, |_| Ok((folder_flags(manifests), None)))
+    }
+
+    /// Starts an agent on every node, which reads a folder, or a server through a relay of its node.
+    pub fn reading(cluster: &Cluster, manifests: &Manifests, options: AgentOptions) -> Result<Self> {
+        let Some(served) = manifests.served() else {
+            return Self::start(cluster, manifests.dir(), options);
+        };
+        let Served { server, client } = &**served;
+        Self::start_with(cluster, options, |node| {
+            let relay = Relay::start(Some(cluster.node_netns(node)?.path()), server.port())?;
+            let kubeconfig = account::kubeconfig(server, client, node, relay.port())?;
+            let flags = [
+                "--source".into(),
+                "kube".into(),
+                "--kubeconfig".into(),
+                kubeconfig.into(),
+            ];
+            Ok((flags.into(), Some(relay)))
+        })
+    }
+
+    fn start_with(
+        cluster: &Cluster,
+        options: AgentOptions,
+        source: impl Fn(&str) -> Result<(Vec<OsString>, Option<Relay>)>,
+    ) -> Result<Self> {
         let places = cluster.places();
         let mut agents = Self {
             nodes: Vec::new(),
@@ -88,6 +123,7 @@ impl Agents {
             let name = &node.name;
             let bpffs = places.bpffs.join(name);
             fs::create_dir_all(&bpffs).with_context(|| format!("failed to create {}", bpffs.display()))?;
+            let (source, relay) = source(name)?;
             agents.nodes.push(Agent {
                 node: name.clone(),
                 child: None,
@@ -96,7 +132,8 @@ impl Agents {
                     cluster.node_cgroup(name)?.clone(),
                 ),
                 helper: cluster.helper().clone(),
-                manifests: manifests.to_path_buf(),
+                source,
+                relay,
                 bpffs,
                 socket: places.work.join(format!("{name}.sock")),
                 log: places.work.join(format!("{name}.log")),
@@ -213,6 +250,11 @@ impl Agents {
         agent.with_context(|| format!("there is no agent of {node}"))
     }
 
+    /// The ways of the agents to their server.
+    pub fn relays(&self) -> impl Iterator<Item = &Relay> {
+        self.nodes.iter().filter_map(|agent| agent.relay.as_ref())
+    }
+
     /// Agents that ended without being asked to.
     pub fn ended(&mut self) -> Vec<String> {
         let ended = |agent: &mut Agent| {
@@ -254,7 +296,7 @@ impl Agent {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let (netns, cgroup) = &self.enter;
         let mut command = self.helper.enter(netns, &cgroup.join("host"), &options.program);
-        command.arg("run").arg("--manifests").arg(&self.manifests);
+        command.arg("run").args(&self.source);
         command.args(["--node-name", &self.node]);
         command
             .arg("--bpffs")
@@ -304,6 +346,10 @@ impl Agent {
             .find(|line| !line.trim().is_empty())
             .map_or_else(String::new, |line| format!(": {line}"))
     }
+}
+
+fn folder_flags(manifests: &Path) -> Vec<OsString> {
+    vec!["--manifests".into(), manifests.into()]
 }
 
 /// Waits for a child until `end`; the reason if it failed.

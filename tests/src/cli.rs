@@ -1,23 +1,26 @@
 //! The command line of `dataplane-scenarios`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::agent::AgentOptions;
+use crate::api::served::Served;
+use crate::places::Places;
 use crate::process::{self, Helper};
 use crate::scenario::report::RunReport;
 use crate::scenario::run::RunOptions;
 use crate::scenario::select::Filter;
 use crate::scenario::suite;
 use crate::shape::Network;
-use crate::{places, worker};
+use crate::{api, places, worker};
 
 /// Runs scenario files against a test cluster in network namespaces, with real packets.
 #[derive(Debug, Parser)]
@@ -172,9 +175,6 @@ impl Run {
             hold,
             explain,
         } = self;
-        if source == Source::Api {
-            bail!("--source api is not supported yet: this version reads objects from a folder only");
-        }
         ensure!(
             nix::unistd::geteuid().is_root(),
             "network namespaces and BPF need root"
@@ -192,8 +192,15 @@ impl Run {
         let agent = agent
             .canonicalize()
             .with_context(|| format!("there is no agent at {}", agent.display()))?;
+        let binaries = (source == Source::Api).then(api::binaries);
+        if binaries == Some(None) {
+            // What is missing was said.
+            return Ok(ExitCode::SUCCESS);
+        }
+        let binaries = binaries.flatten();
         let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let jobs = if hold {
+        // A server holds one cluster's objects.
+        let jobs = if hold || binaries.is_some() {
             1
         } else {
             jobs.unwrap_or(processors).clamp(1, 64)
@@ -211,6 +218,7 @@ impl Run {
             word(&datapath),
         ]
         .to_vec();
+        let server = binaries.as_deref().map(start_server).transpose()?;
         let options = RunOptions {
             network,
             agent: AgentOptions {
@@ -218,6 +226,7 @@ impl Run {
                 flags,
             },
             helper: Helper::find()?,
+            served: server.as_ref().map(|(served, _)| served.clone()),
             logs,
             hold,
             explain,
@@ -229,6 +238,8 @@ impl Run {
             }
         };
         let reports = suite::run_all(entries, jobs, &options, &done);
+        drop(options);
+        end_server(server);
         let config = Config {
             socket_lb,
             datapath,
@@ -249,6 +260,19 @@ impl Run {
         } else {
             ExitCode::SUCCESS
         })
+    }
+}
+
+/// A server, and where it keeps its things.
+fn start_server(binaries: &Path) -> Result<(Arc<Served>, Places)> {
+    let places = Places::create("api")?;
+    Ok((Arc::new(Served::start(binaries, &places.work)?), places))
+}
+
+fn end_server(server: Option<(Arc<Served>, Places)>) {
+    if let Some((served, places)) = server {
+        drop(served);
+        places.remove();
     }
 }
 

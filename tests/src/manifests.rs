@@ -1,14 +1,17 @@
-//! The folder of manifests that every agent of a cluster reads, one object a file, each written by an atomic rename.
+//! The objects that every agent of a cluster reads: a folder of manifests, one object a file, each written by an atomic
+//! rename, or an API server.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::api::objects;
+use crate::api::served::Served;
 use crate::shape::PodShape;
 
 /// Kinds that a scenario may hold.
@@ -24,41 +27,88 @@ const KINDS: [(&str, &str); 9] = [
     ("policy.networking.k8s.io/v1alpha1", "BaselineAdminNetworkPolicy"),
 ];
 
-/// A folder of manifests.
+/// A folder of manifests, or what stands for it.
 #[derive(Debug)]
 pub struct Manifests {
-    dir: PathBuf,
-    /// A neighbour of `dir` on the same file system, where files are written before they are moved in.
-    staging: PathBuf,
-    /// What each file holds.
+    place: Place,
+    /// What each file holds, by the name that it has or would have.
     files: Mutex<BTreeMap<String, Value>>,
+}
+
+#[derive(Debug)]
+enum Place {
+    Folder {
+        dir: PathBuf,
+        /// A neighbour of `dir` on the same file system, where files are written before they are moved in.
+        staging: PathBuf,
+    },
+    Api(Arc<Served>),
 }
 
 impl Manifests {
     /// Makes the folder inside `parent`.
     pub fn create(parent: &Path) -> Result<Self> {
-        let manifests = Self {
-            dir: parent.join("manifests"),
-            staging: parent.join("staging"),
-            files: Mutex::default(),
-        };
-        for dir in [&manifests.dir, &manifests.staging] {
+        let (dir, staging) = (parent.join("manifests"), parent.join("staging"));
+        for dir in [&dir, &staging] {
             fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
         }
-        Ok(manifests)
+        Ok(Self {
+            place: Place::Folder { dir, staging },
+            files: Mutex::default(),
+        })
     }
 
+    /// Objects of a server, of which those that scenarios may hold are deleted first.
+    pub fn of_server(served: Arc<Served>) -> Result<Self> {
+        // What is in a namespace goes before it.
+        let kinds: Vec<_> = KINDS.iter().rev().copied().collect();
+        for object in objects::all(&served.client, &kinds)? {
+            if !objects::is_builtin(&object) {
+                objects::delete(&served.client, &object)?;
+            }
+        }
+        Ok(Self {
+            place: Place::Api(served),
+            files: Mutex::default(),
+        })
+    }
+
+    /// A folder, or a server if there is one.
+    pub fn create_in(parent: &Path, served: Option<&Arc<Served>>) -> Result<Self> {
+        match served {
+            Some(served) => Self::of_server(served.clone()),
+            None => Self::create(parent),
+        }
+    }
+
+    /// The folder; empty where a server stands for it.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        match &self.place {
+            Place::Folder { dir, .. } => dir,
+            Place::Api(_) => Path::new(""),
+        }
+    }
+
+    /// The server that stands for the folder.
+    pub fn served(&self) -> Option<&Arc<Served>> {
+        match &self.place {
+            Place::Folder { .. } => None,
+            Place::Api(served) => Some(served),
+        }
     }
 
     /// Creates or replaces an object.
     pub fn apply(&self, object: &Value) -> Result<()> {
         let name = file_name(object)?;
-        let staged = self.staging.join(&name);
-        fs::write(&staged, serde_json::to_vec_pretty(object)?)
-            .with_context(|| format!("failed to write {}", staged.display()))?;
-        fs::rename(&staged, self.dir.join(&name)).with_context(|| format!("failed to publish {name}"))?;
+        match &self.place {
+            Place::Folder { dir, staging } => {
+                let staged = staging.join(&name);
+                fs::write(&staged, serde_json::to_vec_pretty(object)?)
+                    .with_context(|| format!("failed to write {}", staged.display()))?;
+                fs::rename(&staged, dir.join(&name)).with_context(|| format!("failed to publish {name}"))?;
+            }
+            Place::Api(served) => objects::apply(&served.client, object)?,
+        }
         self.files().insert(name, object.clone());
         Ok(())
     }
@@ -85,13 +135,30 @@ impl Manifests {
                 .cloned()
                 .collect()
         };
-        old.iter().try_for_each(|name| self.remove(name))?;
-        wanted.into_values().try_for_each(|object| self.apply(object))
+        let place = |object: &Value| KINDS.iter().position(|(_, kind)| object["kind"] == *kind);
+        let mut old: Vec<_> = old
+            .into_iter()
+            .map(|name| (self.files().get(&name).map(place), name))
+            .collect();
+        old.sort();
+        old.iter().rev().try_for_each(|(_, name)| self.remove(name))?;
+        // Nodes and namespaces are there before what is on and in them.
+        let mut new: Vec<&Value> = wanted.into_values().collect();
+        new.sort_by_key(|object| place(object));
+        new.into_iter().try_for_each(|object| self.apply(object))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.files().remove(name);
-        fs::remove_file(self.dir.join(name)).with_context(|| format!("failed to remove {name}"))
+        let object = self.files().remove(name);
+        match &self.place {
+            Place::Folder { dir, .. } => {
+                fs::remove_file(dir.join(name)).with_context(|| format!("failed to remove {name}"))
+            }
+            Place::Api(served) => {
+                let object = object.with_context(|| format!("failed to delete {name}: it is not there"))?;
+                objects::delete(&served.client, &object)
+            }
+        }
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<String, Value>> {

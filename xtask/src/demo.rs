@@ -10,6 +10,10 @@ pub struct Args {
     #[arg(long)]
     hold: bool,
 
+    /// Serve what a real Kubernetes API server says (see `cargo xtask kube`), in place of a folder
+    #[arg(long)]
+    api: bool,
+
     /// How often the agents are killed while connections run
     #[arg(long)]
     kills: Option<u32>,
@@ -28,6 +32,9 @@ pub fn run(args: &Args) -> Result<()> {
     command
         .arg("--manifests")
         .arg(paths::root().join("deploy/examples"));
+    if args.api {
+        command.arg("--api");
+    }
     if args.hold {
         command.arg("--hold");
     }

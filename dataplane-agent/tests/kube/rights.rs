@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use dataplane_tests::api::account;
+use dataplane_tests::api::{account, served};
 use serde_json::{Value, json};
 
 use super::seen::{Bed, NODE, Seen, policy, service};
@@ -113,22 +113,7 @@ fn the_kinds_that_a_cluster_may_lack_are_followed_once_they_are_there() {
     let mut seen = bed.follow();
     seen.until("a cluster without them is complete", |seen| seen.is_complete);
     assert!(seen.has("NetworkPolicy ns/p"));
-    let version = json!({
-        "name": "v1alpha1", "served": true, "storage": true,
-        "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
-    });
-    let definition = json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": "adminnetworkpolicies.policy.networking.k8s.io",
-            "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/network-policy-api/pull/30"},
-        },
-        "spec": {
-            "group": "policy.networking.k8s.io", "scope": "Cluster",
-            "names": {"kind": "AdminNetworkPolicy", "plural": "adminnetworkpolicies", "singular": "adminnetworkpolicy"},
-            "versions": [version],
-        },
-    });
+    let definition = served::definition("AdminNetworkPolicy");
     bed.apply(&definition);
     let admin = json!({
         "apiVersion": "policy.networking.k8s.io/v1alpha1", "kind": "AdminNetworkPolicy", "metadata": {"name": "q"},

@@ -1,10 +1,12 @@
 //! A real Kubernetes API server for tests: [`server`] runs it, [`client`] writes to it as an administrator would, [`objects`]
-//! makes it hold what a scenario says, [`relay`] is the way on which agents reach it, [`account`] gives them their rights.
+//! makes it hold what a scenario says, [`relay`] is the way on which agents reach it, [`account`] gives them their rights,
+//! [`served`] is all of it together.
 
 pub mod account;
 pub mod client;
 pub mod objects;
 pub mod relay;
+pub mod served;
 pub mod server;
 
 use std::path::{Path, PathBuf};

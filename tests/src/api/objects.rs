@@ -1,6 +1,8 @@
 //! Makes an API server hold what a scenario says: objects with their status, replaced where they cannot be changed.
 
-use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::client::{Client, Outcome};
@@ -14,6 +16,9 @@ const SERVERS: [&str; 6] = [
     "deletionGracePeriodSeconds",
     "generation",
 ];
+
+/// Keeps an object that a scenario wants to see being deleted.
+const KEPT: &str = "dataplane.test/kept";
 
 /// The resource of a kind: its name in paths, whether it has a namespace, and a status of its own.
 fn resource(kind: &str) -> Result<(&'static str, bool, bool)> {
@@ -62,7 +67,11 @@ pub fn paths(object: &Value) -> Result<(String, String)> {
 pub fn apply(client: &Client, object: &Value) -> Result<()> {
     let (collection, own) = paths(object)?;
     let (_, is_namespaced, has_status) = resource(object["kind"].as_str().unwrap_or_default())?;
+    let is_leaving = object["metadata"].get("deletionTimestamp").is_some();
     let mut wanted = accepted(object);
+    if is_leaving {
+        wanted["metadata"]["finalizers"] = json!([KEPT]);
+    }
     let status = wanted.as_object_mut().and_then(|fields| fields.remove("status"));
     let mut outcome = client.create(&collection, &wanted)?;
     if outcome.is(404) && is_namespaced {
@@ -73,9 +82,13 @@ pub fn apply(client: &Client, object: &Value) -> Result<()> {
     }
     if outcome.is(409) {
         outcome = replace(client, &own, &wanted)?;
-        // What cannot be changed is made anew.
+        let is_gone = |there: &Value| there["metadata"].get("deletionTimestamp").is_some();
         if outcome.is(422) {
+            // What cannot be changed is made anew.
             delete(client, object)?;
+            outcome = client.create(&collection, &wanted)?;
+        } else if !is_leaving && matches!(&outcome, Outcome::Done(there) if is_gone(there)) {
+            // It was being deleted, and what kept it is not wanted any more.
             outcome = client.create(&collection, &wanted)?;
         }
     }
@@ -88,6 +101,9 @@ pub fn apply(client: &Client, object: &Value) -> Result<()> {
             .put(&format!("{own}/status"), &there)?
             .done()
             .with_context(|| format!("{own}/status"))?;
+    }
+    if is_leaving {
+        client.delete(&own)?.done().with_context(|| own.clone())?;
     }
     Ok(())
 }
@@ -102,7 +118,11 @@ fn replace(client: &Client, own: &str, wanted: &Value) -> Result<Outcome> {
 /// Deletes an object and waits until it is gone. One that is not there is an error.
 pub fn delete(client: &Client, object: &Value) -> Result<()> {
     let (_, own) = paths(object)?;
-    client.delete(&own)?.done().with_context(|| own.clone())?;
+    let there = client.delete(&own)?.done().with_context(|| own.clone())?;
+    if there["metadata"].get("finalizers").is_some() {
+        // Without the last one it goes by itself.
+        client.patch(&own, &json!({"metadata": {"finalizers": null}}))?;
+    }
     if object["kind"] == "Namespace" {
         // No controller is there to do it.
         let mut there = client.get(&own)?;
@@ -134,13 +154,40 @@ fn accepted(object: &Value) -> Value {
             }
         }
         Some("Pod") => {
-            for container in object["spec"]["containers"].as_array_mut().into_iter().flatten() {
-                container["image"] = json!("none");
+            if let Some(containers) = object["spec"]["containers"].as_array_mut() {
+                let apart = take_repeated_names(containers);
+                containers.extend(apart);
+                for container in containers {
+                    container["image"] = json!("none");
+                }
             }
         }
         _ => {}
     }
     object
+}
+
+/// Ports whose name another port of their container has too, each in a container of its own: there the server allows it.
+fn take_repeated_names(containers: &mut [Value]) -> Vec<Value> {
+    let mut apart = Vec::new();
+    for container in containers {
+        let mut names = BTreeSet::new();
+        let Some(ports) = container["ports"].as_array_mut() else {
+            continue;
+        };
+        for port in std::mem::take(ports) {
+            let is_repeated = port["name"]
+                .as_str()
+                .is_some_and(|name| !names.insert(name.to_owned()));
+            if is_repeated {
+                let number = apart.len() + 2;
+                apart.push(json!({"name": format!("main-{number}"), "ports": [port]}));
+            } else {
+                ports.push(port);
+            }
+        }
+    }
+    apart
 }
 
 /// Every object of the kinds of scenarios that is there.
@@ -168,7 +215,6 @@ pub fn all(client: &Client, kinds: &[(&str, &str)]) -> Result<Vec<Value>> {
             found.push(item);
         }
     }
-    ensure!(!found.is_empty(), "the server holds nothing at all");
     Ok(found)
 }
 

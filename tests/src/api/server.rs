@@ -173,8 +173,8 @@ current-context: test
             format!("--service-cluster-ip-range={SERVICES}"),
         ]);
         if self.is_old()? {
-            // What has been there without being asked for since.
-            command.arg("--feature-gates=EndpointSliceNodeName=true,EndpointSliceTerminatingCondition=true,IPv6DualStack=true");
+            // What needs no asking for since.
+            command.arg("--feature-gates=EndpointSliceNodeName=true,EndpointSliceTerminatingCondition=true,IPv6DualStack=true,MixedProtocolLBService=true");
         }
         Ok(command)
     }

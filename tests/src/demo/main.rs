@@ -2,6 +2,7 @@
 //! `deploy/examples`, and real traffic; one screen of what was programmed, who answered, and what did not break.
 
 mod acts;
+mod api;
 mod kernel;
 mod stage;
 mod traffic;
@@ -16,6 +17,7 @@ use clap::Parser;
 use dataplane_tests::cli::remove_on_signal;
 use dataplane_tests::places;
 
+use crate::api::Api;
 use crate::stage::Stage;
 
 #[derive(Debug, Parser)]
@@ -28,6 +30,10 @@ struct Args {
     /// The folder of manifests
     #[arg(long, default_value = "deploy/examples")]
     manifests: PathBuf,
+
+    /// Serve what a real Kubernetes API server says, in place of the folder
+    #[arg(long)]
+    api: bool,
 
     /// Keep everything up at the end, and print what to try
     #[arg(long)]
@@ -57,8 +63,13 @@ fn main() -> ExitCode {
 /// All acts. False if something did not hold.
 fn play(args: &Args) -> Result<bool> {
     places::sweep();
+    let api = if args.api { Some(Api::start()?) } else { None };
+    if matches!(api, Some(None)) {
+        // What is missing was said.
+        return Ok(true);
+    }
     eprintln!("demo: two nodes, six pods and a client outside; an agent on each node …");
-    let mut stage = Stage::set(&args.manifests, &args.agent, Vec::new())?;
+    let mut stage = Stage::set(&args.manifests, &args.agent, api.flatten())?;
     let addresses = acts::Addresses::of_the_examples()?;
 
     println!();
@@ -95,6 +106,16 @@ fn hold(stage: &Stage, agent: &std::path::Path) -> Result<()> {
     };
     let bpffs = places.bpffs.join("node1");
     let (agent, socket) = (agent.display(), places.work.join("node1.sock"));
+    let what_to_change = match &stage.api {
+        Some(api) => format!(
+            "the cluster: change or delete something, the agents follow\n    {} get all,endpointslices -A",
+            api.kubectl()
+        ),
+        None => format!(
+            "the manifests: change or delete one, the agents follow\n    ls {}",
+            stage.manifests.dir().display()
+        ),
+    };
     let in_client = format!("ip netns exec {}", namespace("client-1"));
     let in_outside = format!("ip netns exec {}", namespace(stage::OUTSIDE));
     let maps = kernel::maps(&bpffs)?;
@@ -118,13 +139,11 @@ Up until Ctrl-C. Things to try in another terminal, as root:
     nsenter --net={node} {agent} status --bpffs {bpffs}
     {agent} wait --socket {socket}
     tail -f {log}
-  the manifests: change or delete one, the agents follow
-    ls {manifests}",
+  {what_to_change}",
         maps = maps.display(),
         node = node.display(),
         bpffs = bpffs.display(),
         socket = socket.display(),
-        manifests = stage.manifests.dir().display(),
         log = places.work.join("node1.log").display(),
     );
     loop {

@@ -13,6 +13,7 @@ use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape,
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::api::Api;
 use crate::web;
 
 /// The client outside.
@@ -27,11 +28,13 @@ pub struct Stage {
     // Dropped in this order: the agents before the cluster they run in.
     pub agents: Agents,
     pub cluster: Cluster,
+    /// In place of the folder.
+    pub api: Option<Api>,
 }
 
 impl Stage {
     /// Builds the cluster, starts the web servers and the agents, and waits until all is programmed.
-    pub fn set(folder: &Path, agent: &Path, flags: Vec<String>) -> Result<Self> {
+    pub fn set(folder: &Path, agent: &Path, api: Option<Api>) -> Result<Self> {
         let objects = read(folder)?;
         let cluster = Cluster::build("demo", shape(&objects)?, &Helper::find()?)?;
         for pod in of_kind(&objects, "Pod") {
@@ -47,19 +50,20 @@ impl Stage {
                 web::serve(pod_netns(&cluster, &name), name, u16::try_from(port)?)?;
             }
         }
-        let manifests = Manifests::create(&cluster.places().work)?;
+        let manifests = Manifests::create_in(&cluster.places().work, api.as_ref().map(|api| &api.served))?;
         for object in &objects {
             manifests.apply(object)?;
         }
         let options = AgentOptions {
             program: agent.to_owned(),
-            flags,
+            flags: Vec::new(),
         };
         let mut stage = Self {
-            agents: Agents::start(&cluster, manifests.dir(), options)?,
+            agents: Agents::reading(&cluster, &manifests, options)?,
             objects,
             manifests,
             cluster,
+            api,
         };
         stage.settle()?;
         Ok(stage)
@@ -94,6 +98,10 @@ impl Stage {
     /// Takes a pod out of service as a cluster would: not ready, and gone from the slices.
     pub fn take_out(&mut self, leaving: &str) -> Result<()> {
         for object in &self.objects {
+            if let Some(api) = &self.api {
+                api.take_out(object, leaving)?;
+                continue;
+            }
             let mut object = object.clone();
             if object["kind"] == "Pod" && name(&object) == leaving {
                 object["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);

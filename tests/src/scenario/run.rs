@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use super::judge::Status;
 use super::probing::{self, History};
 use super::report::{ProbeReport, ScenarioReport};
 use crate::agent::{AgentOptions, Agents};
+use crate::api::served::Served;
 use crate::cluster::Cluster;
 use crate::manifests::{self, Manifests};
 use crate::process::Helper;
@@ -25,6 +27,8 @@ pub struct RunOptions {
     pub network: Network,
     pub agent: AgentOptions,
     pub helper: Helper,
+    /// The server that agents follow, if they read no folder.
+    pub served: Option<Arc<Served>>,
     /// Where to keep the agents' logs.
     pub logs: Option<PathBuf>,
     /// Wait for Enter before a cluster is removed.
@@ -92,11 +96,11 @@ fn drive(
             cluster.listen(&pod.name, listen.proto, listen.port)?;
         }
     }
-    let folder = Manifests::create(&cluster.places().work)?;
+    let folder = Manifests::create_in(&cluster.places().work, options.served.as_ref())?;
     write_objects(scenario, cluster.shape(), &folder)?;
     let mut agent = options.agent.clone();
     agent.flags.extend(flags(scenario));
-    let mut agents = Agents::start(&cluster, folder.dir(), agent)?;
+    let mut agents = Agents::reading(&cluster, &folder, agent)?;
     let mut running = true;
     let mut history = History::default();
     let mut steps = || -> Result<()> {

@@ -64,9 +64,9 @@ impl Bed {
         for (member, ports) in &needs.ports {
             listen(&cluster, member, ports)?;
         }
-        let folder = Manifests::create(&cluster.places().work)?;
+        let folder = Manifests::create_in(&cluster.places().work, options.served.as_ref())?;
         folder.replace(objects)?;
-        let agents = Agents::start(&cluster, folder.dir(), options.agent.clone())?;
+        let agents = Agents::reading(&cluster, &folder, options.agent.clone())?;
         Ok(Self {
             agents,
             folder,

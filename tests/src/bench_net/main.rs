@@ -34,7 +34,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_value = "1,1000,10000")]
     services: Vec<u32>,
 
-    /// Only these: plain, ours, nftables, iptables-nft, iptables-legacy
+    /// Only these: plain, ours, policies, nftables, iptables-nft, iptables-legacy
     #[arg(long, value_delimiter = ',', value_parser = kind)]
     only: Vec<Kind>,
 
@@ -57,7 +57,11 @@ struct Args {
 
 fn kind(text: &str) -> Result<Kind, String> {
     let names = |kind: &Kind| {
-        kind.name() == text || matches!((kind, text), (Kind::Plain, "plain") | (Kind::Ours, "ours"))
+        kind.name() == text
+            || matches!(
+                (kind, text),
+                (Kind::Plain, "plain") | (Kind::Ours, "ours") | (Kind::Policies, "policies")
+            )
     };
     Kind::ALL
         .into_iter()

@@ -29,7 +29,7 @@ pub fn write(folder: &Path, fleet: &Fleet, node: (&str, Ipv4Addr), pods: &[Pod])
     })];
     objects.extend(pods.iter().map(|pod| {
         json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.name, "namespace": "bench"},
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.name, "namespace": "bench", "labels": {"name": pod.name}},
             "spec": {"nodeName": node.0, "containers": [{"name": "bench", "image": "example.org/bench:1"}]},
             "status": {"phase": "Running", "podIP": pod.ip, "podIPs": [{"ip": pod.ip}],
                        "conditions": [{"type": "Ready", "status": "True"}]}
@@ -42,6 +42,29 @@ pub fn write(folder: &Path, fleet: &Fleet, node: (&str, Ipv4Addr), pods: &[Pod])
         write_list(&folder.join(format!("services-{number}.json")), &objects)?;
     }
     Ok(())
+}
+
+/// Policies that select both pods and allow what they say to each other by the last of so many rules a direction.
+const RULES: u16 = 100;
+
+/// Adds a policy for what `client` sends and one for what reaches `server`.
+pub fn write_policies(folder: &Path, client: Pod, server: (Pod, u16)) -> Result<()> {
+    let (server, port) = server;
+    let policy = |subject: Pod, peer: Pod, kind: &str, rules: &str, peers: &str| {
+        let rule = |peer: &str, port: u16| json!({peers: [{"podSelector": {"matchLabels": {"name": peer}}}], "ports": [{"port": port}]});
+        let others = (1..RULES).map(|number| rule("nobody", port + number));
+        let all: Vec<Value> = others.chain([rule(peer.name, port)]).collect();
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": subject.name, "namespace": "bench"},
+            "spec": {"podSelector": {"matchLabels": {"name": subject.name}}, "policyTypes": [kind], rules: all}
+        })
+    };
+    let items = [
+        policy(client, server, "Egress", "egress", "to"),
+        policy(server, client, "Ingress", "ingress", "from"),
+    ];
+    write_list(&folder.join("policies.json"), &items)
 }
 
 fn write_list(path: &Path, items: &[Value]) -> Result<()> {

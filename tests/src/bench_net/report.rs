@@ -33,6 +33,8 @@ pub struct Promise {
 pub const PLAIN: &str = "plain routing";
 /// Ours.
 pub const OURS: &str = "dataplane";
+/// Ours, with policies on client and server.
+pub const POLICIES: &str = "dataplane, policies";
 /// kube-proxy's faster mode.
 pub const NFTABLES: &str = "nftables";
 
@@ -46,6 +48,14 @@ impl Section {
         ratio(
             &self.find(name)?.connections_per_second,
             &self.find(of)?.connections_per_second,
+        )
+    }
+
+    /// The same of exchanges/s, on connections that stay.
+    fn exchanges_ratio(&self, name: &str, of: &str) -> Option<f64> {
+        ratio(
+            &self.find(name)?.exchanges_per_second,
+            &self.find(of)?.exchanges_per_second,
         )
     }
 
@@ -97,7 +107,7 @@ impl Section {
 }
 
 /// The promises that these sections can judge: connections/s against plain routing and nftables in the smallest
-/// cluster, and how much of ours is left in the largest.
+/// cluster, what policies leave of exchanges/s there, and how much of ours is left in the largest.
 pub fn promises(sections: &[Section]) -> Vec<Promise> {
     let mut promises = Vec::new();
     let mut promise = |text: String, at_least: f64, measured: Option<f64>| {
@@ -121,6 +131,12 @@ pub fn promises(sections: &[Section]) -> Vec<Promise> {
         format!("connections/s ÷ nftables rules {}", at(least)),
         1.15,
         least.connections_ratio(OURS, NFTABLES),
+    );
+    // No more than 1.05 times as long.
+    promise(
+        format!("exchanges/s with policies ÷ without {}", at(least)),
+        1.0 / 1.05,
+        least.exchanges_ratio(POLICIES, OURS),
     );
     if most.services > least.services {
         // Plain routing does not know of services: it carries the machine's mood from one section to the next.
@@ -240,11 +256,12 @@ mod tests {
             variants: vec![
                 samples(PLAIN, [10.0; 3]),
                 samples(OURS, ours),
+                samples(POLICIES, ours.map(|rate| rate * 0.96)),
                 samples(NFTABLES, [8.0; 3]),
             ],
         };
         let promises = promises(&[section(1, [11.0; 3]), section(10_000, [9.9; 3])]);
         let kept: Vec<bool> = promises.iter().map(|promise| promise.kept).collect();
-        assert_eq!(kept, [true, true, false]);
+        assert_eq!(kept, [true, true, true, false]);
     }
 }

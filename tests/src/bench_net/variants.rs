@@ -16,7 +16,7 @@ use dataplane_tests::shape::{Network, NodeShape, PodShape, Shape, parse_prefix};
 use crate::fleet::{Fleet, SERVICE_PORT};
 use crate::load::{self, Client};
 use crate::manifests::{self, Pod};
-use crate::report::{NFTABLES, OURS, PLAIN};
+use crate::report::{NFTABLES, OURS, PLAIN, POLICIES};
 use crate::{iptables, nftables};
 
 const NODE: &str = "node1";
@@ -38,15 +38,18 @@ pub enum Kind {
     Plain,
     /// Through our agent.
     Ours,
+    /// The same, with policies on both pods.
+    Policies,
     Nftables,
     IptablesNft,
     IptablesLegacy,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Plain,
         Self::Ours,
+        Self::Policies,
         Self::Nftables,
         Self::IptablesNft,
         Self::IptablesLegacy,
@@ -56,6 +59,7 @@ impl Kind {
         match self {
             Self::Plain => PLAIN,
             Self::Ours => OURS,
+            Self::Policies => POLICIES,
             Self::Nftables => NFTABLES,
             Self::IptablesNft => "iptables-nft",
             Self::IptablesLegacy => "iptables-legacy",
@@ -65,7 +69,7 @@ impl Kind {
     /// The program that loads the rules, if the machine has to have one.
     pub fn program(self) -> Option<&'static str> {
         match self {
-            Self::Plain | Self::Ours => None,
+            Self::Plain | Self::Ours | Self::Policies => None,
             Self::Nftables => Some("nft"),
             Self::IptablesNft => Some("iptables-nft-restore"),
             Self::IptablesLegacy => Some("iptables-legacy-restore"),
@@ -90,7 +94,10 @@ pub struct Variant {
 impl Variant {
     /// Builds the node, programs the fleet, and starts client and server on `cpu`.
     pub fn build(kind: Kind, size: u32, agent: &Path, helper: &Helper, cpu: usize) -> Result<Self> {
-        let name = format!("bench-{}-{size}", kind.name().replace(' ', "-"));
+        let name = format!(
+            "bench-{}-{size}",
+            kind.name().replace(", ", "-").replace(' ', "-")
+        );
         let cluster = Cluster::build(&name, shape()?, helper)?;
         let fleet = Fleet::new(size, (SERVER.ip, SERVER_PORT));
         let started = Instant::now();
@@ -143,15 +150,19 @@ fn program(kind: Kind, fleet: &Fleet, cluster: &Cluster, agent: &Path) -> Result
     let rules = |text: String| load_rules(kind, &text, cluster);
     match kind {
         Kind::Plain => Ok(None),
-        Kind::Ours => start_agent(fleet, cluster, agent).map(Some),
+        Kind::Ours => start_agent(fleet, cluster, agent, false).map(Some),
+        Kind::Policies => start_agent(fleet, cluster, agent, true).map(Some),
         Kind::Nftables => rules(nftables::ruleset(fleet)).map(|()| None),
         Kind::IptablesNft | Kind::IptablesLegacy => rules(iptables::ruleset(fleet)).map(|()| None),
     }
 }
 
-fn start_agent(fleet: &Fleet, cluster: &Cluster, agent: &Path) -> Result<Agents> {
+fn start_agent(fleet: &Fleet, cluster: &Cluster, agent: &Path, with_policies: bool) -> Result<Agents> {
     let folder = cluster.places().work.join("manifests");
     manifests::write(&folder, fleet, (NODE, NODE_IP), &[CLIENT, SERVER])?;
+    if with_policies {
+        manifests::write_policies(&folder, CLIENT, (SERVER, SERVER_PORT))?;
+    }
     let flags = ["--socket-lb", "off"].map(str::to_owned).to_vec();
     let mut agents = Agents::start(
         cluster,

@@ -1,6 +1,7 @@
 //! The Kubernetes API as a source, against a real server: what is followed, and what stands when the server, the way to it
 //! or the agent's rights fail. Needs etcd and kube-apiserver (`cargo xtask kube`), no root.
 
+mod controllers;
 mod faults;
 mod load;
 mod rights;

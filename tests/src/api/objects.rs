@@ -80,7 +80,9 @@ pub fn apply(client: &Client, object: &Value) -> Result<()> {
         apply(client, &namespace)?;
         outcome = client.create(&collection, &wanted)?;
     }
-    if outcome.is(409) {
+    // A Service that is there has its address, which is found taken before its name is.
+    let is_there = outcome.is(409) || (outcome.is(422) && matches!(client.get(&own)?, Outcome::Done(_)));
+    if is_there {
         outcome = replace(client, &own, &wanted)?;
         let is_gone = |there: &Value| there["metadata"].get("deletionTimestamp").is_some();
         if outcome.is(422) {

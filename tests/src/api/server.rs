@@ -21,6 +21,8 @@ const START: Duration = Duration::from_mins(2);
 const STEP: Duration = Duration::from_millis(50);
 /// The administrator's.
 const TOKEN: &str = "administrator";
+/// What versions before 1.21 do not do without being asked.
+const OLD_GATES: &str = "--feature-gates=EndpointSliceNodeName=true,EndpointSliceTerminatingCondition=true,IPv6DualStack=true,MixedProtocolLBService=true";
 /// Service addresses, as scenarios have them.
 const SERVICES: &str = "10.96.0.0/16,fd00:10:96::/112";
 
@@ -33,6 +35,7 @@ pub struct Server {
     etcd_port: u16,
     etcd: Option<Child>,
     apiserver: Option<Child>,
+    controllers: Option<Child>,
 }
 
 impl Server {
@@ -47,6 +50,7 @@ impl Server {
             etcd_port,
             etcd: None,
             apiserver: None,
+            controllers: None,
         };
         server.certificates()?;
         let tokens = format!("{TOKEN},admin,admin,\"system:masters\"\n");
@@ -87,6 +91,32 @@ impl Server {
             }
             sleep(STEP);
         }
+    }
+
+    /// Starts the controllers that make slices, and end namespaces. False: their program is not there.
+    pub fn run_controllers(&mut self) -> Result<bool> {
+        if !self.program("kube-controller-manager").is_file() {
+            return Ok(false);
+        }
+        let mut command = self.command("kube-controller-manager")?;
+        command.arg("--kubeconfig").arg(self.kubeconfig()?);
+        command.args([
+            "--controllers=endpoint,endpointslice,namespace,garbagecollector",
+            "--kube-api-content-type=application/json",
+            "--leader-elect=false",
+            "--secure-port=0",
+        ]);
+        if self.is_old()? {
+            command.args(["--port=0", OLD_GATES]);
+        }
+        self.controllers = Some(command.spawn().context("failed to start the controllers")?);
+        Ok(true)
+    }
+
+    /// Where a program of the server's folder is.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.binaries.join(name)
     }
 
     /// Kills the API server as a crash would; etcd stays.
@@ -173,8 +203,7 @@ current-context: test
             format!("--service-cluster-ip-range={SERVICES}"),
         ]);
         if self.is_old()? {
-            // What needs no asking for since.
-            command.arg("--feature-gates=EndpointSliceNodeName=true,EndpointSliceTerminatingCondition=true,IPv6DualStack=true,MixedProtocolLBService=true");
+            command.arg(OLD_GATES);
         }
         Ok(command)
     }
@@ -239,6 +268,7 @@ openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial {days}
 
 impl Drop for Server {
     fn drop(&mut self) {
+        end(&mut self.controllers, Signal::SIGKILL);
         end(&mut self.apiserver, Signal::SIGKILL);
         end(&mut self.etcd, Signal::SIGKILL);
     }

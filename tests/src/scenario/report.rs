@@ -41,8 +41,8 @@ pub struct ScenarioReport {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Cells {
     pub probed: usize,
-    /// The kernel has no SCTP.
-    pub sctp_left_out: usize,
+    /// Of these, SCTP by crafted packets: the kernel has none of its own.
+    pub crafted: usize,
     /// Cells about which the agents were asked.
     pub explained: usize,
 }
@@ -84,7 +84,7 @@ impl ScenarioReport {
         }
         if let Some(Cells {
             probed,
-            sctp_left_out,
+            crafted,
             explained,
         }) = self.cells
         {
@@ -92,8 +92,11 @@ impl ScenarioReport {
             if explained > 0 {
                 let _ = write!(text, ", {explained} explained");
             }
-            if sctp_left_out > 0 {
-                let _ = write!(text, ", {sctp_left_out} of SCTP left out: the kernel lacks it");
+            if crafted > 0 {
+                let _ = write!(
+                    text,
+                    ", {crafted} of SCTP by crafted packets: the kernel lacks it"
+                );
             }
         }
         let mut untold = 0;

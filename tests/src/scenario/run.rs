@@ -20,6 +20,7 @@ use crate::cluster::Cluster;
 use crate::manifests::{self, Manifests};
 use crate::process::Helper;
 use crate::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
+use crate::worker::sctp;
 
 /// What is the same for all scenarios of a run.
 #[derive(Debug, Clone)]
@@ -48,7 +49,7 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
         report.reason = Some("every probe is undefined".to_owned());
         return report;
     }
-    if probing::only_sctp(scenario) && !kernel_has_sctp() {
+    if probing::only_sctp(scenario) && !sctp::is_in_kernel() {
         report.status = Status::Skipped;
         report.reason = Some("the kernel lacks SCTP, and nothing else is probed".to_owned());
         return report;
@@ -74,12 +75,6 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
     }
     report.seconds = start.elapsed().as_secs_f64();
     report
-}
-
-/// Whether probes of SCTP can be made.
-pub fn kernel_has_sctp() -> bool {
-    let sctp = socket2::Protocol::from(nix::libc::IPPROTO_SCTP);
-    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(sctp)).is_ok()
 }
 
 fn drive(

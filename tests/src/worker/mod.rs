@@ -8,6 +8,7 @@ mod herd;
 pub mod probe;
 pub mod protocol;
 mod responder;
+pub mod sctp;
 mod serve;
 mod stream;
 mod sweep;

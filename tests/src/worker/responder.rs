@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Write};
 use std::net::{
     IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
 };
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use nix::sys::socket::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::arrivals;
 use super::protocol::{Identity, Proto, Reply, plain};
+use super::{arrivals, sctp};
 
 /// How long a responder waits for the next line of a connection.
 const IDLE: Duration = Duration::from_mins(10);
@@ -27,6 +27,9 @@ pub const RECEIVE_BUFFER: usize = 8 << 20;
 
 /// Answers at `port` of every address, both families, until the process ends.
 pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
+    if proto == Proto::Sctp && !sctp::is_in_kernel() {
+        return sctp::listen(name, port);
+    }
     for any in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
         let addr = SocketAddr::new(any, port);
         let name = Arc::clone(name);
@@ -35,11 +38,7 @@ pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
                 let socket: UdpSocket = bind(addr, Type::DGRAM, Protocol::UDP)?.into();
                 // A busy machine does not lose what arrives in a quarter of a second.
                 setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
-                setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)
-                    .or_else(|error| if any.is_ipv6() { Ok(()) } else { Err(error) })?;
-                if any.is_ipv6() {
-                    setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
-                }
+                show_destinations(&socket, any)?;
                 thread::spawn(move || answer_datagrams(&name, &socket, port));
             }
             Proto::Tcp | Proto::Sctp => {
@@ -48,11 +47,7 @@ pub fn listen(name: &Arc<str>, proto: Proto, port: u16) -> Result<()> {
                 } else {
                     Protocol::from(libc::IPPROTO_SCTP)
                 };
-                let socket = match bind(addr, Type::STREAM, protocol) {
-                    // A kernel without SCTP: probes say so.
-                    Err(_) if proto == Proto::Sctp => return Ok(()),
-                    other => other?,
-                };
+                let socket = bind(addr, Type::STREAM, protocol)?;
                 socket
                     .listen(1024)
                     .with_context(|| format!("failed to listen at {addr}"))?;
@@ -124,35 +119,7 @@ fn answer_datagrams(name: &str, socket: &UdpSocket, port: u16) {
 
 fn answer_datagram(name: &str, socket: &UdpSocket, port: u16) -> Result<()> {
     let mut data = [0; 2048];
-    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
-    let (length, client, local) = {
-        let mut parts = [IoSliceMut::new(&mut data)];
-        let message = recvmsg::<SockaddrStorage>(
-            socket.as_raw_fd(),
-            &mut parts,
-            Some(&mut control),
-            MsgFlags::empty(),
-        )?;
-        let client = message
-            .address
-            .as_ref()
-            .and_then(to_std)
-            .context("a datagram without source")?;
-        let local = message.cmsgs()?.find_map(|control| match control {
-            ControlMessageOwned::Ipv4PacketInfo(info) => Some(IpAddr::from(Ipv4Addr::from_bits(
-                u32::from_be(info.ipi_spec_dst.s_addr),
-            ))),
-            ControlMessageOwned::Ipv6PacketInfo(info) => {
-                Some(IpAddr::from(Ipv6Addr::from(info.ipi6_addr.s6_addr)))
-            }
-            _ => None,
-        });
-        (
-            message.bytes,
-            client,
-            local.context("a datagram without destination")?,
-        )
-    };
+    let (length, client, local) = receive(socket, &mut data)?;
     arrivals::note(Proto::Udp, port, client);
     let identity = Identity {
         name: name.to_owned(),
@@ -164,8 +131,50 @@ fn answer_datagram(name: &str, socket: &UdpSocket, port: u16) -> Result<()> {
     answer_from(socket, local, client, &reply)
 }
 
+/// Reads a packet: its length, the client, and the address that it arrived at, for which [`show_destinations`] has asked.
+pub(super) fn receive(socket: &impl AsRawFd, data: &mut [u8]) -> Result<(usize, SocketAddr, IpAddr)> {
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+    let mut parts = [IoSliceMut::new(data)];
+    let message = recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::empty(),
+    )?;
+    let client = message.address.as_ref().and_then(to_std);
+    let local = message.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::Ipv4PacketInfo(info) => Some(IpAddr::from(Ipv4Addr::from_bits(u32::from_be(
+            info.ipi_spec_dst.s_addr,
+        )))),
+        ControlMessageOwned::Ipv6PacketInfo(info) => {
+            Some(IpAddr::from(Ipv6Addr::from(info.ipi6_addr.s6_addr)))
+        }
+        _ => None,
+    });
+    Ok((
+        message.bytes,
+        client.context("a packet without source")?,
+        local.context("a packet without destination")?,
+    ))
+}
+
+/// Has the kernel say where each packet arrived.
+pub(super) fn show_destinations(socket: &impl AsFd, family: IpAddr) -> Result<()> {
+    setsockopt(socket, sockopt::Ipv4PacketInfo, &true)
+        .or_else(|error| if family.is_ipv6() { Ok(()) } else { Err(error) })?;
+    if family.is_ipv6() {
+        setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+    }
+    Ok(())
+}
+
 /// Sends from the address the datagram had arrived at: a host has several.
-fn answer_from(socket: &UdpSocket, local: IpAddr, client: SocketAddr, reply: &[u8]) -> Result<()> {
+pub(super) fn answer_from(
+    socket: &impl AsRawFd,
+    local: IpAddr,
+    client: SocketAddr,
+    reply: &[u8],
+) -> Result<()> {
     let parts = [IoSlice::new(reply)];
     let fd = socket.as_raw_fd();
     match (local, client) {

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::Socket;
+use socket2::{Socket, Type};
 
 use super::probe::{failure, identify, open};
 use super::protocol::{Attempt, Proto, Sweep, Swept, Target, any};
+use super::sctp::{self, Association, Heard};
 
 /// Ports that sweeps begin at; the kernel's own range.
 pub const PORTS: std::ops::RangeInclusive<u16> = 33000..=60999;
@@ -104,6 +105,8 @@ struct Cell<'a> {
 /// A try under way.
 struct Open {
     socket: Socket,
+    /// Of a kernel without SCTP.
+    association: Option<Association>,
     began: Instant,
     asked: bool,
     asked_again: bool,
@@ -144,12 +147,16 @@ impl<'a> Cell<'a> {
         }
         self.tries += 1;
         match connect(self.target, ports) {
-            Ok(socket) => {
+            Ok((socket, association)) => {
                 // Known as soon as the destination is.
-                self.sources
-                    .extend(socket.local_addr().ok().and_then(|addr| addr.as_socket()));
+                let local = match &association {
+                    Some(association) => Some(association.from()),
+                    None => socket.local_addr().ok().and_then(|addr| addr.as_socket()),
+                };
+                self.sources.extend(local);
                 self.open = Some(Open {
                     socket,
+                    association,
                     began: now,
                     asked: false,
                     asked_again: false,
@@ -185,7 +192,27 @@ impl<'a> Cell<'a> {
         let began = open.began;
         if !open.asked {
             match open.ask() {
-                Ok(()) => self.reached |= self.target.proto != Proto::Udp,
+                Ok(is_connected) => self.reached |= is_connected,
+                Err(error) => self.end(sweep, failure(&error, began, true)),
+            }
+            return;
+        }
+        if let Some(association) = &open.association {
+            let heard = association.hear(&open.socket);
+            if let Ok(Heard::Acknowledged | Heard::Answer(_)) = heard {
+                self.reached = true;
+            }
+            match heard {
+                Ok(Heard::Acknowledged) => {
+                    // Where it cannot be sent, no answer comes.
+                    let _ = association.ask(&open.socket, &open.line);
+                }
+                Ok(Heard::Answer(answer)) => {
+                    let attempt = identify(&answer, &open.line, began);
+                    self.end(sweep, attempt);
+                }
+                Ok(Heard::Nothing) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => self.end(sweep, failure(&error, began, true)),
             }
             return;
@@ -232,18 +259,26 @@ impl<'a> Cell<'a> {
 }
 
 impl Open {
-    /// Sends the line once the connection is there.
-    fn ask(&mut self) -> std::io::Result<()> {
+    /// Sends the line once the connection is there, or what begins an association. Whether the other end is known to be there.
+    fn ask(&mut self) -> std::io::Result<bool> {
         if let Some(error) = self.socket.take_error()? {
             return Err(error);
         }
         self.asked = true;
-        self.socket.write_all(format!("{}\n", self.line).as_bytes())
+        if let Some(association) = &self.association {
+            return association.begin(&self.socket).map(|()| false);
+        }
+        self.socket.write_all(format!("{}\n", self.line).as_bytes())?;
+        Ok(self.socket.r#type()? == Type::STREAM)
     }
 }
 
 /// A socket that is on its way to the target, from the next port that is free.
-fn connect(target: &Target, ports: &mut Ports) -> std::io::Result<Socket> {
+fn connect(target: &Target, ports: &mut Ports) -> std::io::Result<(Socket, Option<Association>)> {
+    if target.proto == Proto::Sctp && !sctp::is_in_kernel() {
+        let (socket, association) = Association::new(target.to, ports.next())?;
+        return Ok((socket, Some(association)));
+    }
     let socket = open(target.proto, target.to)?;
     socket.set_nonblocking(true)?;
     let mut bound = Ok(());
@@ -256,7 +291,7 @@ fn connect(target: &Target, ports: &mut Ports) -> std::io::Result<Socket> {
     bound?;
     match socket.connect(&target.to.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-        _ => Ok(socket),
+        _ => Ok((socket, None)),
     }
 }
 

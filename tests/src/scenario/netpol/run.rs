@@ -10,8 +10,9 @@ use super::layout::{Layout, Needs, member};
 use super::objects::{Change, Objects};
 use crate::scenario::judge::Status;
 use crate::scenario::report::{Cells, ProbeReport, ScenarioReport};
-use crate::scenario::run::{RunOptions, hold, keep_logs, kernel_has_sctp};
+use crate::scenario::run::{RunOptions, hold, keep_logs};
 use crate::worker::protocol::{Attempt, Proto, Swept, Target};
+use crate::worker::sctp;
 
 /// Runs a case in `bed` if that serves it, else in a new one called `name` that is left in its place. A cluster in which
 /// more has failed than cells serves no other case. Whatever goes wrong is in the report.
@@ -24,22 +25,15 @@ pub fn run(case: &Case, bed: &mut Option<Bed>, name: &str, options: &RunOptions)
         cells: Cells::default(),
         failed: Vec::new(),
         problems: Vec::new(),
-        has_sctp: kernel_has_sctp(),
     };
     let judged = case
         .steps
         .iter()
         .filter_map(|step| step.expected.cells().ok())
         .flatten();
-    let (sctp, others): (Vec<_>, Vec<_>) = judged.partition(|cell| cell.proto == Proto::Sctp);
-    if others.is_empty() && (sctp.is_empty() || !run.has_sctp) {
+    if judged.count() == 0 {
         report.status = Status::Skipped;
-        let reason = if sctp.is_empty() {
-            "every cell is undefined"
-        } else {
-            "the kernel lacks SCTP, and nothing else is probed"
-        };
-        report.reason = Some(reason.to_owned());
+        report.reason = Some("every cell is undefined".to_owned());
         return report;
     }
     let result = run.drive(bed, name, options);
@@ -77,7 +71,6 @@ struct Run<'a> {
     cells: Cells,
     failed: Vec<ProbeReport>,
     problems: Vec<String>,
-    has_sctp: bool,
 }
 
 impl Run<'_> {
@@ -115,13 +108,11 @@ impl Run<'_> {
     /// Probes all cells of a step's tables that are judged.
     fn probe(&mut self, bed: &mut Bed, number: usize, step: &Step, objects: &Objects) -> Result<()> {
         let cells = step.expected.cells()?;
+        let has_sctp = sctp::is_in_kernel();
         let mut tries = Tries::new();
         for (index, cell) in cells.iter().enumerate() {
-            if cell.proto == Proto::Sctp && !self.has_sctp {
-                self.cells.sctp_left_out += 1;
-                continue;
-            }
             self.cells.probed += 1;
+            self.cells.crafted += usize::from(cell.proto == Proto::Sctp && !has_sctp);
             let target = Target {
                 proto: cell.proto,
                 to: (objects.address(self.case, cell.to)?, cell.port).into(),

@@ -260,7 +260,8 @@ impl Reader<'_> {
     }
 }
 
-/// The peers of one element: each of its networks is one.
+/// The peers of one element: each of its networks is one. The schemas say nothing about what is in a selector, and those of
+/// v1alpha1 little about what is in a network.
 fn peer_list(peer: &ApiPeer, at: &str, is_ingress: bool, findings: &mut Findings<'_>) -> Vec<Peer> {
     let ApiPeer {
         namespaces,
@@ -282,23 +283,26 @@ fn peer_list(peer: &ApiPeer, at: &str, is_ingress: bool, findings: &mut Findings
     }
     match (namespaces, pods, nodes, networks) {
         (Some(namespaces), None, None, None) => {
-            vec![Peer::Pods(pods_of(
-                namespaces,
-                &format!("{at}.namespaces"),
-                findings,
-            ))]
+            let at = format!("{at}.namespaces");
+            let pods = findings.unchecked(|findings| pods_of(namespaces, &at, findings));
+            vec![Peer::Pods(pods)]
         }
-        (None, Some(pods), None, None) => vec![Peer::Pods(namespaced(pods, &format!("{at}.pods"), findings))],
+        (None, Some(pods), None, None) => {
+            let at = format!("{at}.pods");
+            let pods = findings.unchecked(|findings| namespaced(pods, &at, findings));
+            vec![Peer::Pods(pods)]
+        }
         (None, None, Some(nodes), None) => {
-            vec![Peer::Nodes(selector(
-                Some(nodes),
-                &format!("{at}.nodes"),
-                findings,
-            ))]
+            let at = format!("{at}.nodes");
+            let nodes = findings.unchecked(|findings| selector(Some(nodes), &at, findings));
+            vec![Peer::Nodes(nodes)]
         }
         (None, None, None, Some(networks)) => {
             let networks = networks.iter().enumerate();
-            let read = |(i, text): (usize, &String)| cidr(text, &format!("{at}.networks[{i}]"), findings);
+            let read = |(i, text): (usize, &String)| {
+                let at = format!("{at}.networks[{i}]");
+                findings.unchecked(|findings| cidr(text, &at, findings))
+            };
             let block = |range| {
                 let except = Vec::new();
                 Peer::Block(IpBlock { range, except })

@@ -88,6 +88,14 @@ impl Findings<'_> {
         self.problems.push(Problem::new(field, reason));
     }
 
+    /// Reads what the API server does not look into: what is wrong there is in force, and not understood.
+    fn unchecked<T>(&mut self, read: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.refused.len();
+        let value = read(self);
+        self.problems.extend(self.refused.drain(before..));
+        value
+    }
+
     /// Takes what is right.
     fn check<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
         result.map_err(|problem| self.refused.push(problem)).ok()

@@ -28,7 +28,7 @@ fn decoded(kind: &str, spec: &Value) -> (Policy, Vec<String>) {
             problems,
             ..
         } => (
-            *policy,
+            Policy::clone(&policy),
             problems.into_iter().map(|problem| problem.field).collect(),
         ),
         other => panic!("{other:?}"),
@@ -249,6 +249,10 @@ fn policy_a_rule_of_a_tier_that_is_not_known_matches_nothing_or_denies_everythin
         json!({"to": [{"domainNames": ["kubernetes.io"]}]}),
         json!({"to": [{"namespaces": {}}], "protocols": [{"icmp": {}}]}),
         json!({"to": [{"namespaces": {}}], "protocols": [{"tcp": {}}]}),
+        json!({"to": [{"namespaces": {}}], "protocols": [{"udp": {}}]}),
+        json!({"to": [{"namespaces": {}}], "protocols": [{"sctp": {"destinationPort": {}}}]}),
+        json!({"to": [{"namespaces": {"matchExpressions": [{"key": "a", "operator": "Like", "values": ["b"]}]}}]}),
+        json!({"to": [{"pods": {"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}}]}),
         json!({"to": [{"namespaces": {}}], "ports": [{"portNumber": {"port": 80}}]}),
         json!({"to": [{"namespaces": {}}], "hours": "9-5"}),
     ] {
@@ -285,6 +289,38 @@ fn policy_a_rule_of_a_tier_that_is_not_known_matches_nothing_or_denies_everythin
 }
 
 #[test]
+fn policy_what_the_older_schemas_let_through_closes_its_rule() {
+    for (rule, field) in [
+        (
+            json!({"to": [{"networks": ["10.0.0.0/8", "10.0.0.0/40"]}]}),
+            "spec.egress[0].to[0].networks[1]",
+        ),
+        (
+            json!({"to": [{"namespaces": {}}], "ports": [{"portRange": {"start": 9, "end": 8}}]}),
+            "spec.egress[0].ports[0].portRange.end",
+        ),
+        (
+            json!({"to": [{"namespaces": {"sameLabels": ["team"]}}]}),
+            "spec.egress[0].to[0].namespaces.sameLabels",
+        ),
+        (
+            json!({"to": [{"nodes": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}}]}),
+            "spec.egress[0].to[0].nodes.matchExpressions[0].values",
+        ),
+    ] {
+        for (action, expected) in [("Allow", None), ("Deny", Some(Action::Deny))] {
+            let mut rule = rule.clone();
+            rule["action"] = action.into();
+            let (policy, problems) = decoded("AdminNetworkPolicy", &admin(&rule));
+            assert_eq!(problems, [field, "spec.egress[0]"]);
+            let rules = policy.rules(Direction::Egress).unwrap_or_default();
+            let found = rules.first().map(|rule| (rule.action, rule.peers.is_none()));
+            assert_eq!(found, expected.map(|action| (action, true)), "{rule}");
+        }
+    }
+}
+
+#[test]
 fn policy_tiers_refuse_what_their_api_does() {
     let to = json!([{"namespaces": {}}]);
     for (kind, rule, field) in [
@@ -314,14 +350,9 @@ fn policy_tiers_refuse_what_their_api_does() {
             "spec.egress[0].protocols",
         ),
         (
-            "AdminNetworkPolicy",
-            json!({"action": "Deny", "to": to, "ports": [{"portRange": {"start": 9, "end": 8}}]}),
-            "spec.egress[0].ports[0].portRange.end",
-        ),
-        (
-            "AdminNetworkPolicy",
-            json!({"action": "Deny", "to": [{"networks": ["10.0.0.0/40"]}]}),
-            "spec.egress[0].to[0].networks[0]",
+            "ClusterNetworkPolicy",
+            json!({"action": "Deny", "to": to, "protocols": [{"udp": {"destinationPort": {"range": {"start": 9, "end": 8}}}}]}),
+            "spec.egress[0].protocols[0].udp.destinationPort.range.end",
         ),
         (
             "AdminNetworkPolicy",

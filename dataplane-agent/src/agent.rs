@@ -11,6 +11,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt, io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -360,8 +361,8 @@ impl Agent {
                 origin,
             } => {
                 self.metrics.changed(key.kind);
-                if let Object::Policy(policy) = &mut object {
-                    policy.dry_run |= self.policy_mode == PolicyMode::DryRun;
+                if let (Object::Policy(policy), PolicyMode::DryRun) = (&mut object, self.policy_mode) {
+                    Arc::make_mut(policy).dry_run = true;
                 }
                 self.note_trigger(&object);
                 if has_problems_later(key.kind) {

@@ -8,14 +8,16 @@ mod policy;
 mod service;
 mod slice;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::model::{Cause, Kind, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
+use crate::model::{Cause, Kind, Labels, Name, Namespace, Node, Object, ObjectRef, Problem, Protocol};
 
 /// The cluster autoscaler's taint on a node that it is about to remove.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -94,7 +96,7 @@ pub fn decode(value: &Value) -> Decoded {
         | Kind::ClusterNetworkPolicy
         | Kind::AdminNetworkPolicy
         | Kind::BaselineAdminNetworkPolicy => {
-            policy::decode(&key, value, &mut problems).map(|policy| Object::Policy(Box::new(policy)))
+            policy::decode(&key, value, &mut problems).map(|policy| Object::Policy(Arc::new(policy)))
         }
     };
     match object {
@@ -178,7 +180,7 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
     let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
     Node {
         name,
-        labels: node.metadata.labels.unwrap_or_default(),
+        labels: labels(&node.metadata.labels.unwrap_or_default(), problems),
         internal_ips,
         ips,
         leaving: node.metadata.deletion_timestamp.is_some()
@@ -187,13 +189,13 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
 }
 
 fn namespace(name: Name, namespace: core::Namespace, problems: &mut Vec<Problem>) -> Namespace {
-    let mut labels = namespace.metadata.labels.unwrap_or_default();
-    labels.insert(Namespace::NAME_LABEL.to_owned(), name.name().to_owned());
+    let mut all = namespace.metadata.labels.unwrap_or_default();
+    all.insert(Namespace::NAME_LABEL.to_owned(), name.name().to_owned());
     let annotations = namespace.metadata.annotations.as_ref();
     let dry_run = annotations.and_then(|annotations| annotations.get(policy::DRY_RUN));
     Namespace {
         name,
-        labels,
+        labels: labels(&all, problems),
         dry_run: policy::dry_run(dry_run.map(String::as_str), problems),
     }
 }
@@ -265,6 +267,14 @@ fn parse_protocol(protocol: Option<&str>, field: impl FnOnce() -> String) -> Pro
         ),
         Some(other) => ProtocolField::Unknown(Problem::new(field(), format!("`{other}` is no protocol"))),
     }
+}
+
+/// An object's labels; none where one cannot be.
+fn labels(labels: &BTreeMap<String, String>, problems: &mut Vec<Problem>) -> Labels {
+    Labels::new(labels).unwrap_or_else(|| {
+        problems.push(Problem::new("metadata.labels", "a key or value contains NUL"));
+        Labels::default()
+    })
 }
 
 fn label<'a>(metadata: &'a ObjectMeta, name: &str) -> Option<&'a str> {

@@ -23,7 +23,7 @@ impl Agent {
         let bound = host.bound_pods.iter().filter_map(|(ifindex, pod)| {
             let (namespace, name) = pod.split_once('/')?;
             let name = Name::new(namespace, name);
-            let addrs = self.index.pod(&name)?.ips.clone();
+            let addrs = self.index.local_pod(&name)?.ips.clone();
             Some((*ifindex, BoundPod { name, addrs }))
         });
         bound.collect()

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{ProtocolField, created_ns, parse_ip, parse_port, parse_protocol};
+use super::{ProtocolField, created_ns, labels, parse_ip, parse_port, parse_protocol};
 use crate::model::{HostIp, HostPort, Name, Pod, PodPort, Problem, Protocol, shared};
 
 pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
@@ -47,10 +47,10 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
         ready,
         terminating: pod.metadata.deletion_timestamp.is_some(),
         running: status.phase.as_deref() == Some("Running"),
-        ports: ports.named,
+        ports: shared::pod_ports(ports.named),
         host_ports: ports.host,
         created_ns: created_ns(&pod.metadata),
-        labels: pod.metadata.labels.unwrap_or_default(),
+        labels: labels(&pod.metadata.labels.unwrap_or_default(), problems).shared(),
     }
 }
 
@@ -103,7 +103,7 @@ impl Ports {
                 ProtocolField::Unknown(problem) => return Err(problem),
             };
         self.named.extend(name.map(|name| PodPort {
-            name,
+            name: shared::text(&name),
             proto,
             port: number,
         }));

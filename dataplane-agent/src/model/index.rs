@@ -1,6 +1,9 @@
 //! The state of the cluster as far as this node needs it: one synchronous writer API, which says what depends on
 //! what was changed.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -9,6 +12,7 @@ use std::{
 use super::{
     EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service,
     policies::{Policies, PolicyDirty},
+    policy::NamespaceSet,
 };
 
 /// What a change touches. Merge several with [`Dirty::merge`].
@@ -55,6 +59,8 @@ pub struct Index {
     namespaces: HashMap<Name, Arc<Namespace>>,
     /// By namespace, so that a selector looks only at its own; so are Services.
     pods: BTreeMap<Name, Arc<Pod>>,
+    /// Those of this node.
+    local_pods: BTreeMap<Name, Arc<Pod>>,
     services: BTreeMap<Name, Arc<Service>>,
     slices: HashMap<Name, Arc<EndpointSlice>>,
     /// The same by Service, whether or not it exists, and their own names.
@@ -69,6 +75,7 @@ impl Index {
             nodes: HashMap::new(),
             namespaces: HashMap::new(),
             pods: BTreeMap::new(),
+            local_pods: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: BTreeMap::new(),
@@ -94,6 +101,11 @@ impl Index {
             }
             Object::Pod(pod) => {
                 let previous = self.pods.insert(pod.name.clone(), pod.clone());
+                if self.is_local(&pod) {
+                    self.local_pods.insert(pod.name.clone(), pod.clone());
+                } else {
+                    self.local_pods.remove(&pod.name);
+                }
                 if previous.as_ref() == Some(&pod) {
                     return Dirty::default();
                 }
@@ -103,7 +115,7 @@ impl Index {
             Object::EndpointSlice(slice) => self.apply_slice(slice),
             Object::Policy(policy) => {
                 let key = policy.key.clone();
-                policy_dirty(self.policies.apply(*policy).then_some(key))
+                policy_dirty(self.policies.apply(policy).then_some(key))
             }
         }
     }
@@ -123,7 +135,10 @@ impl Index {
                 namespace_dirty(gone.then(|| name.clone()))
             }
             Kind::Pod => match self.pods.remove(name) {
-                Some(pod) => self.pod_changed(Some(&*pod), None),
+                Some(pod) => {
+                    self.local_pods.remove(name);
+                    self.pod_changed(Some(&*pod), None)
+                }
                 None => Dirty::default(),
             },
             Kind::Service => {
@@ -187,7 +202,7 @@ impl Index {
             Kind::Pod => self.pods.len(),
             Kind::Service => self.services.len(),
             Kind::EndpointSlice => self.slices.len(),
-            kind => self.policies.keys().filter(|key| key.kind == kind).count(),
+            kind => self.policies.count(kind),
         }
     }
 
@@ -221,10 +236,7 @@ impl Index {
 
     /// A Pod of this node.
     pub fn local_pod(&self, name: &Name) -> Option<&Pod> {
-        self.pods
-            .get(name)
-            .filter(|pod| self.is_local(pod))
-            .map(|pod| &**pod)
+        self.local_pods.get(name).map(|pod| &**pod)
     }
 
     /// The Pods that a Service selects, in the order of their names.
@@ -234,10 +246,8 @@ impl Index {
 
     /// The Pods of this node that own an address.
     pub fn local_pods(&self) -> impl Iterator<Item = &Pod> {
-        self.pods
-            .values()
-            .filter(|pod| !pod.finished && self.is_local(pod))
-            .map(|pod| &**pod)
+        let pods = self.local_pods.values().filter(|pod| !pod.finished);
+        pods.map(|pod| &**pod)
     }
 
     pub fn pod(&self, name: &Name) -> Option<&Pod> {
@@ -251,6 +261,28 @@ impl Index {
     /// The Pods of a namespace, in the order of their names.
     pub fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
         in_namespace(&self.pods, namespace)
+    }
+
+    /// The Pods of the namespaces of a set, namespace by namespace in the order of their names.
+    pub fn pods_in<'a>(&'a self, set: &'a NamespaceSet) -> impl Iterator<Item = &'a Pod> {
+        let (one, labelled) = match set {
+            NamespaceSet::One(namespace) => (Some(&**namespace), None),
+            NamespaceSet::Labelled(_) => (None, Some(self.namespaces_of_pods())),
+        };
+        let labelled = labelled.into_iter().flatten();
+        let labelled = labelled.filter(|name| set.matches(name, self.namespace(name)));
+        let namespaces = one.into_iter().chain(labelled);
+        namespaces.flat_map(|namespace| self.pods_of(namespace))
+    }
+
+    /// The namespaces that have Pods, whether or not their own objects are there.
+    fn namespaces_of_pods(&self) -> impl Iterator<Item = &str> {
+        let mut next = self.pods.first_key_value();
+        std::iter::from_fn(move || {
+            let (name, _) = next?;
+            next = self.pods.range(Name::behind(name.namespace())..).next();
+            Some(name.namespace())
+        })
     }
 
     pub fn namespace(&self, name: &str) -> Option<&Namespace> {
@@ -384,7 +416,7 @@ fn selects(service: &Service, pod: &Pod) -> bool {
         && service
             .selector
             .iter()
-            .all(|(key, value)| pod.labels.get(key).is_some_and(|known| known == value))
+            .all(|(key, value)| pod.labels.get(key) == Some(value))
 }
 
 fn in_namespace<'a, T>(objects: &'a BTreeMap<Name, Arc<T>>, namespace: &str) -> impl Iterator<Item = &'a T> {

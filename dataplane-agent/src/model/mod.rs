@@ -27,6 +27,8 @@ pub struct Name(ArcStr);
 
 /// Between namespace and name, neither of which can contain it. It sorts before all else, so names order as pairs do.
 const SEPARATOR: char = '\0';
+/// Comes before all that names may contain.
+const AFTER_SEPARATOR: char = '\u{1}';
 
 impl Name {
     /// Comes before every name.
@@ -34,6 +36,11 @@ impl Name {
 
     pub fn new(namespace: &str, name: &str) -> Self {
         Self(format!("{namespace}{SEPARATOR}{name}").into())
+    }
+
+    /// Comes behind every name of a namespace, and before those of all that follow.
+    pub fn behind(namespace: &str) -> Self {
+        Self(format!("{namespace}{AFTER_SEPARATOR}").into())
     }
 
     pub fn namespace(&self) -> &str {
@@ -186,7 +193,7 @@ pub enum Object {
     Pod(Arc<Pod>),
     Service(Arc<Service>),
     EndpointSlice(Arc<EndpointSlice>),
-    Policy(Box<Policy>),
+    Policy(Arc<Policy>),
 }
 
 /// The document that an object comes from.

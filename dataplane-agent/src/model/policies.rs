@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Name, ObjectRef,
+    Kind, Name, ObjectRef,
     policy::{NamespaceSet, Policy},
 };
 
@@ -37,14 +37,15 @@ impl PolicyDirty {
 /// Policies of every kind, by name and by the namespace that they are about.
 #[derive(Debug, Default)]
 pub struct Policies {
-    by_key: BTreeMap<ObjectRef, Policy>,
+    by_key: BTreeMap<ObjectRef, Arc<Policy>>,
+    counts: HashMap<Kind, usize>,
     /// Those that may be about any namespace stand under `None`.
     by_namespace: HashMap<Option<Arc<str>>, BTreeSet<ObjectRef>>,
 }
 
 impl Policies {
     /// Adds or replaces a policy; false when it is the same as before.
-    pub fn apply(&mut self, policy: Policy) -> bool {
+    pub fn apply(&mut self, policy: Arc<Policy>) -> bool {
         if self.by_key.get(&policy.key) == Some(&policy) {
             return false;
         }
@@ -54,6 +55,7 @@ impl Policies {
             .entry(of)
             .or_default()
             .insert(policy.key.clone());
+        *self.counts.entry(policy.key.kind).or_default() += 1;
         self.by_key.insert(policy.key.clone(), policy);
         true
     }
@@ -63,6 +65,9 @@ impl Policies {
         let Some(policy) = self.by_key.remove(key) else {
             return false;
         };
+        if let Some(count) = self.counts.get_mut(&key.kind) {
+            *count -= 1;
+        }
         let of = namespace(&policy);
         if let Some(policies) = self.by_namespace.get_mut(&of) {
             policies.remove(key);
@@ -74,7 +79,12 @@ impl Policies {
     }
 
     pub fn get(&self, key: &ObjectRef) -> Option<&Policy> {
-        self.by_key.get(key)
+        self.by_key.get(key).map(|policy| &**policy)
+    }
+
+    /// How many there are of a kind.
+    pub fn count(&self, kind: Kind) -> usize {
+        self.counts.get(&kind).copied().unwrap_or(0)
     }
 
     pub fn keys(&self) -> impl Iterator<Item = &ObjectRef> {
@@ -87,7 +97,7 @@ impl Policies {
             .into_iter()
             .filter_map(|of| self.by_namespace.get(&of))
             .flatten()
-            .filter_map(|key| self.by_key.get(key))
+            .filter_map(|key| self.get(key))
     }
 }
 

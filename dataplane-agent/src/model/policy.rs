@@ -14,9 +14,7 @@ use std::{
 pub use dataplane_common::policy::RuleAction as Action;
 use ipnet::IpNet;
 
-use super::{Namespace, ObjectRef, Pod, Protocol};
-
-pub type Labels = BTreeMap<String, String>;
+use super::{Labels, Namespace, ObjectRef, Pod, Protocol};
 
 /// A policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,7 +137,7 @@ pub enum Operator {
 impl Selector {
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements.iter().all(|Requirement { key, operator }| {
-            let value = labels.get(&**key).map(String::as_str);
+            let value = labels.get(key);
             match operator {
                 Operator::In(values) => value.is_some_and(|value| values.contains(value)),
                 Operator::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
@@ -156,10 +154,10 @@ impl NamespaceSet {
         match (self, namespace) {
             (NamespaceSet::One(one), _) => **one == *name,
             (NamespaceSet::Labelled(selector), Some(namespace)) => selector.matches(&namespace.labels),
-            (NamespaceSet::Labelled(selector), None) => selector.matches(&Labels::from([(
-                Namespace::NAME_LABEL.to_owned(),
-                name.to_owned(),
-            )])),
+            (NamespaceSet::Labelled(selector), None) => {
+                let labels = BTreeMap::from([(Namespace::NAME_LABEL.to_owned(), name.to_owned())]);
+                selector.matches(&Labels::new(&labels).unwrap_or_default())
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
-use super::{Placement, SlicePort};
+use super::{Placement, PodPort, SlicePort};
 
 /// Values in use somewhere. Those that nobody uses any more leave when the pool has doubled since they last did.
 struct Pool<T: ?Sized>(LazyLock<Mutex<(HashSet<Arc<T>>, usize)>>);
@@ -38,6 +38,7 @@ impl<T: ?Sized + Eq + Hash> Pool<T> {
 
 static TEXTS: Pool<str> = Pool::new();
 static PORTS: Pool<[SlicePort]> = Pool::new();
+static POD_PORTS: Pool<[PodPort]> = Pool::new();
 static PLACEMENTS: Pool<Placement> = Pool::new();
 
 /// A text that is likely to be there already.
@@ -55,9 +56,14 @@ pub fn placement(placement: Placement) -> Arc<Placement> {
     PLACEMENTS.share(&placement.clone(), || Arc::new(placement))
 }
 
+/// The named ports of a Pod's containers: all replicas have the same.
+pub fn pod_ports(ports: Vec<PodPort>) -> Arc<[PodPort]> {
+    POD_PORTS.share(&ports.clone(), || ports.into())
+}
+
 /// Labels or a selector, sorted by key, in one piece: each key and each value ends with NUL, which neither can contain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Labels(Box<str>);
+pub struct Labels(Arc<str>);
 
 impl Labels {
     /// `None` when a text contains NUL, which the API server does not accept.
@@ -71,6 +77,12 @@ impl Labels {
             text.push('\0');
         }
         Some(Self(text.into()))
+    }
+
+    /// The same, kept once for all that have them.
+    #[must_use]
+    pub fn shared(self) -> Self {
+        Self(TEXTS.share(&self.0, || self.0.clone()))
     }
 
     pub fn is_empty(&self) -> bool {

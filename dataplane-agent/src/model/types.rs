@@ -1,7 +1,6 @@
 //! The objects, reduced to the fields that are used.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
 };
@@ -194,7 +193,7 @@ pub struct Placement {
 pub struct Pod {
     pub name: Name,
     pub node: Option<Arc<str>>,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// The first of each family.
     pub ips: Vec<IpAddr>,
     pub host_network: bool,
@@ -207,7 +206,7 @@ pub struct Pod {
     /// The phase is `Running`.
     pub running: bool,
     /// The named ports of its containers.
-    pub ports: Vec<PodPort>,
+    pub ports: Arc<[PodPort]>,
     /// The ports of its containers that its node is to forward.
     pub host_ports: Vec<HostPort>,
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown.
@@ -215,9 +214,9 @@ pub struct Pod {
 }
 
 /// A named port of a container.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PodPort {
-    pub name: String,
+    pub name: Arc<str>,
     pub proto: Protocol,
     pub port: u16,
 }
@@ -247,7 +246,7 @@ pub enum HostIp {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     pub name: Name,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     pub internal_ips: Vec<IpAddr>,
     /// Every address that its status names, `internal_ips` among them.
     pub ips: Vec<IpAddr>,
@@ -260,7 +259,6 @@ impl Node {
     pub fn zone(&self) -> Option<&str> {
         self.labels
             .get("topology.kubernetes.io/zone")
-            .map(String::as_str)
             .filter(|zone| !zone.is_empty())
     }
 }
@@ -270,7 +268,7 @@ impl Node {
 pub struct Namespace {
     pub name: Name,
     /// With [`Namespace::NAME_LABEL`].
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Its `NetworkPolicy` objects report what they would do, and do nothing.
     pub dry_run: bool,
 }

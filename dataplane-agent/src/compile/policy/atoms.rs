@@ -51,15 +51,6 @@ impl Atom {
         }
     }
 
-    /// Whether it may be about Pods of a namespace.
-    pub fn is_about_namespace(&self, name: &str, namespace: Option<&Namespace>) -> bool {
-        match &self.peer {
-            Some(Peer::Pods(pods)) => pods.namespaces.matches(name, namespace),
-            Some(Peer::Block(_) | Peer::Nodes(_)) => false,
-            None => true,
-        }
-    }
-
     /// Whether it is about a Pod, of a namespace that it is about.
     pub fn selects_in_namespace(&self, pod: &Pod) -> bool {
         let selected = match &self.peer {

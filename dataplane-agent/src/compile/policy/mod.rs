@@ -367,34 +367,19 @@ impl PolicyCompiler {
                 };
                 addrs.filter(holds).map(Place::Addr).collect()
             }
-            Some(Peer::Pods(pods)) => match &pods.namespaces {
-                NamespaceSet::One(namespace) => self.addrs_of(index, index.pods_of(namespace), atom),
-                NamespaceSet::Labelled(_) => self.addrs_of(index, index.pods(), atom),
-            },
-            None => self.addrs_of(index, index.pods(), atom),
+            Some(Peer::Pods(pods)) => self.addrs_of(index.pods_in(&pods.namespaces), atom),
+            None => self.addrs_of(index.pods(), atom),
         }
     }
 
-    /// The addresses of those Pods, in the order of their namespaces, that satisfy an atom.
-    fn addrs_of<'a>(&self, index: &Index, pods: impl Iterator<Item = &'a Pod>, atom: &Atom) -> Vec<Place> {
-        let mut places = Vec::new();
-        let mut last: Option<(&str, bool)> = None;
-        for pod in pods {
-            let name = pod.name.namespace();
-            let in_namespace = match last {
-                Some((last, in_namespace)) if last == name => in_namespace,
-                _ => atom.is_about_namespace(name, index.namespace(name)),
-            };
-            last = Some((name, in_namespace));
-            if in_namespace && atom.selects_in_namespace(pod) {
-                let owned = pod
-                    .ips
-                    .iter()
-                    .filter(|ip| self.owners.pod_at(**ip) == Some(&pod.name));
-                places.extend(owned.map(|ip| Place::Addr(*ip)));
-            }
-        }
-        places
+    /// The addresses of those Pods, of namespaces that an atom is about, that satisfy it.
+    fn addrs_of<'a>(&self, pods: impl Iterator<Item = &'a Pod>, atom: &Atom) -> Vec<Place> {
+        let selected = pods.filter(|pod| atom.selects_in_namespace(pod));
+        let owned = selected.flat_map(|pod| {
+            let ips = pod.ips.iter().copied();
+            ips.filter(|ip| self.owners.pod_at(*ip) == Some(&pod.name))
+        });
+        owned.map(Place::Addr).collect()
     }
 
     fn forget_ranges(&mut self, atom: &Atom) {

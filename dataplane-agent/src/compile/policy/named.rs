@@ -20,6 +20,15 @@ pub struct Question {
 pub type Number = (Protocol, u16);
 
 impl Question {
+    /// The Pods that may answer.
+    fn peers<'a>(&'a self, index: &'a Index) -> Box<dyn Iterator<Item = &'a Pod> + 'a> {
+        match &self.peer {
+            Some(Peer::Pods(pods)) => Box::new(index.pods_in(&pods.namespaces)),
+            Some(Peer::Block(_)) | None => Box::new(index.pods()),
+            Some(Peer::Nodes(_)) => Box::new(std::iter::empty()),
+        }
+    }
+
     /// A Pod's answers. Every container may have a port of that name.
     fn answers<'a>(&'a self, (pod, namespace): PodAt<'a>) -> impl Iterator<Item = Number> + 'a {
         let ports = pod
@@ -59,7 +68,7 @@ impl Questions {
         let questions = self.by_name.entry(question.name.clone()).or_default();
         if !questions.contains_key(question) {
             let mut asked = Asked::default();
-            for pod in index.pods().filter(|pod| is_peer(pod)) {
+            for pod in question.peers(index).filter(|pod| is_peer(pod)) {
                 let namespace = index.namespace(pod.name.namespace());
                 for number in question.answers((pod, namespace)).collect::<BTreeSet<_>>() {
                     *asked.answers.entry(number).or_default() += 1;

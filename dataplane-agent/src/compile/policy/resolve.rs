@@ -27,7 +27,7 @@ pub struct Memo {
     new: BTreeSet<SetId>,
 }
 
-type Source = (Direction, Vec<ObjectRef>, Vec<(String, Number)>);
+type Source = (Direction, Vec<ObjectRef>, Vec<(Arc<str>, Number)>);
 
 #[derive(Clone, Debug)]
 struct Made {

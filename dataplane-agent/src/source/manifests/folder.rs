@@ -258,6 +258,14 @@ impl Folder {
         if let Some((from, previous)) = self.in_force.get_mut(key)
             && *previous == object
         {
+            // One copy of it will do.
+            if let Some(kept) = self
+                .documents
+                .get_mut(key)
+                .and_then(|places| places.get_mut(&origin))
+            {
+                *kept = Some(previous.clone());
+            }
             *from = origin;
             return None;
         }

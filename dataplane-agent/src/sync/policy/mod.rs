@@ -231,17 +231,27 @@ impl PolicySyncer {
                 }
             }
         }
-        let moving: Vec<(Place, u32, ClassId)> = self.moving(compiler).collect();
+        if left.is_empty() {
+            return Vec::new();
+        }
+        // Many places move alike.
+        let mut moving: BTreeMap<(u32, ClassId), Vec<Place>> = BTreeMap::new();
+        for (place, class, label) in self.moving(compiler) {
+            moving.entry((class, label)).or_default().push(place);
+        }
         let images = self.programmed.images.iter();
         let images = images.filter(|(set, image)| {
             let Some(pods) = left.get(image) else {
                 return false;
             };
-            moving.iter().any(|&(place, class, label)| {
+            moving.iter().any(|(&(class, label), places)| {
                 // A pod always reaches itself.
-                let is_own = |own: &&[IpAddr]| matches!(place, Place::Addr(addr) if own.contains(&addr));
-                !pods.iter().all(is_own)
-                    && self.programmed.row(**image, class) != build::row(compiler, **set, label)
+                let is_own = |place: &Place| {
+                    let is_among = |own: &&[IpAddr]| matches!(place, Place::Addr(addr) if own.contains(addr));
+                    pods.iter().all(is_among)
+                };
+                self.programmed.row(**image, class) != build::row(compiler, **set, label)
+                    && !places.iter().all(is_own)
             })
         });
         images.map(|(set, _)| *set).collect()

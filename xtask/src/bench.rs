@@ -21,7 +21,7 @@ enum What {
     /// Connections/s and request/response, pod to `ClusterIP`, beside plain routing and kube-proxy's rules
     Net(PassedOn),
     #[command(disable_help_flag = true)]
-    /// First sync, single changes and memory of the agent with 50,000 services and 250,000 endpoints
+    /// First sync, single changes and memory of the agent: 50,000 services, 250,000 endpoints; 10,000 policies, 50,000 pods
     Control(PassedOn),
     #[command(disable_help_flag = true)]
     /// What policies cost a packet, and whether it depends on how many rules, policies and peers there are

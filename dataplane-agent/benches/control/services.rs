@@ -1,32 +1,21 @@
-//! The measurement, in a process of its own inside the node's namespace: the agent's own loop, driven event by event.
+//! Services and endpoints, measured in the node's namespace: the first sync and single changes.
 
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use dataplane_agent::{
-    agent::{Agent, Outward},
-    attach::start::{prepare, start},
     bpf::map_names,
-    config::{
-        Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
-        Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
-    },
     decode::{Decoded, decode},
-    health::{Progress, node_ports},
-    host::{Kernel, WantedPods},
-    metrics::Metrics,
     source::{self, Batch, Change},
-    store::{Limits, policy::PolicyLimits},
-    sync::{Syncer, policy::PolicySyncer},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::watch;
 
 use crate::{
+    driven::{Driven, Place, on_cpu_s, sizes},
     fleet::{self, Fleet},
     memory::{self, Resident},
 };
@@ -44,12 +33,8 @@ const SERVICE_MAPS: [&str; 6] = [
 /// What to measure, and where.
 #[derive(Debug, clap::Args)]
 pub struct Inside {
-    #[arg(long)]
-    pub netns: PathBuf,
-    #[arg(long)]
-    pub bpffs: PathBuf,
-    #[arg(long)]
-    pub work: PathBuf,
+    #[command(flatten)]
+    pub place: Place,
     #[arg(long)]
     pub services: usize,
     #[arg(long)]
@@ -85,143 +70,21 @@ pub struct Outcome {
     pub changes: Vec<(String, Vec<f64>)>,
 }
 
-/// Tables with room for the fleet, the others small.
-fn sizes(fleet: Fleet) -> Sizes {
-    Sizes {
-        limits: Limits {
-            frontends: (fleet.services * 5 / 2) as u32,
-            services: (fleet.services * 5 / 4) as u32,
-            backends: (fleet.endpoints * 5 / 4) as u32,
-            maglev: (fleet.endpoints * 64) as u32,
-            source_ranges: 1024,
-            policy: PolicyLimits::new(1024, 1024, 1024),
-        },
-        affinity: 1024,
-        flows: 4096,
-        policy_flows: 1024,
-        half_open: 1024,
-        datagrams: 1024,
-        held: 64,
-        sockets: 1024,
-        own_addresses: 1024,
-        devices: 1024,
-    }
-}
-
-fn config(inside: &Inside, fleet: Fleet) -> Config {
-    Config {
-        node_name: fleet::NODE.to_owned(),
-        source: SourceConfig::Folder(inside.folder.clone().unwrap_or_default()),
-        devices: Vec::new(),
-        bpffs: inside.bpffs.clone(),
-        cgroup: None,
-        health_addr: None,
-        metrics_addr: None,
-        socket: inside.work.join("agent.sock"),
-        socket_lb: SocketLb::Off,
-        datapath: DatapathMode::Tc,
-        fast_path: FastPath::Auto,
-        snat_ports: PortRange {
-            min: 61000,
-            max: 65535,
-        },
-        node_ports: PortRange {
-            min: 30000,
-            max: 32767,
-        },
-        node_port_addresses: NodePortAddresses::All,
-        localhost_node_ports: false,
-        service_echo: ServiceEcho::default(),
-        external_ips: true,
-        source_ranges_for: SourceRangesFor::Lb,
-        policy_changes: PolicyChanges::All,
-        policy_mode: PolicyMode::Enforce,
-        verdicts: Verdicts::Denied,
-        sizes: sizes(fleet),
-        debug_log: false,
-    }
-}
-
-/// Measures, and prints the outcome as JSON.
-pub fn run(inside: &Inside) -> Result<()> {
-    dataplane_tests::netns::join(&inside.netns)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let outcome = runtime.block_on(measure(inside))?;
-    println!("{}", serde_json::to_string(&outcome)?);
-    Ok(())
-}
-
-/// The agent, and what it tells.
-struct Driven {
-    agent: Agent,
-    progress: watch::Receiver<Progress>,
-    revision: u64,
-}
-
-impl Driven {
-    /// Hands a batch to the agent; fails when not everything is programmed behind it.
-    fn take(&mut self, changes: Vec<Change>) -> Result<Duration> {
-        self.revision += 1;
-        let batch = Batch {
-            revision: self.revision,
-            complete: true,
-            changes,
-            ..Batch::default()
-        };
-        let started = Instant::now();
-        self.agent.take_batch(batch);
-        let took = started.elapsed();
-        let progress = self.progress.borrow();
-        if let Some(problem) = progress.failed.first().or(progress.rejected.first()) {
-            bail!("not served: {problem}");
-        }
-        ensure!(
-            progress.revision == self.revision,
-            "revision {} is not programmed",
-            self.revision
-        );
-        Ok(took)
-    }
-}
-
-async fn measure(inside: &Inside) -> Result<Outcome> {
+/// Measures.
+pub async fn measure(inside: &Inside) -> Result<Outcome> {
     let fleet = Fleet {
         services: inside.services,
         endpoints: inside.endpoints,
     };
-    let config = config(inside, fleet);
-    let (wanted, wanted_seen) = watch::channel(WantedPods::default());
-    let Kernel { store, mut host, .. } = start(prepare(&config)?, &config, wanted_seen)?;
-    let started = Instant::now();
-    let syncer = Syncer::restore(&*store)?;
-    let policies = PolicySyncer::restore(&*store)?;
-    let restore_s = started.elapsed().as_secs_f64();
-    let (progress, seen) = watch::channel(Progress::default());
-    let outward = Outward {
-        wanted,
-        progress,
-        health_checks: node_ports::Servers::new(seen.clone()),
-        metrics: Metrics::new(),
-    };
-    let mut driven = Driven {
-        agent: Agent::new(&config, store, syncer, policies, outward),
-        progress: seen,
-        revision: 0,
-    };
+    let sizes = sizes(fleet.services, fleet.endpoints);
+    let (mut driven, mut host) = Driven::start(&inside.place, fleet::NODE, sizes)?;
     // The machine is known before the clock starts; nothing is written before the source is complete.
     driven.agent.take_batch(Batch {
         changes: vec![change(&fleet::node())?],
         ..Batch::default()
     });
-    let state = host.wait_for(|state| state.as_ref().is_some_and(|state| state.wanted_revision > 0));
-    let state = state
-        .await
-        .context("the observation of the machine ended")?
-        .clone();
-    driven.agent.take_host(state);
+    let state = driven.observe(&mut host).await?;
+    driven.agent.take_host(Some(state));
     let empty = Resident::now()?;
 
     let started = Instant::now();
@@ -233,12 +96,12 @@ async fn measure(inside: &Inside) -> Result<Outcome> {
         None => decode_all(fleet)?,
     };
     let before = on_cpu_s()?;
-    let sync_s = driven.take(changes)?.as_secs_f64();
+    let sync_s = driven.take(batch(changes))?.as_secs_f64();
     let sync_cpu_s = on_cpu_s()? - before;
     let full = Resident::now()?;
     let changes = change_all(&mut driven, fleet, inside.changes)?;
     Ok(Outcome {
-        restore_s,
+        restore_s: driven.restore_s,
         decode_s,
         sync_s,
         sync_cpu_s,
@@ -246,18 +109,17 @@ async fn measure(inside: &Inside) -> Result<Outcome> {
         empty,
         full,
         changed: Resident::now()?,
-        map_bytes: memory::of_maps(&inside.bpffs, &SERVICE_MAPS)?,
+        map_bytes: memory::of_maps(&inside.place.bpffs, &SERVICE_MAPS)?,
         changes,
     })
 }
 
-/// Seconds that this thread has run for.
-fn on_cpu_s() -> Result<f64> {
-    let path = "/proc/thread-self/schedstat";
-    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
-    let nanoseconds = text.split(' ').next().and_then(|first| first.parse().ok());
-    let nanoseconds = nanoseconds.with_context(|| format!("{path} has no number"))?;
-    Ok(Duration::from_nanos(nanoseconds).as_secs_f64())
+fn batch(changes: Vec<Change>) -> Batch {
+    Batch {
+        complete: true,
+        changes,
+        ..Batch::default()
+    }
 }
 
 /// The objects as a watch would decode them, and the seconds that this takes alone.
@@ -320,7 +182,7 @@ fn change_all(driven: &mut Driven, fleet: Fleet, rounds: usize) -> Result<Vec<(S
             let started = Instant::now();
             let change = change(&value)?;
             let decoded = started.elapsed();
-            note(kind, decoded + driven.take(vec![change])?);
+            note(kind, decoded + driven.take(batch(vec![change]))?);
             Ok(())
         };
         apply(
@@ -344,7 +206,7 @@ fn change_all(driven: &mut Driven, fleet: Fleet, rounds: usize) -> Result<Vec<(S
             let Change::Apply { key, .. } = change(&value)? else {
                 bail!("not an object");
             };
-            note(kind, driven.take(vec![Change::Delete(key)])?);
+            note(kind, driven.take(batch(vec![Change::Delete(key)]))?);
         }
         // As the loop does, off the way of an event.
         driven.agent.reclaim();

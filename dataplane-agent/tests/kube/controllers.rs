@@ -124,7 +124,7 @@ fn ready(seen: &Seen) -> Vec<String> {
 
 fn labels(seen: &Seen, pod: &str) -> Vec<String> {
     match seen.objects.get(&format!("Pod shop/{pod}")) {
-        Some(Object::Pod(pod)) => pod.labels.keys().cloned().collect(),
+        Some(Object::Pod(pod)) => pod.labels.iter().map(|(key, _)| key.to_owned()).collect(),
         _ => vec!["no pod".to_owned()],
     }
 }

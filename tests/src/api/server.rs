@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -71,24 +71,33 @@ impl Server {
             etcd.args(["--listen-peer-urls", "http://127.0.0.1:0", "--unsafe-no-fsync"]);
             self.etcd = Some(etcd.spawn().context("failed to start etcd")?);
         }
-        if self.apiserver.is_none() {
-            self.apiserver = Some(
-                self.apiserver()?
-                    .spawn()
-                    .context("failed to start kube-apiserver")?,
-            );
-        }
         let client = self.client()?;
         let end = Instant::now() + patient(START);
         loop {
-            match client.text("/readyz") {
-                Ok(text) if text == "ok" => return Ok(()),
-                _ if Instant::now() >= end => bail!("the API server is not ready{}", self.last_words()),
-                _ => {}
-            }
+            // Where etcd is slow to start, it gives up.
             if let Some(status) = self.apiserver.as_mut().and_then(|child| child.try_wait().ok()?) {
-                bail!("the API server has ended ({status}){}", self.last_words());
+                ensure!(
+                    Instant::now() < end,
+                    "the API server has ended ({status}){}",
+                    self.last_words()
+                );
+                self.apiserver = None;
             }
+            if self.apiserver.is_none() {
+                self.apiserver = Some(
+                    self.apiserver()?
+                        .spawn()
+                        .context("failed to start kube-apiserver")?,
+                );
+            }
+            if client.text("/readyz").is_ok_and(|text| text == "ok") {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < end,
+                "the API server is not ready{}",
+                self.last_words()
+            );
             sleep(STEP);
         }
     }

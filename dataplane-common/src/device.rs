@@ -37,4 +37,6 @@ pub mod own_flags {
     pub const NODE_PORT: u32 = 1;
     /// Node ports answer at this address, a loopback one, when processes of this host ask.
     pub const HOST_NODE_PORT: u32 = 2;
+    /// Every address of this node has it, so that none has no flags.
+    pub const OWN: u32 = 4;
 }

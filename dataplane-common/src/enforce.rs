@@ -23,6 +23,7 @@ use crate::{
     reason::Reason,
     rewrite::RewriteIp,
     tables::{Entry, Env, PolicyEntry},
+    unbound::is_unbound,
     verdict::{Action, Hook, Verdict},
 };
 
@@ -275,6 +276,12 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
     if at.from_host && at.hook as u8 == Hook::ToPod as u8 && world.own_address(work.headers.tuple.src) != 0 {
         work.policy_flow.flags = policy_flow_flags::FROM_NODE;
     }
+    if at.hook as u8 == Hook::FromPod as u8 && is_unbound::<F, W>(world, &work.headers.tuple.dst) {
+        work.judged.ifindex = at.ifindex;
+        work.judged.outward = 1;
+        tell::<F, W>(world, work, Judgement::NONE, Reason::PolicyUnknownPod);
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    }
     if work.policy_flow.flags & policy_flow_flags::FROM_NODE == 0 {
         let outward = work.policy_flow.flags & policy_flow_flags::FROM_POD != 0;
         let mut verdict = judge::<F, W>(world, at.ifindex, work, outward);
@@ -289,6 +296,9 @@ fn enter<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>,
         }
         report::<F, W>(world, work);
         if verdict != Verdict::PASS {
+            if verdict == Verdict::drop(Reason::PolicyUnknownPod) {
+                tell::<F, W>(world, work, Judgement::NONE, Reason::PolicyUnknownPod);
+            }
             return verdict;
         }
     }
@@ -303,6 +313,8 @@ fn judge<F: Family, W: World<F>>(world: &W, ifindex: u32, work: &mut Work<F>, ou
     work.judged.set = SET_NONE;
     work.judged.audit = SET_NONE;
     let Some(pod) = world.pod_policy(ifindex) else {
+        work.judged.ifindex = ifindex;
+        work.judged.outward = u32::from(outward);
         return Verdict::drop(Reason::PolicyUnknownPod);
     };
     let tuple = &work.from_pod;
@@ -455,13 +467,28 @@ pub(crate) fn translated<F: Family, W: World<F>>(world: &W, at: &Context, work: 
     judge_at_once::<F, W>(world, far, work, !outward)
 }
 
+/// Whether `work.forward` leads to an address of this node's pods that no interface is known for.
+#[inline(never)]
+fn leads_nowhere<F: Family, W: World<F>>(world: &W, at: &Context, work: &Work<F>) -> bool {
+    let enters = matches!(at.hook, Hook::FromNetdev | Hook::FromPod);
+    enters
+        && F::meta(&work.forward).flags & flow_flags::REPLY == 0
+        && is_unbound::<F, W>(world, F::rewrite(&work.forward).dst)
+}
+
 /// Judges a flow that is about to begin, whose entries are in `work`. `NEXT`: it may.
 #[inline(always)]
 pub(crate) fn beginning<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
-    if !is_asked(world, at) {
+    let revision = world.policy_revision();
+    if revision == REVISION_NONE {
         return Verdict::NEXT;
     }
-    let revision = world.policy_revision();
+    if leads_nowhere::<F, W>(world, at, work) {
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    }
+    if !at.is_pod() {
+        return Verdict::NEXT;
+    }
     let verdict = translated::<F, W>(world, at, work);
     if verdict != Verdict::PASS {
         return verdict;
@@ -481,6 +508,9 @@ pub fn again<F: RewriteIp, W: World<F>>(world: &W, at: &Context, work: &mut Work
         return Verdict::drop(Reason::RewriteFailed);
     };
     work.forward = *entry.flow();
+    if leads_nowhere::<F, W>(world, at, work) {
+        return Verdict::drop(Reason::PolicyUnknownPod);
+    }
     let verdict = translated::<F, W>(world, at, work);
     if verdict != Verdict::PASS {
         return verdict;

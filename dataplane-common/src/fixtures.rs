@@ -5,6 +5,7 @@ extern crate std;
 mod datagrams;
 mod endings;
 mod policies;
+mod unbound;
 
 use std::{vec, vec::Vec};
 

@@ -38,4 +38,5 @@ pub mod pipeline;
 mod plan;
 pub mod rewrite;
 pub mod tables;
+pub mod unbound;
 pub mod verdict;

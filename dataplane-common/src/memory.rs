@@ -30,6 +30,7 @@ use crate::{
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     sock::SockBackend,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    unbound::{self, PodRange},
     verdict::{Action, Hook, Verdict},
 };
 
@@ -38,6 +39,8 @@ use crate::{
 pub struct FamilyTables<F: Family> {
     pub frontends: HashMap<F::FrontendKey, u32>,
     pub own_addresses: HashMap<F::Addr, u32>,
+    /// Addresses of pods whose interface is known.
+    pub bound: HashMap<F::Addr, u32>,
     pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
@@ -55,6 +58,7 @@ impl<F: Family> Default for FamilyTables<F> {
         Self {
             frontends: HashMap::new(),
             own_addresses: HashMap::new(),
+            bound: HashMap::new(),
             flows: RefCell::default(),
             half_open: RefCell::default(),
             affinity: RefCell::default(),
@@ -136,6 +140,8 @@ pub struct Memory {
 #[derive(Clone, Debug, Default)]
 pub struct Policies {
     pub revision: u32,
+    /// This node's pod addresses, IPv4's first.
+    pub ranges: [PodRange; 2],
     /// By ifindex.
     pub pods: HashMap<u32, PodPolicy>,
     /// Ranges and their classes.
@@ -272,6 +278,10 @@ impl<F: MemoryFamily> Stages<F, Frame, Memory> for Scratch<F> {
 
     fn enforce(&mut self, packet: &mut Frame, world: &Memory, at: &Context, verdict: Verdict) -> Verdict {
         enforce::untranslated::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn guard(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
+        unbound::guard::<F, _, _>(packet, world, at)
     }
 
     fn judge(&mut self, _packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
@@ -603,6 +613,10 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
     }
 
+    fn is_bound(&self, addr: &F::Addr) -> bool {
+        F::tables(self).bound.contains_key(addr)
+    }
+
     fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend> {
         F::tables(self).given.get(&(*addr, port_be)).copied()
     }
@@ -672,6 +686,10 @@ impl Env for Memory {
 
     fn policy_revision(&self) -> u32 {
         self.policies.revision
+    }
+
+    fn pod_range(&self, index: u32) -> Option<PodRange> {
+        self.policies.ranges.get(index as usize).copied()
     }
 
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {

@@ -28,6 +28,7 @@ use crate::{
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
     tables::{Entry, Env, Router, Tables},
+    unbound,
     verdict::{Action, Hook, Verdict},
 };
 
@@ -154,6 +155,8 @@ pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
     // The stages of policies, see `enforce`.
     fn enforce(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict;
     fn judge(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+    /// See `unbound`.
+    fn guard(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
 
     // The stages of fragments, see `fragment`. XDP leaves fragments to TC.
     fn first(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
@@ -200,6 +203,9 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
         if verdict.is_open() && enforce::is_asked(world, &at) {
             verdict = stages.enforce(packet, world, &at, verdict);
         }
+    }
+    if verdict.is_open() && unbound::is_guarded(world, at) {
+        verdict = stages.guard(packet, world, at);
     }
     if verdict.action() == Action::Drop {
         world.count(verdict.value());

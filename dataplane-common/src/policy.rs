@@ -332,6 +332,9 @@ impl Judgement {
     /// The tables lack what they must have: closed.
     const BROKEN: Judgement = Judgement(Self::DENIED | (Self::BY_DEFAULT - 1));
 
+    /// Nothing was asked.
+    pub(crate) const NONE: Judgement = Judgement::by_default(true);
+
     #[inline(always)]
     const fn by_default(denied: bool) -> Self {
         Self(Self::BY_DEFAULT | if denied { Self::DENIED } else { 0 })

@@ -75,7 +75,7 @@ reasons! {
     PolicyAllowed = "policy-allowed",
     /// Dropped: a policy denies the flow, or isolates the pod and no rule allows it.
     PolicyDenied = "policy-denied",
-    /// Dropped: the interface's pod is not known yet, nor its policies.
+    /// Dropped: the pod is not known yet whose interface or address it is, nor its policies.
     PolicyUnknownPod = "policy-unknown-pod",
     /// Dropped: a pod with policies, and the packet does not tell what flow it belongs to.
     PolicyUnreadable = "policy-unreadable",

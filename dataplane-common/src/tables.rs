@@ -9,6 +9,7 @@ use crate::{
     policy::{Judgement, PodPolicy, PolicyFlow, VerdictEvent},
     service::{Affinity, PortSet, ServiceHead},
     sock::SockBackend,
+    unbound::PodRange,
 };
 
 /// An entry of a flow table, in place.
@@ -56,7 +57,10 @@ pub trait Tables<F: Family> {
 
     /// The service index of a frontend.
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
+    /// [`own_flags`](crate::device::own_flags); 0: not an address of this node.
     fn own_address(&self, addr: F::Addr) -> u32;
+    /// Whether `BOUND_*` has an address.
+    fn is_bound(&self, addr: &F::Addr) -> bool;
 
     /// The backend with this address and port that the socket which sends the packet was given when it was connected.
     fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend>;
@@ -89,6 +93,8 @@ pub trait Env {
 
     /// `POLICY_REVISION`.
     fn policy_revision(&self) -> u32;
+    /// `POD_RANGES`, by [`range_index`](crate::unbound::range_index).
+    fn pod_range(&self, index: u32) -> Option<PodRange>;
     /// `POD_POLICY`, by the pod's host-side interface.
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy>;
     /// [`policy::judge`](crate::policy::judge) by these tables.

@@ -7,6 +7,7 @@ use dataplane_common::{
     addr::{V4, V6},
     enforce,
     pipeline::Context,
+    unbound,
     verdict::Verdict,
 };
 
@@ -17,7 +18,14 @@ use crate::{
 };
 
 macro_rules! stages_of {
-    ($family:ident, $work:ident, $enforce:ident, $again:ident) => {
+    ($family:ident, $work:ident, $enforce:ident, $again:ident, $guard:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $guard(ctx: *mut __sk_buff, at: u64) -> u64 {
+            let at = Context::from_raw(at);
+            unbound::guard::<$family, _, _>(&SkbPacket(ctx), &World::new(ctx), &at).to_raw()
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $enforce(ctx: *mut __sk_buff, at: u64, verdict: u64) -> u64 {
@@ -42,18 +50,22 @@ macro_rules! stages_of {
     };
 }
 
-stages_of!(V4, WORK_V4, enforce_skb4, again_skb4);
-stages_of!(V6, WORK_V6, enforce_skb6, again_skb6);
+stages_of!(V4, WORK_V4, enforce_skb4, again_skb4, guard_skb4);
+stages_of!(V6, WORK_V6, enforce_skb6, again_skb6, guard_skb6);
 
 /// The methods of `Stages` that are about policies, at TC hooks.
 macro_rules! policies {
     (V4) => {
-        policies!(enforce_skb4, again_skb4);
+        policies!(enforce_skb4, again_skb4, guard_skb4);
     };
     (V6) => {
-        policies!(enforce_skb6, again_skb6);
+        policies!(enforce_skb6, again_skb6, guard_skb6);
     };
-    ($enforce:ident, $again:ident) => {
+    ($enforce:ident, $again:ident, $guard:ident) => {
+        #[inline(always)]
+        fn guard(&mut self, _: &mut SkbPacket, _: &World<__sk_buff>, at: &Context) -> Verdict {
+            Verdict::from_raw(crate::enforce::$guard(self.0, at.to_raw()))
+        }
         #[inline(always)]
         fn enforce(
             &mut self,
@@ -88,6 +100,10 @@ macro_rules! no_policies {
             verdict: Verdict,
         ) -> Verdict {
             verdict
+        }
+        #[inline(always)]
+        fn guard(&mut self, _: &mut XdpPacket, _: &World<xdp_md>, _: &Context) -> Verdict {
+            Verdict::PASS
         }
         #[inline(always)]
         fn judge(&mut self, _: &mut XdpPacket, _: &World<xdp_md>, _: &Context) -> Verdict {

@@ -22,6 +22,7 @@ use dataplane_common::{
         Service, SourceRange4, SourceRange6,
     },
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
+    unbound::PodRange,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory for entries that are there alone; only the agent makes them.
@@ -82,6 +83,14 @@ pub static DEVICES: HashMap<u32, Device, 1024> = HashMap::new();
 /// packet of a pod asks for it, and a variable's address is in the instruction.
 #[unsafe(no_mangle)]
 pub static mut POLICY_REVISION: u32 = 0;
+/// This node's pod addresses, IPv4's first.
+#[btf_map]
+pub static POD_RANGES: Array<PodRange, 2> = Array::new();
+/// Addresses of this node's pods, and the interfaces that lead there.
+#[btf_map]
+pub static BOUND_V4: HashMap<u32, u32, 4096, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static BOUND_V6: HashMap<[u32; 4], u32, 4096, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub static POD_POLICY: HashMap<u32, PodPolicy, 1024> = HashMap::new();
 #[btf_map]

@@ -30,6 +30,7 @@ use dataplane_common::{
     },
     sock::{SockBackend, SockKey4, SockKey6},
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    unbound::PodRange,
 };
 
 use crate::{maps::*, policies};
@@ -143,7 +144,7 @@ impl PolicyEntry for MapEntry<PolicyFlow> {
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
      $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr,
-     $policy_key:ty, $policy_flows:ident) => {
+     $policy_key:ty, $policy_flows:ident, $bound:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -217,6 +218,10 @@ macro_rules! family_tables {
                 value(&$own, &addr).unwrap_or(0)
             }
             #[inline(always)]
+            fn is_bound(&self, addr: &<$family as Family>::Addr) -> bool {
+                value(&$bound, addr).is_some()
+            }
+            #[inline(always)]
             fn given(&self, addr: &<$family as Family>::Addr, port_be: u16) -> Option<SockBackend> {
                 // SAFETY: the context is the program's.
                 let cookie = unsafe { C::cookie(self.ctx.cast()) };
@@ -272,7 +277,8 @@ family_tables!(
     SOCK_REVERSE_V4,
     SockKey4::new,
     PolicyFlowKey4,
-    POLICY_FLOWS_V4
+    POLICY_FLOWS_V4,
+    BOUND_V4
 );
 family_tables!(
     V6,
@@ -290,7 +296,8 @@ family_tables!(
     SOCK_REVERSE_V6,
     SockKey6::new,
     PolicyFlowKey6,
-    POLICY_FLOWS_V6
+    POLICY_FLOWS_V6,
+    BOUND_V6
 );
 
 /// `EEXIST`, as helpers return it.
@@ -393,6 +400,11 @@ impl<C> Env for World<C> {
     fn policy_revision(&self) -> u32 {
         // SAFETY: one aligned load; nobody makes a reference to it.
         unsafe { ptr::read_volatile(&raw const POLICY_REVISION) }
+    }
+
+    #[inline(always)]
+    fn pod_range(&self, index: u32) -> Option<PodRange> {
+        POD_RANGES.get(index).copied()
     }
 
     #[inline(always)]

@@ -9,6 +9,7 @@ use dataplane_common::policy::{
     PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
     RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
 };
+use dataplane_common::unbound::{PodRange, range_index};
 
 use crate::kernel::Kernel;
 use crate::packets::Random;
@@ -165,6 +166,10 @@ pub fn change(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -
             kernel.remove::<_, 4, 16>("POD_POLICY", &ifindex)?;
         }
     }
+    if random.percent(20) {
+        change_addresses(setting, kernel, random)?;
+    }
+    let tables = &mut setting.memory.policies;
     if random.percent(30) {
         tables.revision = if random.percent(20) {
             0
@@ -172,6 +177,47 @@ pub fn change(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -
             tables.revision + 1
         };
         kernel.set_element::<_, 4>(VARIABLES, 0, &tables.revision)?;
+    }
+    Ok(())
+}
+
+/// This node's range of pod addresses becomes another or none, and an address gets or loses its interface.
+fn change_addresses(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -> Result<()> {
+    let memory = &mut setting.memory;
+    for version in [4, 6] {
+        let index = range_index(version);
+        // Words of an address as it is written, so that the build's byte order does not matter.
+        let range = |network: [u8; 16], free: [u8; 16]| PodRange {
+            network_be: bytemuck::cast(network),
+            free_be: bytemuck::cast(free),
+        };
+        let mut network = [0; 16];
+        let mut free = [0; 16];
+        let (net, from) = if version == 4 {
+            (&[10, 244, 0][..], 3..4)
+        } else {
+            (&[0xfd, 0, 2, 0x44, 0, 0][..], 8..16)
+        };
+        network[..net.len()].copy_from_slice(net);
+        free[from].fill(0xff);
+        let of_pods = range(network, free);
+        let chosen = random.pick(&[PodRange::default(), of_pods, of_pods, of_pods]);
+        memory.policies.ranges[index as usize] = chosen;
+        kernel.set_element::<_, 32>("POD_RANGES", index, &chosen)?;
+    }
+    let addr4 = any(random.pick(&setting.addresses4))[0];
+    if memory.v4.bound.remove(&addr4).is_some() {
+        kernel.remove::<_, 4, 4>("BOUND_V4", &addr4)?;
+    } else {
+        memory.v4.bound.insert(addr4, 1);
+        kernel.insert::<_, _, 4, 4>("BOUND_V4", HashMap::from([(addr4, 1u32)]).iter())?;
+    }
+    let addr6 = any(random.pick(&setting.addresses6));
+    if memory.v6.bound.remove(&addr6).is_some() {
+        kernel.remove::<_, 16, 4>("BOUND_V6", &addr6)?;
+    } else {
+        memory.v6.bound.insert(addr6, 1);
+        kernel.insert::<_, _, 16, 4>("BOUND_V6", HashMap::from([(addr6, 1u32)]).iter())?;
     }
     Ok(())
 }

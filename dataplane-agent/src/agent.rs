@@ -1,7 +1,9 @@
 //! The loop: batches of the source and observations of the machine in, table entries out.
 
+mod claims;
 mod explain;
 mod machine;
+mod pods;
 mod policies;
 mod reports;
 mod sockets;
@@ -40,7 +42,7 @@ use crate::{
     model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Pod, Rejected},
     source::{self, Batch, Change, Source, kube::state::State},
     store::{Store, StoreError},
-    sync::{Failure, Subject, Syncer, policy::PolicySyncer},
+    sync::{Failure, Subject, Syncer, bound::BoundSyncer, policy::PolicySyncer},
 };
 
 /// The first wait after a failed write; it doubles up to [`RETRY_AT_MOST`].
@@ -69,6 +71,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     let source = start_source(&config, &metrics).await?;
     // All that can fail without a trace comes first.
     let prepared = attach::start::prepare(&config)?;
+    let claims = claims::Claims::new(prepared.claims());
     let socket = health::bind_unix(&config.socket)?;
     let (wanted, wanted_seen) = watch::channel(WantedPods::default());
     let Kernel {
@@ -79,6 +82,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
     let policy_syncer = PolicySyncer::restore(&*store).context("failed to read the tables of policies")?;
+    let bound_syncer = BoundSyncer::restore(&*store).context("failed to read the addresses of pods")?;
     let (progress, progress_seen) = watch::channel(Progress::default());
     let (asks, mut asked) = mpsc::unbounded_channel();
     let health_checks = node_ports::Servers::new(progress_seen.clone());
@@ -109,10 +113,11 @@ async fn start(config: Config) -> anyhow::Result<()> {
         health_checks,
         metrics,
     };
-    let mut agent = Agent::new(&config, store, syncer, policy_syncer, outward);
+    let mut agent = Agent::new(&config, store, syncer, policy_syncer, bound_syncer, outward);
     if let Some(events) = source.events {
         agent.events.send_to(events);
     }
+    agent.claims = claims;
     agent.sockets = given_sockets.and_then(sockets::open);
     agent.tables = Some(explain::Tables {
         pins: Pins::new(&config.bpffs),
@@ -208,6 +213,9 @@ pub struct Agent {
     syncer: Syncer,
     policies: PolicyCompiler,
     policy_syncer: PolicySyncer,
+    bound_syncer: BoundSyncer,
+    expected: pods::Expected,
+    claims: claims::Claims,
     verdicts: verdicts::Kept,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
@@ -252,6 +260,7 @@ impl Agent {
         store: Box<dyn Store + Send>,
         syncer: Syncer,
         policy_syncer: PolicySyncer,
+        bound_syncer: BoundSyncer,
         outward: Outward,
     ) -> Self {
         let Outward {
@@ -274,6 +283,9 @@ impl Agent {
             syncer,
             policies: PolicyCompiler::new(Subjects::Node(config.node_name.as_str().into())),
             policy_syncer,
+            bound_syncer,
+            expected: pods::Expected::default(),
+            claims: claims::Claims::default(),
             verdicts: verdicts::Kept::default(),
             store,
             sockets: None,
@@ -326,6 +338,9 @@ impl Agent {
                 tracing::info!(kind, "not read");
                 self.ignored.insert(kind);
             }
+        }
+        if self.dirty.local_pods || self.dirty.node || !self.dirty.policy.pods.is_empty() {
+            self.expected.forget_ranges();
         }
         if self.dirty.local_pods || self.dirty.node || is_first {
             self.publish_wanted(is_first);
@@ -422,6 +437,7 @@ impl Agent {
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());
             }
+            Ask::Bind(pod, claim, binding) => self.take_claim(pod, claim, binding),
             Ask::Verdicts(after, reply) => {
                 let _gone = reply.send(self.verdicts.after(after));
             }
@@ -440,11 +456,16 @@ impl Agent {
         }
         let node = self.index.node();
         let node_addresses = node.map_or_else(Vec::new, |node| node.internal_ips.clone());
+        let claims = self.claims.by_name();
         self.wanted.send_if_modified(|wanted| {
-            let news = look_again || wanted.pods != pods || wanted.node_addresses != node_addresses;
+            let news = look_again
+                || wanted.pods != pods
+                || wanted.node_addresses != node_addresses
+                || wanted.claims != claims;
             if news {
                 wanted.revision += 1;
                 wanted.pods = pods;
+                wanted.claims = claims;
                 wanted.node_addresses = node_addresses;
             }
             news
@@ -466,10 +487,20 @@ impl Agent {
         let updates = self.compiler.set_own_addresses(&self.index, own.collect());
         self.syncer.update(updates);
         self.syncer.set_host(tables);
+        let addrs = self.addresses_of(&bound);
+        let ranges = self.pod_ranges();
+        self.bound_syncer.set(addrs, ranges);
         self.policy_syncer.set_pods(bound);
         let (report, of_policies) = tokio::task::block_in_place(|| {
+            let of_addresses = self.bound_syncer.run(&mut *self.store);
+            if of_addresses.lost {
+                self.policy_syncer.judge_anew();
+            }
             let of_policies = self.policy_syncer.run(&mut *self.store, &self.policies);
-            (self.syncer.run(&mut *self.store), of_policies)
+            (
+                self.syncer.run(&mut *self.store),
+                of_policies.with(of_addresses.report),
+            )
         });
         self.end_sockets(&report);
         let report = report.with(of_policies);
@@ -505,6 +536,8 @@ impl Agent {
         if has_garbage && self.reclaim_at.is_none() {
             self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
         }
+        self.publish_unknown();
+        self.answer_claims();
         self.publish_progress();
         writes
     }
@@ -532,7 +565,8 @@ impl Agent {
             return;
         }
         let differing = tokio::task::block_in_place(|| {
-            let of_policies = self.policy_syncer.audit(&*self.store)?;
+            let of_addresses = self.bound_syncer.audit(&*self.store)?;
+            let of_policies = self.policy_syncer.audit(&*self.store)? + of_addresses;
             Ok::<usize, StoreError>(self.syncer.audit(&*self.store)? + of_policies)
         });
         match differing {
@@ -546,6 +580,7 @@ impl Agent {
     }
 
     fn sign_of_life(&mut self) {
+        self.publish_unknown();
         self.progress
             .send_modify(|progress| progress.alive = Instant::now());
     }

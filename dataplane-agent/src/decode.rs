@@ -177,15 +177,41 @@ fn node(name: Name, node: core::Node, problems: &mut Vec<Problem>) -> Node {
             Err(reason) => problems.push(Problem::new(format!("status.addresses[{i}].address"), reason)),
         }
     }
-    let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let spec = node.spec.unwrap_or_default();
+    let pod_cidrs = pod_cidrs(spec.pod_cidrs, spec.pod_cidr, problems);
+    let taints = spec.taints.unwrap_or_default();
     Node {
         name,
         labels: labels(&node.metadata.labels.unwrap_or_default(), problems),
         internal_ips,
         ips,
+        pod_cidrs,
         leaving: node.metadata.deletion_timestamp.is_some()
             || taints.iter().any(|taint| taint.key == TO_BE_DELETED),
     }
+}
+
+/// The first of each family.
+fn pod_cidrs(all: Option<Vec<String>>, first: Option<String>, problems: &mut Vec<Problem>) -> Vec<IpNet> {
+    let all = all.unwrap_or_default().into_iter().enumerate();
+    let mut texts: Vec<(String, String)> = all
+        .map(|(i, text)| (format!("spec.podCIDRs[{i}]"), text))
+        .collect();
+    if texts.is_empty() {
+        texts.extend(first.map(|text| ("spec.podCIDR".to_owned(), text)));
+    }
+    let mut cidrs: Vec<IpNet> = Vec::new();
+    for (field, text) in texts.into_iter().filter(|(_, text)| !text.is_empty()) {
+        match text.parse::<IpNet>() {
+            Ok(cidr)
+                if cidrs
+                    .iter()
+                    .any(|other| other.addr().is_ipv4() == cidr.addr().is_ipv4()) => {}
+            Ok(cidr) => cidrs.push(cidr.trunc()),
+            Err(_) => problems.push(Problem::new(field, format!("`{text}` is no range of addresses"))),
+        }
+    }
+    cidrs
 }
 
 fn namespace(name: Name, namespace: core::Namespace, problems: &mut Vec<Problem>) -> Namespace {

@@ -24,6 +24,8 @@ use self::http::{Answer, Listener};
 use crate::{
     enforced::Enforced,
     explain::{Answered, tables::Query},
+    host::Claim,
+    model::Name,
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
     told::Told,
@@ -107,8 +109,18 @@ pub enum Ask {
     Explain(Query, oneshot::Sender<Answered>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
+    /// What a CNI plugin tells of a pod; answered when its policies are in force.
+    Bind(Name, Claim, watch::Sender<Binding>),
     /// What policies have decided after the verdict with a number.
     Verdicts(u64, oneshot::Sender<Vec<Told>>),
+}
+
+/// How far a pod is that a CNI plugin has told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binding {
+    /// What it waits for.
+    Waits(&'static str),
+    Bound,
 }
 
 /// What the servers need of the agent.
@@ -129,6 +141,12 @@ struct ProxyHealth {
     current_time: Timestamp,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_eligible: Option<bool>,
+}
+
+/// The answer of `/bind` that is a no.
+#[derive(Serialize)]
+struct Refused<'a> {
+    reason: &'a str,
 }
 
 /// The answer of `/readyz`.
@@ -214,6 +232,7 @@ impl Health {
                 }
             }
             "/wait" => self.wait_for(uri).await,
+            "/bind" => self.bind(uri).await,
             _ => Answer::not_found(),
         }
     }
@@ -242,6 +261,32 @@ impl Health {
         let (reply, answer) = oneshot::channel();
         self.asks.send(question(reply)).ok()?;
         answer.await.ok()
+    }
+
+    /// Answers when a pod's policies are in force.
+    async fn bind(&self, uri: &Uri) -> Answer {
+        let refused = |status, reason: &str| Answer::new(status, to_json(&Refused { reason }));
+        let Some((pod, claim)) = claim(uri) else {
+            return refused(
+                StatusCode::BAD_REQUEST,
+                "the question lacks a pod or its interface",
+            );
+        };
+        let timeout = query(uri, "timeout_ms").map_or(WAIT, Duration::from_millis);
+        let (binding, mut state) = watch::channel(Binding::Waits("the agent is busy"));
+        if self.asks.send(Ask::Bind(pod, claim, binding)).is_err() {
+            return refused(StatusCode::SERVICE_UNAVAILABLE, "the agent ends");
+        }
+        let bound = state.wait_for(|state| *state == Binding::Bound);
+        match time::timeout(timeout, bound).await {
+            Ok(Ok(_)) => return Answer::of_health(true, "{}\n".to_owned()),
+            Ok(Err(_)) => return refused(StatusCode::SERVICE_UNAVAILABLE, "the agent ends"),
+            Err(_) => {}
+        }
+        match *state.borrow() {
+            Binding::Bound => Answer::of_health(true, "{}\n".to_owned()),
+            Binding::Waits(reason) => refused(StatusCode::GATEWAY_TIMEOUT, reason),
+        }
     }
 
     async fn wait_for(&mut self, uri: &Uri) -> Answer {
@@ -317,6 +362,19 @@ fn explain_query(uri: &Uri) -> Result<Query, String> {
     })
 }
 
+/// What a CNI plugin tells.
+fn claim(uri: &Uri) -> Option<(Name, Claim)> {
+    let (namespace, name) = text(uri, "pod")?.split_once('/')?;
+    let addrs = text(uri, "addrs")?.split(',').filter(|addr| !addr.is_empty());
+    let claim = Claim {
+        ifindex: text(uri, "ifindex")?.parse().ok()?,
+        namespace: text(uri, "netns")?.parse().ok()?,
+        addrs: addrs.map(|addr| addr.parse().ok()).collect::<Option<_>>()?,
+        uid: text(uri, "uid")?.to_owned(),
+    };
+    Some((Name::new(namespace, name), claim))
+}
+
 /// `/livez` is about this process alone, `/healthz` about what load balancers should send here.
 fn proxy_health(progress: &Progress, only_live: bool) -> Answer {
     let healthy = if only_live {
@@ -357,6 +415,24 @@ mod tests {
     fn status(progress: &Progress) -> (u16, u16) {
         let status = |only_live| proxy_health(progress, only_live).status.as_u16();
         (status(false), status(true))
+    }
+
+    #[test]
+    fn what_a_cni_plugin_tells_is_read() {
+        let uri = |text: &str| text.parse::<Uri>().unwrap();
+        let told =
+            uri("/bind?pod=shop/db-0&uid=u-1&ifindex=12&netns=3&addrs=10.244.1.5,fd00::5&timeout_ms=1");
+        let (pod, claim) = claim(&told).unwrap();
+        assert_eq!(pod.to_string(), "shop/db-0");
+        assert_eq!((claim.ifindex, claim.namespace, &*claim.uid), (12, 3, "u-1"));
+        assert_eq!(claim.addrs.len(), 2);
+        for wrong in [
+            "/bind",
+            "/bind?pod=shop&uid=&ifindex=12&netns=3&addrs=",
+            "/bind?pod=a/b&uid=&ifindex=12&netns=3&addrs=10.244.1",
+        ] {
+            assert!(super::claim(&uri(wrong)).is_none(), "{wrong}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use dataplane_common::{addr::Mac, device::Device};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::store::{Store, sockets::GivenSockets};
@@ -23,7 +24,8 @@ pub struct HostState {
     pub devices: BTreeMap<u32, HostDevice>,
     /// The interfaces of this node's pods, by pod address: those of [`WantedPods`] that were found.
     pub pod_interfaces: BTreeMap<IpAddr, PodInterface>,
-    /// The same interfaces by ifindex, with their pods as `namespace/name`.
+    /// The same interfaces by ifindex, with their pods as `namespace/name`; also those that a CNI plugin has told. Only those
+    /// that carry their programs.
     pub bound_pods: BTreeMap<u32, String>,
 }
 
@@ -79,6 +81,34 @@ pub struct WantedPods {
     /// Each `InternalIP` of this node's Node object: a device that carries one is an uplink, and they are the source of
     /// what leaves by a device without an address of its own.
     pub node_addresses: Vec<IpAddr>,
+    /// What becomes of interfaces that may be a pod's and that nobody knows.
+    pub unknown: Unknown,
+    /// Interfaces that a CNI plugin has told, by `namespace/name`.
+    pub claims: BTreeMap<String, Claim>,
+}
+
+/// What becomes of an interface that may be a pod's and that nobody knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// It stays as it is, until it is known which pods are to be expected.
+    #[default]
+    Keep,
+    /// It gets its programs, and is closed while policies are in force: it may be that of a pod which policies select.
+    Close,
+    /// It is nobody's business.
+    Leave,
+}
+
+/// What a CNI plugin tells of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Its host-side interface.
+    pub ifindex: u32,
+    /// The pod's network namespace, as the host's numbers it.
+    pub namespace: i32,
+    pub addrs: Vec<IpAddr>,
+    /// The Pod's; empty when unknown.
+    pub uid: String,
 }
 
 /// What the kernel side hands to the agent's loop when it has started.

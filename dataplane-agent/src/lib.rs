@@ -8,6 +8,7 @@ pub mod args;
 pub mod attach;
 pub mod bpf;
 pub mod cli;
+pub mod cni;
 pub mod compile;
 pub mod config;
 pub mod decode;

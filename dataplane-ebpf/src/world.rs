@@ -21,7 +21,7 @@ use dataplane_common::{
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
     policy::{
-        Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, REVISION_NONE, VerdictBudget,
+        Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget,
         VerdictEvent,
     },
     service::{

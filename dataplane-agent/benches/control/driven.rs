@@ -18,7 +18,7 @@ use dataplane_agent::{
     metrics::Metrics,
     source::Batch,
     store::{Limits, policy::PolicyLimits},
-    sync::{Syncer, policy::PolicySyncer},
+    sync::{Syncer, bound::BoundSyncer, policy::PolicySyncer},
 };
 use serde::Serialize;
 use tokio::{sync::watch, time::timeout};
@@ -140,7 +140,7 @@ impl Driven {
             metrics: metrics.clone(),
         };
         let driven = Self {
-            agent: Agent::new(&config, store, syncer, policies, outward),
+            agent: Agent::new(&config, store, syncer, policies, BoundSyncer::default(), outward),
             restore_s,
             progress: seen,
             metrics,

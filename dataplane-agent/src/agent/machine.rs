@@ -33,7 +33,7 @@ impl Agent {
                     } else {
                         0
                     };
-                    (*addr, flags)
+                    (*addr, flags | own_flags::OWN)
                 })
                 .collect(),
             devices: host

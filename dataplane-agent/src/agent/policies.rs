@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::Agent;
+use super::{Agent, claims::is_same};
 use crate::{
     enforced::{Enforced, EnforcedPolicy, EnforcedRule},
     host::HostState,
@@ -23,7 +23,12 @@ impl Agent {
         let bound = host.bound_pods.iter().filter_map(|(ifindex, pod)| {
             let (namespace, name) = pod.split_once('/')?;
             let name = Name::new(namespace, name);
-            let addrs = self.index.local_pod(&name)?.ips.clone();
+            let pod = self.index.local_pod(&name)?;
+            // The other Pod of its name is not known yet: closed.
+            if self.claims.get(&name).is_some_and(|claim| !is_same(pod, claim)) {
+                return None;
+            }
+            let addrs = pod.ips.clone();
             Some((*ifindex, BoundPod { name, addrs }))
         });
         bound.collect()

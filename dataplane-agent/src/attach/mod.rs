@@ -4,11 +4,13 @@
 //! new program in place ([`Attacher::adopt`]) before it looks at what else is needed ([`Attacher::reconcile`]).
 
 pub mod cleanup;
+mod early;
 pub mod inspect;
 pub mod observe;
 pub mod start;
 pub mod state;
 pub mod sysctl;
+pub mod unknown;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,9 +25,10 @@ use crate::{
         loader::{LoadError, Loaded},
         pins::{LinkName, PinError},
     },
-    netlink::{filters, socket::RequestSocket, tables::Link},
+    host::Claim,
+    netlink::{filters, pods::InterfaceId, socket::RequestSocket, tables::Link},
 };
-use state::{State, StateError};
+use state::{Record, State, StateError};
 
 /// Something is not attached as it should be. It is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +68,10 @@ pub struct Attacher {
     attached: BTreeSet<LinkName>,
     /// Devices whose driver refused XDP, with the reason; forgotten by [`Self::verify`].
     refused: BTreeMap<u32, String>,
+    /// Interfaces that got their programs since the last look at the machine began.
+    early: BTreeSet<u32>,
+    /// Interfaces that get none before the next look; `None`: no look has said.
+    settled: Option<BTreeSet<u32>>,
 }
 
 impl Attacher {
@@ -78,6 +85,8 @@ impl Attacher {
             tcx,
             attached: BTreeSet::new(),
             refused: BTreeMap::new(),
+            early: BTreeSet::new(),
+            settled: None,
         }
     }
 
@@ -174,6 +183,8 @@ impl Attacher {
             .difference(wanted)
             .copied()
             .filter(|&link| !(keep(link) && exists(link.ifindex)))
+            // Younger than what was seen.
+            .filter(|link| !self.early.contains(&link.ifindex))
             .collect();
         for link in surplus {
             if let Err(error) = self.detach(socket, link) {
@@ -256,6 +267,54 @@ impl Attacher {
         }
         self.attached.remove(&link);
         Ok(())
+    }
+
+    /// A look at the machine begins: it sees what has come early.
+    pub fn begin_look(&mut self) {
+        self.early.clear();
+    }
+
+    /// A look at the machine has ended, which decided about these interfaces.
+    pub fn settle(&mut self, settled: BTreeSet<u32>) {
+        self.settled = Some(settled);
+    }
+
+    /// Gives a new interface that may be a pod's its programs, before anybody has looked whose it is. False: it is not new.
+    pub fn close_early(&mut self, socket: &mut RequestSocket, link: &Link) -> Result<bool, AttachError> {
+        let settled = self.settled.as_ref();
+        if settled.is_none_or(|settled| settled.contains(&link.ifindex)) {
+            return Ok(false);
+        }
+        let programs = [Program::ToPod, Program::FromPod].map(|program| LinkName {
+            program,
+            ifindex: link.ifindex,
+        });
+        if programs.iter().all(|name| self.attached.contains(name)) {
+            return Ok(false);
+        }
+        self.early.insert(link.ifindex);
+        for name in programs {
+            self.attach(socket, name, std::slice::from_ref(link))?;
+        }
+        Ok(true)
+    }
+
+    /// What was left alone and what CNI plugins have told, for the next start.
+    pub fn remember(
+        &mut self,
+        left: BTreeSet<InterfaceId>,
+        claims: BTreeMap<String, Claim>,
+    ) -> Result<(), AttachError> {
+        let change = |record: &mut Record| {
+            record.left_interfaces = left;
+            record.claims = claims;
+        };
+        Ok(self.state.change(change)?)
+    }
+
+    /// What [`Self::remember`] was told last.
+    pub fn record(&self) -> &Record {
+        &self.state.record
     }
 
     /// Notes why a device gets no XDP, before anybody tries.

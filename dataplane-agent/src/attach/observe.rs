@@ -2,23 +2,24 @@
 //! saw as a [`HostState`].
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
 
-use super::Attacher;
+use super::{Attacher, early, unknown::UnknownInterfaces};
 use crate::{
     bpf::{Program, pins::LinkName},
     config::{DatapathMode, FastPath},
-    host::{HostDevice, HostState, PodInterface, WantedPods},
+    host::{HostDevice, HostState, PodInterface, Unknown, WantedPods},
     netlink::{
         events::{ChainEvents, Events},
         firewall,
-        pods::PodBinder,
+        pods::{PodBinder, candidates},
         select::{self, DevicePatterns, Role},
         socket::RequestSocket,
         tables::{Link, Tables},
@@ -52,10 +53,11 @@ pub struct Settings {
 /// Everything that the loop owns.
 #[derive(Debug)]
 pub struct Observer {
-    pub attacher: Attacher,
-    pub socket: RequestSocket,
-    pub settings: Settings,
+    attacher: Arc<Mutex<Attacher>>,
+    socket: RequestSocket,
+    settings: Settings,
     pods: PodBinder,
+    unknown: UnknownInterfaces,
     /// Packets between pods may skip netfilter.
     fast_path: bool,
     search_since: Option<Instant>,
@@ -64,11 +66,14 @@ pub struct Observer {
 
 impl Observer {
     pub fn new(attacher: Attacher, socket: RequestSocket, settings: Settings) -> Self {
+        let left = attacher.record().left_interfaces.iter().copied();
+        let unknown = UnknownInterfaces::new(left);
         Self {
-            attacher,
+            attacher: Arc::new(Mutex::new(attacher)),
             socket,
             settings,
             pods: PodBinder::default(),
+            unknown,
             fast_path: false,
             search_since: None,
             reported: BTreeSet::new(),
@@ -82,6 +87,11 @@ impl Observer {
         publish: watch::Sender<Option<HostState>>,
     ) -> io::Result<()> {
         let events = Events::open()?;
+        early::spawn(
+            Arc::downgrade(&self.attacher),
+            self.settings.patterns.clone(),
+            wanted.clone(),
+        )?;
         // A kernel without nftables has no chains either.
         let chains = ChainEvents::open().ok();
         let mut full_look = Instant::now();
@@ -89,7 +99,7 @@ impl Observer {
         loop {
             if full_look.elapsed() >= FULL_LOOK {
                 full_look = Instant::now();
-                self.attacher.verify(&mut self.socket);
+                lock(&self.attacher).verify(&mut self.socket);
                 self.fast_path = self.may_skip_netfilter();
             }
             let began = Instant::now();
@@ -145,6 +155,7 @@ impl Observer {
 
     /// One complete observation, with everything attached that it calls for.
     fn look(&mut self, wanted: &WantedPods) -> io::Result<HostState> {
+        lock(&self.attacher).begin_look();
         let tables = Tables::dump(&mut self.socket)?;
         if self.pods.update(&mut self.socket, &tables, wanted) {
             self.search_since.get_or_insert_with(Instant::now);
@@ -154,15 +165,29 @@ impl Observer {
         let pods = self.pods.interfaces();
         let roles = select::devices(&tables, &self.settings.patterns, &wanted.node_addresses, &pods);
 
-        let mut links = self.wanted_links(&tables, &roles, &pods);
+        let closed = self.closed(&tables, &roles, &pods, wanted.unknown);
+        let mut links = self.wanted_links(&tables, &roles, pods.union(&closed));
         self.leave_to_tc(&tables, &mut links);
         // Until the first list of pods and the node's addresses have come, nobody knows which interfaces are no pod's
         // and no uplink any more.
         let keep = |_| wanted.revision == 0;
-        let errors = self
-            .attacher
-            .reconcile(&mut self.socket, &tables.links, &links, keep);
+        let mut attacher = lock(&self.attacher);
+        let mut errors = attacher.reconcile(&mut self.socket, &tables.links, &links, keep);
+        if wanted.revision > 0 {
+            attacher.settle(decided(&tables, &roles));
+            errors.extend(
+                attacher
+                    .remember(self.unknown.left(), wanted.claims.clone())
+                    .err(),
+            );
+        }
         let mut problems: BTreeSet<String> = errors.iter().map(chain).collect();
+        for ifindex in self.unknown.closed_for_long(Instant::now()) {
+            let name = tables.link(ifindex).map_or("?", |link| link.name.as_str());
+            problems.insert(format!(
+                "{name} is closed: nobody knows whose it is, while a Pod of this node that policies select has no interface"
+            ));
+        }
         for value in self.settings.patterns.absent(&tables.links) {
             let present: Vec<&str> = tables.links.iter().map(|link| link.name.as_str()).collect();
             problems.insert(format!(
@@ -171,8 +196,7 @@ impl Observer {
             ));
         }
         if self.settings.datapath == DatapathMode::Xdp {
-            let refused = self
-                .attacher
+            let refused = attacher
                 .refused()
                 .map(|(ifindex, reason)| (tables.link(ifindex), reason));
             problems.extend(refused.map(|(link, reason)| {
@@ -185,6 +209,7 @@ impl Observer {
                 "no uplink found: traffic from outside is not handled; name one with --device".to_owned(),
             );
         }
+        drop(attacher);
         self.report(problems);
         Ok(self.state(&tables, &roles, wanted))
     }
@@ -203,16 +228,34 @@ impl Observer {
                     "it carries {}, and its driver may hide VLAN tags from XDP",
                     vlan.name
                 );
-                self.attacher.leave_to_tc(device, reason);
+                lock(&self.attacher).leave_to_tc(device, reason);
             }
         }
     }
 
-    fn wanted_links(
+    /// The interfaces that may be a pod's, that nobody knows, and that are closed.
+    fn closed(
+        &mut self,
+        tables: &Tables,
+        roles: &BTreeMap<u32, Role>,
+        pods: &BTreeSet<u32>,
+        unknown: Unknown,
+    ) -> BTreeSet<u32> {
+        let mut found = candidates(tables);
+        found.retain(|interface| {
+            !roles.contains_key(&interface.ifindex) && !pods.contains(&interface.ifindex)
+        });
+        let attacher = lock(&self.attacher);
+        let has_programs = |ifindex| attacher.is_attached(Program::ToPod, ifindex);
+        let closed = self.unknown.update(&found, unknown, Instant::now(), has_programs);
+        closed.iter().map(|interface| interface.ifindex).collect()
+    }
+
+    fn wanted_links<'a>(
         &self,
         tables: &Tables,
-        roles: &std::collections::BTreeMap<u32, Role>,
-        pods: &BTreeSet<u32>,
+        roles: &BTreeMap<u32, Role>,
+        pods: impl Iterator<Item = &'a u32>,
     ) -> BTreeSet<LinkName> {
         let mut links = BTreeSet::new();
         for (&ifindex, &role) in roles {
@@ -242,13 +285,10 @@ impl Observer {
         links
     }
 
-    fn state(
-        &self,
-        tables: &Tables,
-        roles: &std::collections::BTreeMap<u32, Role>,
-        wanted: &WantedPods,
-    ) -> HostState {
-        let attached = |program, ifindex| self.attacher.is_attached(program, ifindex);
+    fn state(&self, tables: &Tables, roles: &BTreeMap<u32, Role>, wanted: &WantedPods) -> HostState {
+        let programs = lock(&self.attacher);
+        let attached = |program, ifindex| programs.is_attached(program, ifindex);
+        let has_both = |ifindex| attached(Program::FromPod, ifindex) && attached(Program::ToPod, ifindex);
         let lo = tables
             .links
             .iter()
@@ -284,16 +324,17 @@ impl Observer {
         let interface = |addr: IpAddr, pod: &str| {
             let binding = self.pods.get(pod)?;
             let ifindex = binding.interface.ifindex;
-            let both = attached(Program::FromPod, ifindex) && attached(Program::ToPod, ifindex);
             let interface = PodInterface {
                 ifindex,
                 name: binding.name.clone(),
                 pod_mac: binding.pod_mac,
                 host_mac: binding.host_mac,
-                fast_path: both && self.fast_path,
+                fast_path: has_both(ifindex) && self.fast_path,
             };
             Some((addr, interface))
         };
+        let mut bound = self.pods.names();
+        bound.retain(|ifindex, _| has_both(*ifindex));
         HostState {
             wanted_revision: wanted.revision,
             own_addresses: select::own_addresses(tables),
@@ -303,7 +344,7 @@ impl Observer {
                 .iter()
                 .filter_map(|(addr, pod)| interface(*addr, pod))
                 .collect(),
-            bound_pods: self.pods.names(),
+            bound_pods: bound,
         }
     }
 
@@ -334,6 +375,18 @@ impl Observer {
         }
         self.reported = problems;
     }
+}
+
+fn lock(attacher: &Mutex<Attacher>) -> MutexGuard<'_, Attacher> {
+    attacher.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The devices of which a look knows what they are. A veth whose other end is still here may become a pod's.
+fn decided(tables: &Tables, roles: &BTreeMap<u32, Role>) -> BTreeSet<u32> {
+    let decided = tables.links.iter().filter(|link| {
+        link.kind != "veth" || link.peer_namespace.is_some() || roles.contains_key(&link.ifindex)
+    });
+    decided.map(|link| link.ifindex).collect()
 }
 
 async fn chains_changed(events: Option<&ChainEvents>) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! From configuration to a running kernel side: load, take over what is attached, and start the loop.
 
-use std::{path::PathBuf, thread};
+use std::{collections::BTreeMap, path::PathBuf, thread};
 
 use anyhow::Context;
 use dataplane_common::config::{self as datapath, Jiffies, config_flags};
@@ -21,7 +21,7 @@ use crate::{
         pins::Pins,
     },
     config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb, Verdicts},
-    host::{HostState, Kernel, WantedPods},
+    host::{Claim, HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
     store::{bpf::BpfStore, sockets::GivenSockets},
 };
@@ -35,6 +35,13 @@ pub struct Prepared {
     cgroup: Option<PathBuf>,
     pins: Pins,
     state: State,
+}
+
+impl Prepared {
+    /// What CNI plugins have told an earlier process.
+    pub fn claims(&self) -> BTreeMap<String, Claim> {
+        self.state.record.claims.clone()
+    }
 }
 
 /// Checks everything that can be checked without changing the machine, and takes the lock. Must be called in the

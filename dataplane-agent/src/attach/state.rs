@@ -2,7 +2,7 @@
 //! `/run/dataplane/<bpffs>`. Losing it loses nothing but that.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
@@ -10,7 +10,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::path_error::PathError;
+use crate::{host::Claim, netlink::pods::InterfaceId, path_error::PathError};
 
 const FOLDER: &str = "/run/dataplane";
 
@@ -28,6 +28,10 @@ pub struct Record {
     pub made_folders: Vec<PathBuf>,
     /// Devices that are left to TC alone, by ifindex, with the reason.
     pub xdp_fallback: BTreeMap<u32, String>,
+    /// Interfaces that may be a pod's and are left alone: a restart does not close them.
+    pub left_interfaces: BTreeSet<InterfaceId>,
+    /// What CNI plugins have told, by pod.
+    pub claims: BTreeMap<String, Claim>,
     /// The cgroup that the socket hooks are attached to.
     pub cgroup: Option<PathBuf>,
     /// The socket of `wait`, which a killed agent leaves behind.

@@ -119,6 +119,9 @@ pub mod map_names {
     pub const PORTS: &str = "PORTS";
     pub const DEVICES: &str = "DEVICES";
     pub const POLICY_REVISION: &str = "POLICY_REVISION";
+    pub const POD_RANGES: &str = "POD_RANGES";
+    pub const BOUND_V4: &str = "BOUND_V4";
+    pub const BOUND_V6: &str = "BOUND_V6";
     pub const POD_POLICY: &str = "POD_POLICY";
     pub const PEERS_V4: &str = "PEERS_V4";
     pub const PEERS_V6: &str = "PEERS_V6";

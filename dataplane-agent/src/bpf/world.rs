@@ -28,6 +28,7 @@ use dataplane_common::{
     service::{Affinity, Frontend, PortSet, RANGE_SERVICE_BITS, Service, ServiceHead},
     sock::SockBackend,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    unbound::PodRange,
     verdict::{Action, Verdict},
 };
 
@@ -50,6 +51,7 @@ pub struct World {
     devices: MapFd<u32, Device>,
     revision: MapFd<u32, u32>,
     pods: MapFd<u32, PodPolicy>,
+    pod_ranges: MapFd<u32, PodRange>,
     policies: PolicyMaps,
     seen: RefCell<Seen>,
 }
@@ -92,6 +94,7 @@ impl World {
             devices: open(pins, names::DEVICES)?,
             revision: open(pins, names::POLICY_REVISION)?,
             pods: open(pins, names::POD_POLICY)?,
+            pod_ranges: open(pins, names::POD_RANGES)?,
             policies: PolicyMaps {
                 sets: Rows::open(pins, names::POLICY_SETS)?,
                 peer_rules: open(pins, names::PEER_RULES)?,
@@ -175,11 +178,12 @@ struct OfFamily<F: MapFamily> {
     affinity: MapFd<F::AffinityKey, Affinity>,
     peers: MapFd<F::Addr, u32>,
     cidrs: MapFd<F::CidrKey, u32>,
+    bound: MapFd<F::Addr, u32>,
 }
 
 impl<F: MapFamily> OfFamily<F> {
     fn open(pins: &Pins) -> io::Result<Self> {
-        let [frontends, own_addresses, ranges, affinity, peers, cidrs] = F::NAMES;
+        let [frontends, own_addresses, ranges, affinity, peers, cidrs, bound] = F::NAMES;
         Ok(Self {
             frontends: open(pins, frontends)?,
             own_addresses: open(pins, own_addresses)?,
@@ -187,14 +191,15 @@ impl<F: MapFamily> OfFamily<F> {
             affinity: open(pins, affinity)?,
             peers: open(pins, peers)?,
             cidrs: open(pins, cidrs)?,
+            bound: open(pins, bound)?,
         })
     }
 }
 
 /// A family's maps, and the keys of its longest prefix matches.
 trait MapFamily: RewriteIp {
-    /// Of frontends, own addresses, source ranges, clients, peers and their ranges.
-    const NAMES: [&'static str; 6];
+    /// Of frontends, own addresses, source ranges, clients, peers and their ranges, and pods' addresses.
+    const NAMES: [&'static str; 7];
     type RangeKey: Pod;
     type CidrKey: Pod;
 
@@ -204,13 +209,14 @@ trait MapFamily: RewriteIp {
 }
 
 impl MapFamily for V4 {
-    const NAMES: [&'static str; 6] = [
+    const NAMES: [&'static str; 7] = [
         names::FRONTENDS_V4,
         names::OWN_ADDRS_V4,
         names::RANGES_V4,
         names::AFFINITY_V4,
         names::PEERS_V4,
         names::CIDRS_V4,
+        names::BOUND_V4,
     ];
     type RangeKey = [u32; 3];
     type CidrKey = [u32; 2];
@@ -229,13 +235,14 @@ impl MapFamily for V4 {
 }
 
 impl MapFamily for V6 {
-    const NAMES: [&'static str; 6] = [
+    const NAMES: [&'static str; 7] = [
         names::FRONTENDS_V6,
         names::OWN_ADDRS_V6,
         names::RANGES_V6,
         names::AFFINITY_V6,
         names::PEERS_V6,
         names::CIDRS_V6,
+        names::BOUND_V6,
     ];
     type RangeKey = [u32; 6];
     type CidrKey = [u32; 5];
@@ -392,6 +399,10 @@ impl<F: MapFamily> Tables<F> for World {
         self.get(&F::maps(self).own_addresses, &addr).unwrap_or(0)
     }
 
+    fn is_bound(&self, addr: &F::Addr) -> bool {
+        self.get(&F::maps(self).bound, addr).is_some()
+    }
+
     /// No socket sends what is explained.
     fn given(&self, _addr: &F::Addr, _port_be: u16) -> Option<SockBackend> {
         None
@@ -456,6 +467,10 @@ impl Env for World {
         self.get(&self.revision, &0).unwrap_or_default()
     }
 
+    fn pod_range(&self, index: u32) -> Option<PodRange> {
+        self.get(&self.pod_ranges, &index)
+    }
+
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {
         self.get(&self.pods, &ifindex)
     }
@@ -513,6 +528,10 @@ impl<F: MapFamily> Stages<F, Frame, World> for Scratch<F> {
 
     fn enforce(&mut self, packet: &mut Frame, world: &World, at: &Context, verdict: Verdict) -> Verdict {
         dataplane_common::enforce::untranslated::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn guard(&mut self, packet: &mut Frame, world: &World, at: &Context) -> Verdict {
+        dataplane_common::unbound::guard::<F, _, _>(packet, world, at)
     }
 
     fn judge(&mut self, _packet: &mut Frame, world: &World, at: &Context) -> Verdict {

@@ -33,6 +33,24 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
             Err(reason) => problems.push(Problem::new(field, reason)),
         }
     }
+    let extra = pod.metadata.annotations.as_ref();
+    let extra = extra.and_then(|annotations| annotations.get(Pod::EXTRA_ADDRESSES));
+    // The Pod behind a mirror, which kubelet has from a file, has another UID than this object.
+    let mirrored = pod.metadata.annotations.as_ref();
+    let mirrored = mirrored.and_then(|annotations| annotations.get("kubernetes.io/config.mirror"));
+    let uid = mirrored.or(pod.metadata.uid.as_ref());
+    let uid = Pod::uid_of(uid.map_or("", String::as_str));
+    let mut extra_ips = Vec::new();
+    let texts = extra.into_iter().flat_map(|text| text.split(','));
+    for text in texts.map(str::trim).filter(|text| !text.is_empty()) {
+        match parse_ip(text) {
+            Ok(ip) => extra_ips.push(ip),
+            Err(reason) => {
+                let field = format!("metadata.annotations[{}]", Pod::EXTRA_ADDRESSES);
+                problems.push(Problem::new(field, reason));
+            }
+        }
+    }
     let mut ports = Ports::default();
     ports.read(spec.init_containers.as_deref(), &spec.containers, problems);
     Pod {
@@ -42,6 +60,8 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
             .filter(|node| !node.is_empty())
             .map(|node| shared::text(&node)),
         ips,
+        uid,
+        extra_ips: extra_ips.into(),
         host_network: spec.host_network.unwrap_or(false),
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         ready,

@@ -301,7 +301,8 @@ impl Index {
         &self.policies
     }
 
-    fn is_local(&self, pod: &Pod) -> bool {
+    /// Whether a Pod is of this node.
+    pub fn is_local(&self, pod: &Pod) -> bool {
         pod.node.as_deref() == Some(&*self.node_name)
     }
 

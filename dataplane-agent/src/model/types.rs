@@ -1,6 +1,7 @@
 //! The objects, reduced to the fields that are used.
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
 };
@@ -196,6 +197,10 @@ pub struct Pod {
     pub labels: Labels,
     /// The first of each family.
     pub ips: Vec<IpAddr>,
+    /// What tells it from another Pod of its name; 0 when unknown.
+    pub uid: u64,
+    /// More addresses that its interface has, as the annotation [`Pod::EXTRA_ADDRESSES`] says.
+    pub extra_ips: Box<[IpAddr]>,
     pub host_network: bool,
     /// Succeeded or failed: it owns no address any more.
     pub finished: bool,
@@ -211,6 +216,21 @@ pub struct Pod {
     pub host_ports: Vec<HostPort>,
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown.
     pub created_ns: i64,
+}
+
+impl Pod {
+    /// Addresses that are not in the Pod's status: a list with commas.
+    pub const EXTRA_ADDRESSES: &str = "dataplane/extra-addresses";
+
+    /// [`Pod::uid`] for the text of a UID.
+    pub fn uid_of(text: &str) -> u64 {
+        if text.is_empty() {
+            return 0;
+        }
+        let mut hasher = DefaultHasher::new();
+        text.hash(&mut hasher);
+        hasher.finish()
+    }
 }
 
 /// A named port of a container.
@@ -250,6 +270,8 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// Every address that its status names, `internal_ips` among them.
     pub ips: Vec<IpAddr>,
+    /// The first of each family: where the addresses of its Pods come from, if it says so.
+    pub pod_cidrs: Vec<IpNet>,
     /// It is being deleted, or the cluster autoscaler is about to remove it.
     pub leaving: bool,
 }

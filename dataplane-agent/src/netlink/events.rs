@@ -2,6 +2,7 @@
 //! (`ENOBUFS`) is itself just a notice.
 
 use std::{
+    cell::RefCell,
     io,
     os::fd::{AsFd, OwnedFd},
 };
@@ -12,11 +13,17 @@ use netlink_sys::{
 };
 use tokio::io::unix::AsyncFd;
 
-use super::{firewall, socket::split};
+use super::{
+    firewall,
+    socket::{Message, split},
+    tables::{Link, parse_link},
+};
 use crate::bpf::sys;
 
 /// `RTNLGRP_*`: links, IPv4 addresses and routes, IPv6 addresses and routes, namespace ids.
 const GROUPS: [u32; 6] = [1, 5, 7, 9, 11, 28];
+/// `RTNLGRP_LINK`.
+const LINK_GROUP: u32 = 1;
 /// `NFNLGRP_NFTABLES`.
 const NFTABLES_GROUP: u32 = 7;
 /// Bytes of the largest notice.
@@ -40,6 +47,35 @@ impl Events {
     /// Returns when something has changed, having consumed all notices.
     pub async fn changed(&self) -> io::Result<()> {
         self.0.any(|_| true).await
+    }
+}
+
+/// A socket that becomes readable when a device of this namespace comes or changes.
+#[derive(Debug)]
+pub struct LinkEvents(Notices);
+
+impl LinkEvents {
+    /// Must be called inside a tokio runtime.
+    pub fn open() -> io::Result<Self> {
+        Notices::open(NETLINK_ROUTE, &[LINK_GROUP], |_| {}).map(Self)
+    }
+
+    /// Returns when some have, and which.
+    pub async fn changed(&self) -> io::Result<Vec<Link>> {
+        let links = RefCell::default();
+        let take = |datagram: &[u8]| {
+            let found = split(datagram).filter_map(|notice| {
+                parse_link(&Message {
+                    kind: notice.kind,
+                    body: notice.body.to_vec(),
+                })
+            });
+            let mut links: std::cell::RefMut<'_, Vec<Link>> = links.borrow_mut();
+            links.extend(found);
+            true
+        };
+        self.0.any(take).await?;
+        Ok(links.into_inner())
     }
 }
 

@@ -7,15 +7,16 @@ use std::{
 };
 
 use dataplane_common::addr::Mac;
+use serde::{Deserialize, Serialize};
 
 use super::{
     socket::RequestSocket,
     tables::{self, Link, Tables},
 };
-use crate::host::WantedPods;
+use crate::host::{Claim, WantedPods};
 
 /// An interface as the kernel tells it apart: an ifindex is reused, the pair is not while either end lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct InterfaceId {
     pub ifindex: u32,
     pub namespace: i32,
@@ -58,12 +59,17 @@ impl PodBinder {
                 binding.host_mac = host_mac(tables, link);
                 binding.name.clone_from(&link.name);
             }
-            lives && pods.contains_key(pod.as_str())
+            // Whoever told knows better than what was found by address.
+            let told = wanted.claims.get(pod);
+            let told_otherwise = told.is_some_and(|claim| claimed(claim) != binding.interface);
+            lives && !told_otherwise && (pods.contains_key(pod.as_str()) || told.is_some())
         });
+        self.bind_claims(socket, tables, wanted);
         if pods.keys().all(|pod| self.by_pod.contains_key(*pod)) {
             return false;
         }
-        let taken: BTreeSet<InterfaceId> = self.by_pod.values().map(|binding| binding.interface).collect();
+        let bound = self.by_pod.values().map(|binding| binding.interface);
+        let taken: BTreeSet<InterfaceId> = bound.chain(wanted.claims.values().map(claimed)).collect();
         let free: Vec<&Link> = tables
             .links
             .iter()
@@ -72,6 +78,29 @@ impl PodBinder {
         let candidates: Vec<Candidate> = free.iter().filter_map(|link| inspect(socket, link)).collect();
         self.bind(tables, &pods, &candidates);
         !pods.keys().all(|pod| self.by_pod.contains_key(*pod))
+    }
+
+    /// Binds what a CNI plugin has told, also where somebody else was found behind the interface.
+    fn bind_claims(&mut self, socket: &mut RequestSocket, tables: &Tables, wanted: &WantedPods) {
+        for (pod, claim) in &wanted.claims {
+            let interface = claimed(claim);
+            if self.by_pod.contains_key(pod) {
+                continue;
+            }
+            let link = tables.link(claim.ifindex);
+            let link = link.filter(|link| interface_id(link) == Some(interface));
+            let Some((link, candidate)) = link.and_then(|link| Some((link, inspect(socket, link)?))) else {
+                continue;
+            };
+            self.by_pod.retain(|_, binding| binding.interface != interface);
+            let binding = Binding {
+                interface,
+                name: link.name.clone(),
+                pod_mac: candidate.pod_mac,
+                host_mac: host_mac(tables, link),
+            };
+            self.by_pod.insert(pod.clone(), binding);
+        }
     }
 
     fn bind(&mut self, tables: &Tables, pods: &BTreeMap<&str, BTreeSet<IpAddr>>, candidates: &[Candidate]) {
@@ -133,7 +162,20 @@ fn by_name(wanted: &WantedPods) -> BTreeMap<&str, BTreeSet<IpAddr>> {
     pods
 }
 
-fn interface_id(link: &Link) -> Option<InterfaceId> {
+fn claimed(claim: &Claim) -> InterfaceId {
+    InterfaceId {
+        ifindex: claim.ifindex,
+        namespace: claim.namespace,
+    }
+}
+
+/// The interfaces that may be a pod's.
+pub fn candidates(tables: &Tables) -> BTreeSet<InterfaceId> {
+    tables.links.iter().filter_map(interface_id).collect()
+}
+
+/// A veth whose other end is in another namespace.
+pub fn interface_id(link: &Link) -> Option<InterfaceId> {
     let namespace = link
         .peer_namespace
         .filter(|_| link.kind == "veth" && link.peer != 0)?;

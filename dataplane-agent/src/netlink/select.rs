@@ -38,7 +38,8 @@ impl DevicePatterns {
         self.lists.is_empty()
     }
 
-    fn chosen<'a>(&self, links: &'a [Link]) -> Vec<&'a Link> {
+    /// The devices that are named.
+    pub fn chosen<'a>(&self, links: &'a [Link]) -> Vec<&'a Link> {
         let mut chosen = Vec::new();
         for list in &self.lists {
             let first = list

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::RawFd,
 };
 
 use dataplane_common::addr::Mac;
@@ -197,6 +198,22 @@ pub fn dump_addresses(socket: &mut RequestSocket, namespace: Option<i32>) -> io:
         .collect())
 }
 
+/// The number that this namespace has for the one behind a descriptor; `None`: none yet.
+pub fn namespace_id(socket: &mut RequestSocket, namespace: RawFd) -> io::Result<Option<i32>> {
+    const RTM_GETNSID: u16 = 90;
+    const NETNSA_NSID: u16 = 1;
+    const NETNSA_FD: u16 = 3;
+    /// `struct rtgenmsg`, padded.
+    const RTGENMSG_LEN: usize = 4;
+    let mut body = vec![0; RTGENMSG_LEN];
+    push_attribute(&mut body, NETNSA_FD, &namespace.cast_unsigned().to_ne_bytes());
+    let message = socket.get(RTM_GETNSID, &body)?;
+    let mut found = attributes(message.body.get(RTGENMSG_LEN..).unwrap_or_default());
+    let id = found.find(|(kind, _)| *kind == NETNSA_NSID);
+    let id = id.and_then(|(_, value)| read_u32(value, 0));
+    Ok(id.map(u32::cast_signed).filter(|id| *id >= 0))
+}
+
 fn dump_routes(socket: &mut RequestSocket, family: u8) -> io::Result<Vec<Route>> {
     const RTN_UNICAST: u8 = 1;
     let mut body = vec![0; RTMSG_LEN];
@@ -210,7 +227,7 @@ fn dump_routes(socket: &mut RequestSocket, family: u8) -> io::Result<Vec<Route>>
     }
 }
 
-fn parse_link(message: &Message) -> Option<Link> {
+pub fn parse_link(message: &Message) -> Option<Link> {
     const IFLA_ADDRESS: u16 = 1;
     const IFLA_IFNAME: u16 = 3;
     const IFLA_LINK: u16 = 5;

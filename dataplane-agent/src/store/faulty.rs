@@ -9,12 +9,13 @@ use dataplane_common::{
     device::Device,
     policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     service::{Frontend, PortSet, Service},
+    unbound::PodRange,
 };
 
 use super::{
     FrontendKey, Limits, Store, StoreError,
     memory::Memory,
-    policy::{Counted, PolicyRows, PolicyStore},
+    policy::{BoundRows, Counted, PolicyRows, PolicyStore},
 };
 
 /// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.
@@ -168,6 +169,19 @@ impl<F: FnMut(usize, &Memory) -> bool> PolicyStore for Faulty<F> {
     }
     fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError> {
         self.attempt("clear", "RULE_HITS")?.clear_hits(of)
+    }
+
+    fn put_bound(&mut self, addr: IpAddr, ifindex: u32) -> Result<(), StoreError> {
+        self.attempt("write", "BOUND")?.put_bound(addr, ifindex)
+    }
+    fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError> {
+        self.attempt("delete", "BOUND")?.delete_bound(addr)
+    }
+    fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError> {
+        self.attempt("write", "POD_RANGES")?.write_pod_range(index, range)
+    }
+    fn bound_rows(&self) -> Result<BoundRows, StoreError> {
+        self.memory.bound_rows()
     }
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         self.memory.policy_rows()

@@ -1,9 +1,10 @@
 //! The tables of policies as the agent writes them: the part of [`Store`](super::Store) that `sync::policy` uses.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use dataplane_common::policy::{
-    Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits,
+use dataplane_common::{
+    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    unbound::PodRange,
 };
 use ipnet::IpNet;
 
@@ -75,6 +76,10 @@ pub trait PolicyStore {
     fn put_pod_policy(&mut self, ifindex: u32, policy: &PodPolicy) -> Result<(), StoreError>;
     fn delete_pod_policy(&mut self, ifindex: u32) -> Result<(), StoreError>;
     fn write_policy_revision(&mut self, revision: u32) -> Result<(), StoreError>;
+    fn put_bound(&mut self, addr: IpAddr, ifindex: u32) -> Result<(), StoreError>;
+    fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError>;
+    /// `index`: `dataplane_common::unbound::range_index`.
+    fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError>;
 
     /// How often a rule or a set has decided since it was last cleared.
     fn hits(&self, of: Counted) -> Result<Hits, StoreError>;
@@ -82,6 +87,7 @@ pub trait PolicyStore {
 
     /// What the kernel holds.
     fn policy_rows(&self) -> Result<PolicyRows, StoreError>;
+    fn bound_rows(&self) -> Result<BoundRows, StoreError>;
 }
 
 /// The tables of policies as they were found; of arrays, what is not zero.
@@ -97,4 +103,11 @@ pub struct PolicyRows {
     pub rules: Vec<(u32, PolicyRule)>,
     pub pods: Vec<(u32, PodPolicy)>,
     pub revision: u32,
+}
+
+/// `BOUND_*` and `POD_RANGES` as they were found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BoundRows {
+    pub addrs: BTreeMap<IpAddr, u32>,
+    pub ranges: [PodRange; 2],
 }

@@ -6,6 +6,7 @@
 
 mod arena;
 mod backends;
+pub mod bound;
 mod desired;
 pub mod encode;
 mod ids;

@@ -6,6 +6,7 @@ mod cleaning;
 mod needs;
 mod node;
 mod starting;
+mod unknown;
 
 use std::{
     collections::BTreeSet,
@@ -25,7 +26,7 @@ use dataplane_agent::{
         sys,
     },
     config::{Config, DatapathMode, Sizes, SocketLb},
-    host::HostState,
+    host::{HostState, Unknown},
     netlink::{filters, firewall, socket::RequestSocket, tables},
     store::FrontendKey,
 };
@@ -127,6 +128,7 @@ fn the_next_start_takes_over() -> Result<()> {
     agent.wanted.send_modify(|wanted| {
         wanted.revision = 2;
         wanted.pods.clear();
+        wanted.unknown = Unknown::Leave;
     });
     agent.wait("the answer", |state| state.wanted_revision == 2)?;
     assert_eq!(node.hooks(veth)?, [0, 0]);

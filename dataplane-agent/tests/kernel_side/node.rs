@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dataplane_agent::{
     attach::{
         cleanup,
@@ -20,7 +20,7 @@ use dataplane_agent::{
         Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
     },
     host::{HostState, Kernel, WantedPods},
-    netlink::socket::RequestSocket,
+    netlink::{socket::RequestSocket, tables},
     store::{Limits, policy::PolicyLimits},
 };
 use dataplane_tests::{
@@ -174,6 +174,16 @@ impl Node {
         let (wanted, receiver) = watch::channel(Self::wanted());
         let kernel = self.netns.enter(|| start(prepare(config)?, config, receiver))?;
         Ok(Agent { kernel, wanted })
+    }
+
+    /// The namespace behind a veth, as the node numbers it.
+    pub fn namespace_of(&self, ifindex: u32) -> Result<i32> {
+        let links = self
+            .netns
+            .enter(|| Ok(tables::dump_links(&mut RequestSocket::open()?)?))?;
+        let link = links.iter().find(|link| link.ifindex == ifindex);
+        link.and_then(|link| link.peer_namespace)
+            .context("no veth to another namespace")
     }
 
     pub fn hooks(&self, ifindex: u32) -> Result<Vec<usize>> {

@@ -3,8 +3,9 @@
 
 use std::net::IpAddr;
 
-use dataplane_common::policy::{
-    Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits,
+use dataplane_common::{
+    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    unbound::PodRange,
 };
 use ipnet::IpNet;
 
@@ -13,7 +14,7 @@ use crate::{
     bpf::{counters::VerdictCounts, map_names as names, pins::Pins},
     store::{
         StoreError,
-        policy::{Counted, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, Counted, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 
@@ -32,6 +33,9 @@ pub struct PolicyMaps {
     pods: Table<u32, PodPolicy>,
     revision: Table<u32, u32>,
     counts: VerdictCounts,
+    bound4: Table<u32, u32>,
+    bound6: Table<[u32; 4], u32>,
+    pod_ranges: Table<u32, PodRange>,
 }
 
 impl PolicyMaps {
@@ -49,6 +53,9 @@ impl PolicyMaps {
             pods: Table::open(pins, names::POD_POLICY)?,
             revision: Table::open(pins, names::POLICY_REVISION)?,
             counts: VerdictCounts::open(pins).map_err(|source| io_error("open", names::RULE_HITS, source))?,
+            bound4: Table::open(pins, names::BOUND_V4)?,
+            bound6: Table::open(pins, names::BOUND_V6)?,
+            pod_ranges: Table::open(pins, names::POD_RANGES)?,
         })
     }
 
@@ -151,6 +158,41 @@ impl PolicyStore for super::BpfStore {
     fn clear_hits(&mut self, of: Counted) -> Result<(), StoreError> {
         let outcome = self.policy.counts.clear(of);
         outcome.map_err(|source| io_error("clear", table_of(of), source))
+    }
+
+    fn put_bound(&mut self, addr: IpAddr, ifindex: u32) -> Result<(), StoreError> {
+        match addr {
+            IpAddr::V4(addr) => self.policy.bound4.put(&key4(addr), &ifindex),
+            IpAddr::V6(addr) => self.policy.bound6.put(&key6(addr), &ifindex),
+        }
+    }
+
+    fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError> {
+        match addr {
+            IpAddr::V4(addr) => self.policy.bound4.delete(&key4(addr)),
+            IpAddr::V6(addr) => self.policy.bound6.delete(&key6(addr)),
+        }
+    }
+
+    fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError> {
+        self.policy.pod_ranges.put(&index, range)
+    }
+
+    fn bound_rows(&self) -> Result<BoundRows, StoreError> {
+        let maps = &self.policy;
+        let mut rows = BoundRows::default();
+        maps.bound4.for_each(|addr, ifindex| {
+            rows.addrs.insert(addr4(*addr), *ifindex);
+        })?;
+        maps.bound6.for_each(|addr, ifindex| {
+            rows.addrs.insert(addr6(*addr), *ifindex);
+        })?;
+        maps.pod_ranges.for_each(|index, range| {
+            if let Some(known) = rows.ranges.get_mut(*index as usize) {
+                *known = *range;
+            }
+        })?;
+        Ok(rows)
     }
 
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {

@@ -8,6 +8,7 @@ use dataplane_common::{
         Hits, PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey,
         RuleBits,
     },
+    unbound::PodRange,
 };
 use ipnet::IpNet;
 
@@ -16,7 +17,7 @@ use crate::{
     compile::policy::tables::{ip, longest_port},
     store::{
         StoreError,
-        policy::{Counted, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, Counted, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 
@@ -35,6 +36,7 @@ pub struct PolicyMemory {
     pub pods: BTreeMap<u32, PodPolicy>,
     pub revision: u32,
     pub hits: BTreeMap<Counted, Hits>,
+    pub bound: BoundRows,
 }
 
 impl PolicyMemory {
@@ -51,6 +53,7 @@ impl PolicyMemory {
             pods: BTreeMap::new(),
             revision: 0,
             hits: BTreeMap::new(),
+            bound: BoundRows::default(),
         }
     }
 }
@@ -219,6 +222,27 @@ impl PolicyStore for Memory {
         Ok(())
     }
 
+    fn put_bound(&mut self, addr: IpAddr, ifindex: u32) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.policy.bound.addrs.insert(addr, ifindex);
+        Ok(())
+    }
+
+    fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.policy.bound.addrs.remove(&addr);
+        Ok(())
+    }
+
+    fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError> {
+        self.writes += 1;
+        write(&mut self.policy.bound.ranges, "POD_RANGES", index, range)
+    }
+
+    fn bound_rows(&self) -> Result<BoundRows, StoreError> {
+        Ok(self.policy.bound.clone())
+    }
+
     fn policy_rows(&self) -> Result<PolicyRows, StoreError> {
         let PolicyMemory {
             limits: _,
@@ -232,6 +256,7 @@ impl PolicyStore for Memory {
             pods,
             revision,
             hits: _,
+            bound: _,
         } = &self.policy;
         Ok(PolicyRows {
             peers: peers.iter().map(|(addr, class)| (*addr, *class)).collect(),

@@ -102,6 +102,16 @@ impl PolicySyncer {
         self.bound = bound;
     }
 
+    /// Verdicts that flows remember are not those of the tables any more.
+    pub fn judge_anew(&mut self) {
+        self.is_stale |= self.is_on;
+    }
+
+    /// Whether the policies of an interface's pod are in force.
+    pub fn is_in_force(&self, ifindex: u32) -> bool {
+        !self.is_on || !self.is_stale && self.programmed.pods.contains_key(&ifindex)
+    }
+
     /// Whether there is nothing left to write.
     pub fn is_settled(&self) -> bool {
         self.touched.is_empty() && !self.is_stale

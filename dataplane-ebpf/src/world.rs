@@ -9,8 +9,7 @@ use aya_ebpf::{
     },
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64,
-        bpf_ktime_get_ns,
+        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_ns,
     },
 };
 use dataplane_common::{
@@ -20,10 +19,7 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    policy::{
-        Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget,
-        VerdictEvent,
-    },
+    policy::{Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget, VerdictEvent},
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
@@ -203,7 +199,9 @@ macro_rules! family_tables {
             }
             #[inline(always)]
             fn policy_flow(&self, key: &$policy_key) -> Option<MapEntry<PolicyFlow>> {
-                $policy_flows.get_ptr_mut(Aligned(*key).in_place()).map(MapEntry)
+                $policy_flows
+                    .get_ptr_mut(Aligned(*key).in_place())
+                    .map(MapEntry)
             }
             #[inline(always)]
             fn put_policy_flow(&self, key: &$policy_key, flow: &PolicyFlow) {

@@ -24,7 +24,7 @@ const TOKEN: &str = "administrator";
 /// What versions before 1.21 do not do without being asked.
 const OLD_GATES: &str = "--feature-gates=EndpointSliceNodeName=true,EndpointSliceTerminatingCondition=true,IPv6DualStack=true,MixedProtocolLBService=true";
 /// Service addresses, as scenarios have them.
-const SERVICES: &str = "10.96.0.0/16,fd00:10:96::/112";
+const SERVICES: &str = "10.96.0.0/16,fd00:10:96::/108";
 
 /// A running server. Dropping it ends it; its data goes with its folder.
 #[derive(Debug)]

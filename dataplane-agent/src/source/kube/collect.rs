@@ -31,6 +31,8 @@ struct Known {
     /// For Nodes: not this node's own alone.
     all: bool,
     versions: HashMap<Name, u64>,
+    /// The latest version that anything of it has been seen with. Changes come in the order of versions.
+    latest: u64,
     problems: BTreeMap<Name, Vec<Problem>>,
 }
 
@@ -133,7 +135,11 @@ impl Collector {
                 for change in changes {
                     match change {
                         Changed::Applied(item) => self.apply(item),
-                        Changed::Deleted(item) => self.delete(item.key),
+                        Changed::Deleted(item) => {
+                            let held = self.kinds.entry(kind).or_default();
+                            held.latest = held.latest.max(item.version);
+                            self.delete(item.key);
+                        }
                     }
                 }
             }
@@ -166,6 +172,7 @@ impl Collector {
         let held = self.kinds.entry(key.kind).or_default();
         let name = key.name.clone();
         held.versions.insert(name.clone(), version);
+        held.latest = held.latest.max(version);
         let known = held.problems.get(&name);
         if known.map_or(&[][..], Vec::as_slice) != problems.as_slice() {
             self.is_rejected_stale = true;
@@ -316,7 +323,11 @@ impl Collector {
         let Some(Held { version, names }) = wanted else {
             return held.phase == Phase::Absent;
         };
-        let has = |(name, version): &(Name, u64)| held.versions.get(name).is_some_and(|held| held >= version);
+        let has = |(name, version): &(Name, u64)| match held.versions.get(name) {
+            Some(held) => held >= version,
+            // It has been deleted since.
+            None => held.latest > *version,
+        };
         let known: HashSet<&Name> = names.iter().map(|(name, _)| name).collect();
         let is_later = |(name, held): (&Name, &u64)| held > version || known.contains(name);
         held.phase == Phase::Listed && names.iter().all(has) && held.versions.iter().all(is_later)
@@ -437,7 +448,7 @@ mod tests {
         collector.batch();
         let (reply, mut answer) = oneshot::channel();
         let name = |name| Name::new("ns", name);
-        let names = vec![(name("s"), 7), (name("t"), 8)];
+        let names = vec![(name("s"), 7), (name("t"), 8), (name("short"), 6)];
         let wanted = Some(Held { version: 9, names });
         let kinds = vec![(Kind::Service, wanted)];
         collector.wait_for(Target { kinds, reply });
@@ -452,7 +463,7 @@ mod tests {
             let changes = vec![change];
             collector.take(News::Changed { kind, changes });
         }
-        // Later than the target.
+        // Later than the target. What was deleted since it was asked for is not waited for.
         let changes = vec![Changed::Applied(service("new", 10))];
         collector.take(News::Changed { kind, changes });
         let revision = collector.batch().unwrap().revision;

@@ -140,7 +140,7 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
     cookie == config(|c| &c.host_netns_cookie)
 }
 
-/// Whether this socket has a port of its own already, by bind or by an earlier connect.
+/// Whether this socket has a port of its own already, by bind.
 ///
 /// Such a port may be that of other sockets too (`SO_REUSEADDR`), one for each service address it talks to. If two of
 /// those were given the same backend they would be one connection: the kernel refuses the second (`EADDRNOTAVAIL`).
@@ -168,7 +168,7 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
         return PROCEED;
     }
     let destination = destination(ctx, v6);
-    let left_to_packets = connects && has_port(ctx) && !destination.is_loopback();
+    let left_to_packets = connects && l4_proto == proto::TCP && has_port(ctx) && !destination.is_loopback();
     let chosen = match destination {
         _ if left_to_packets => Ok(None),
         Destination::V4(addr) => pick::<V4>(ctx, addr, port, l4_proto).map(|found| {

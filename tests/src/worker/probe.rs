@@ -157,7 +157,7 @@ pub fn identify(answer: &[u8], line: &str, start: Instant) -> Attempt {
 /// different nodes, of which none can tell the answers apart (ARCHITECTURE, "Known limits").
 ///
 /// A port that the probe names is bound, as by an application that wants that one. Any other is taken when the socket
-/// connects: socket hooks leave sockets alone that have a port before.
+/// connects: socket hooks leave TCP sockets alone that have a port before.
 fn fresh_socket(probe: &Probe) -> std::io::Result<Socket> {
     static USED: Mutex<BTreeSet<(Proto, bool, u16)>> = Mutex::new(BTreeSet::new());
     let mut held = Vec::new();

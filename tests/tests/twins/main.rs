@@ -296,15 +296,3 @@ fn what_the_schema_does_not_know_fails() -> Result<()> {
     }
     Ok(())
 }
-
-#[test]
-fn what_later_versions_bring_is_refused_in_words() -> Result<()> {
-    let folder = Folder::create("api")?;
-    let output = folder.run(Path::new("/bin/true"), &["--source", "api"])?;
-    ensure!(output.status.code() == Some(2), "{output:?}");
-    ensure!(
-        String::from_utf8_lossy(&output.stderr).contains("not supported yet"),
-        "{output:?}"
-    );
-    Ok(())
-}

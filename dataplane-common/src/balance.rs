@@ -56,13 +56,19 @@ pub fn find_service<F: Family, T: Tables<F> + Env>(
     tables.frontend(&F::frontend_key(F::Addr::default(), dport_be, proto, scope))
 }
 
+/// The slot of a table of so many that a hash falls to. The hash is uniform, so a multiplication picks one as evenly as a
+/// remainder, and costs less.
+#[inline(always)]
+pub const fn slot_of(hash: u32, size: u32) -> u32 {
+    ((hash as u64 * size as u64) >> 32) as u32
+}
+
 /// The backend id that `hash` falls to, in the layout that [`crate::service::Service`] documents. `None` when the
 /// slice is out of range.
 #[inline(always)]
 pub fn choose<T: Env>(tables: &T, head: ServiceHead, hash: u32) -> Option<u32> {
     let size = TABLE_SIZES[usize::from(head.size_class & 15)];
-    // The hash is uniform, so a multiplication picks a slot as evenly as a remainder, and costs less.
-    let slot = ((u64::from(hash) * u64::from(size)) >> 32) as u32;
+    let slot = slot_of(hash, size);
     let word = tables.maglev(head.slots_offset.wrapping_add(slot >> 2))?;
     let number = (word >> ((slot & 3) * 16)) as u32 & 0xffff;
     id_at(tables, head, number)

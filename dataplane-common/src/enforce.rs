@@ -107,16 +107,28 @@ fn is_known<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F
     let Some(known) = world.policy_flow(&key) else {
         return false;
     };
-    let flow = known.flow();
     let now = world.now_ticks();
-    let timeout = timeout_ticks(world, headers.proto == proto::TCP, flow_state::OPEN);
-    let is_allowed = flow.ifindex == at.ifindex
-        && now.wrapping_sub(flow.seen_ticks) <= timeout
-        && (flow.revision == world.policy_revision() || keeps_verdicts(world));
-    if is_allowed && flow.seen_ticks != now {
-        known.touch(now);
+    is_live(world, at, known.flow(), headers.proto, now) && goes_on(world, &known, now)
+}
+
+/// Whether an entry speaks for packets at this interface.
+#[inline(always)]
+fn is_live<W: Env>(world: &W, at: &Context, flow: &PolicyFlow, l4_proto: u8, now: u32) -> bool {
+    let timeout = timeout_ticks(world, l4_proto == proto::TCP, flow_state::OPEN);
+    flow.ifindex == at.ifindex && now.wrapping_sub(flow.seen_ticks) <= timeout
+}
+
+/// Whether what was found when the flow of a live entry was judged is still so. Notes that the entry is in use.
+#[inline(always)]
+fn goes_on<W: Env, E: PolicyEntry>(world: &W, entry: &E, now: u32) -> bool {
+    let flow = entry.flow();
+    if flow.revision != world.policy_revision() && !keeps_verdicts(world) {
+        return false;
     }
-    is_allowed
+    if flow.seen_ticks != now {
+        entry.touch(now);
+    }
+    true
 }
 
 /// A packet that no known flow speaks for; one that could not be read, if `verdict` says so.
@@ -166,15 +178,8 @@ pub fn untranslated<F: RewriteIp, P: Packet, W: World<F>>(
     if let Some(entry) = world.policy_flow(&work.policy_key) {
         let known = entry.flow();
         let is_own = (known.flags & policy_flow_flags::FROM_POD != 0) == from_pod;
-        let timeout = timeout_ticks(world, work.headers.proto == proto::TCP, flow_state::OPEN);
-        if known.ifindex == at.ifindex
-            && now.wrapping_sub(known.seen_ticks) <= timeout
-            && (is_own || part != Part::Beginning as u32)
-        {
-            if known.revision == world.policy_revision() || keeps_verdicts(world) {
-                if known.seen_ticks != now {
-                    entry.touch(now);
-                }
+        if is_live(world, at, known, work.headers.proto, now) && (is_own || part != Part::Beginning as u32) {
+            if goes_on(world, &entry, now) {
                 return Verdict::PASS;
             }
             work.policy_flow.flags = known.flags;

@@ -3,6 +3,8 @@
 
 extern crate std;
 
+mod policies;
+
 use core::cell::{Cell, RefCell};
 use std::{collections::HashMap, vec::Vec};
 
@@ -21,18 +23,17 @@ use crate::{
     packet::{Checksum, Packet},
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
-    policy::{
-        self, Hits, Judged, Judgement, PeerRulesKey, PeerTables, PodPolicy, PolicyFlow, PolicyRule,
-        PolicySet, PolicyTables, PortRulesKey, RuleBits, VerdictEvent, port_prefix,
-    },
+    policy::{self, Judged, Judgement, PodPolicy, PolicyFlow, VerdictEvent},
     reason::{REASONS, Reason},
     rewrite::RewriteIp,
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     sock::SockBackend,
-    tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    tables::{Entry, Env, InsertError, Route, Router, Tables},
     unbound::{self, PodRange},
     verdict::{Action, Hook, Verdict},
 };
+
+pub use policies::{MemoryCidr, MemoryPolicyEntry, Policies};
 
 /// The tables of one family.
 #[derive(Clone, Debug)]
@@ -134,45 +135,6 @@ pub struct Memory {
     pub midstream_ticks: Cell<u32>,
     pub fragments: HeldFragments,
     pub policies: Policies,
-}
-
-/// The tables of policies that both families share.
-#[derive(Clone, Debug, Default)]
-pub struct Policies {
-    pub revision: u32,
-    /// This node's pod addresses, IPv4's first.
-    pub ranges: [PodRange; 2],
-    /// By ifindex.
-    pub pods: HashMap<u32, PodPolicy>,
-    /// Ranges and their classes.
-    pub cidrs: Vec<MemoryCidr>,
-    pub sets: Vec<PolicySet>,
-    pub peer_rules: HashMap<PeerRulesKey, u32>,
-    /// With the length of the prefix.
-    pub port_rules: HashMap<(u32, PortRulesKey), u32>,
-    pub bits: Vec<RuleBits>,
-    pub rules: Vec<PolicyRule>,
-    pub hits: RefCell<HashMap<Counted, Hits>>,
-    /// What was told of verdicts.
-    pub told: RefCell<Vec<VerdictEvent>>,
-}
-
-/// What verdicts are counted at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Counted {
-    /// An index into `RULES`.
-    Rule(u32),
-    /// A set, where none of its rules decides.
-    Set(u32),
-}
-
-/// A range of `CIDRS_*`.
-#[derive(Clone, Copy, Debug)]
-pub struct MemoryCidr {
-    pub version: u8,
-    pub network: AnyAddr,
-    pub length: u8,
-    pub class: u32,
 }
 
 /// The store of held fragments, and what comes out of it.
@@ -488,26 +450,6 @@ impl<F: Family> Entry<F> for MemoryEntry<'_, F> {
     }
 }
 
-/// An entry of the policies' flows as it was found, and where to write to it.
-#[derive(Debug)]
-pub struct MemoryPolicyEntry<'a, F: Family> {
-    table: &'a RefCell<HashMap<F::PolicyFlowKey, PolicyFlow>>,
-    key: F::PolicyFlowKey,
-    flow: PolicyFlow,
-}
-
-impl<F: Family> PolicyEntry for MemoryPolicyEntry<'_, F> {
-    fn flow(&self) -> &PolicyFlow {
-        &self.flow
-    }
-
-    fn touch(&self, seen_ticks: u32) {
-        if let Some(flow) = self.table.borrow_mut().get_mut(&self.key) {
-            flow.seen_ticks = seen_ticks;
-        }
-    }
-}
-
 fn find<'a, F: Family>(
     table: &'a RefCell<HashMap<F::FlowKey, F::Flow>>,
     key: &F::FlowKey,
@@ -518,51 +460,6 @@ fn find<'a, F: Family>(
         key: *key,
         flow,
     })
-}
-
-impl<F: MemoryFamily> PeerTables<F> for Memory {
-    fn peer(&self, addr: &F::Addr) -> Option<u32> {
-        F::tables(self).peers.get(addr).copied()
-    }
-
-    fn cidr(&self, addr: &F::Addr) -> Option<u32> {
-        let addr = F::to_any(*addr);
-        let cidrs = self
-            .policies
-            .cidrs
-            .iter()
-            .filter(|cidr| cidr.version == F::VERSION);
-        let holding = cidrs.filter(|cidr| is_within(cidr.network, cidr.length, addr));
-        holding.max_by_key(|cidr| cidr.length).map(|cidr| cidr.class)
-    }
-}
-
-impl PolicyTables for Policies {
-    fn set(&self, id: u32) -> Option<&PolicySet> {
-        self.sets.get(id as usize)
-    }
-
-    fn peer_rules(&self, key: PeerRulesKey) -> Option<u32> {
-        self.peer_rules.get(&key).copied()
-    }
-
-    fn port_rules(&self, key: PortRulesKey) -> Option<u32> {
-        (0..=port_prefix::PORT).rev().find_map(|length| {
-            let bits: u64 = bytemuck::cast(key);
-            let mask = u64::MAX.checked_shl(64 - length).unwrap_or(0).to_be();
-            self.port_rules
-                .get(&(length, bytemuck::cast(bits & mask)))
-                .copied()
-        })
-    }
-
-    fn bits(&self, id: u32) -> Option<&RuleBits> {
-        self.bits.get(id as usize)
-    }
-
-    fn rule(&self, index: u32) -> Option<&PolicyRule> {
-        self.rules.get(index as usize)
-    }
 }
 
 impl<F: MemoryFamily> Tables<F> for Memory {
@@ -592,13 +489,7 @@ impl<F: MemoryFamily> Tables<F> for Memory {
     }
 
     fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<MemoryPolicyEntry<'_, F>> {
-        let table = &F::tables(self).policy_flows;
-        let flow = *table.borrow().get(key)?;
-        Some(MemoryPolicyEntry {
-            table,
-            key: *key,
-            flow,
-        })
+        MemoryPolicyEntry::find(&F::tables(self).policy_flows, key)
     }
 
     fn put_policy_flow(&self, key: &F::PolicyFlowKey, flow: &PolicyFlow) {
@@ -701,18 +592,7 @@ impl Env for Memory {
     }
 
     fn count_verdict(&self, set: u32, judgement: Judgement, is_dry_run: bool) {
-        let counted = match judgement.rule() {
-            Some(rule) => Counted::Rule(rule),
-            None => Counted::Set(set),
-        };
-        let mut all = self.policies.hits.borrow_mut();
-        let hits = all.entry(counted).or_default();
-        let count = if is_dry_run {
-            &mut hits.dry_run
-        } else {
-            &mut hits.decided
-        };
-        *count += 1;
+        self.policies.count(judgement.counted_at(set), is_dry_run);
     }
 
     fn may_tell(&self, _ifindex: u32, _allows: bool) -> Option<u32> {

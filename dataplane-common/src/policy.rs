@@ -131,6 +131,15 @@ pub struct Hits {
     pub dry_run: u64,
 }
 
+/// What verdicts are counted at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Counted {
+    /// An index into `RULES`.
+    Rule(u32),
+    /// A set, where none of its rules decides.
+    Set(u32),
+}
+
 /// A verdict about a pod, until it is known to be the final one; then it is counted and told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -373,6 +382,15 @@ impl Judgement {
         match self.0 & Self::BY_DEFAULT {
             index if index < Self::BY_DEFAULT - 1 => Some(index),
             _ => None,
+        }
+    }
+
+    /// Where this verdict of a set is counted.
+    #[inline(always)]
+    pub const fn counted_at(self, set: u32) -> Counted {
+        match self.rule() {
+            Some(rule) => Counted::Rule(rule),
+            None => Counted::Set(set),
         }
     }
 }

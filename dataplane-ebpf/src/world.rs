@@ -19,7 +19,10 @@ use dataplane_common::{
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
     pipeline::Work,
-    policy::{Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget, VerdictEvent},
+    policy::{
+        Counted, Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget,
+        VerdictEvent,
+    },
     service::{
         Affinity, AffinityKey4, AffinityKey6, Frontend, FrontendKey4, FrontendKey6, PortSet,
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
@@ -459,9 +462,9 @@ impl<C> Env for World<C> {
 
     #[inline(always)]
     fn count_verdict(&self, set: u32, judgement: Judgement, is_dry_run: bool) {
-        let hits = match judgement.rule() {
-            Some(rule) => RULE_HITS.get_ptr_mut(rule),
-            None => SET_HITS.get_ptr_mut(set),
+        let hits = match judgement.counted_at(set) {
+            Counted::Rule(rule) => RULE_HITS.get_ptr_mut(rule),
+            Counted::Set(set) => SET_HITS.get_ptr_mut(set),
         };
         if let Some(hits) = hits {
             // SAFETY: as in `count`.

@@ -3,10 +3,13 @@
 
 use std::{fs, io};
 
-use dataplane_common::{flow::FlowEvent, policy::Hits, reason::Reason};
+use dataplane_common::{
+    flow::FlowEvent,
+    policy::{Counted, Hits},
+    reason::Reason,
+};
 
 use super::{map_names, pins::Pins, sys::PerCpuFd};
-use crate::store::policy::Counted;
 
 /// Every reason with its count over all CPUs.
 pub fn read(pins: &Pins) -> io::Result<Vec<(Reason, u64)>> {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use dataplane_common::{
     backend::Backend,
     device::Device,
-    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    policy::{Counted, Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     service::{Frontend, PortSet, Service},
     unbound::PodRange,
 };
@@ -15,7 +15,7 @@ use dataplane_common::{
 use super::{
     FrontendKey, Limits, Store, StoreError,
     memory::Memory,
-    policy::{BoundRows, Counted, PolicyRows, PolicyStore},
+    policy::{BoundRows, PolicyRows, PolicyStore},
 };
 
 /// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use dataplane_common::{
-    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    policy::{Counted, Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     unbound::PodRange,
 };
 use ipnet::IpNet;
@@ -47,15 +47,6 @@ impl PolicyLimits {
 
 const fn at_least(number: u32, least: u32) -> u32 {
     if number < least { least } else { number }
-}
-
-/// What verdicts are counted at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Counted {
-    /// An index into `RULES`.
-    Rule(u32),
-    /// A set, where none of its rules decides.
-    Set(u32),
 }
 
 /// The datapath's tables of policies. Elements of arrays that were never written are zero.

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use anyhow::{Result, bail, ensure};
 use dataplane_common::addr::{AnyAddr, Family, V4, V6, proto};
-use dataplane_common::memory::{Counted, FamilyTables, Memory, MemoryCidr};
+use dataplane_common::memory::{FamilyTables, Memory, MemoryCidr};
 use dataplane_common::policy::{
-    PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet, PortRulesKey,
-    RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
+    Counted, PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
+    PortRulesKey, RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
 };
 use dataplane_common::unbound::{PodRange, range_index};
 

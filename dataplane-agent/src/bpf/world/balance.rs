@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use dataplane_common::{
     addr::{Tuple, V4, V6},
     backend::backend_state,
-    balance::{find_service, flow_hash},
+    balance::{find_service, flow_hash, slot_of},
     device::own_flags,
     service::{Scope, TABLE_SIZES},
-    tables::Env,
+    tables::{Env, Tables},
 };
 
 use super::World;
@@ -41,11 +41,11 @@ impl World {
     /// Whether an address is this node's.
     pub fn is_own(&self, addr: IpAddr) -> bool {
         let words = encode::any_addr(addr);
-        let flags = |map: Result<Option<u32>, _>| map.ok().flatten().is_some();
-        match addr {
-            IpAddr::V4(_) => flags(self.v4.own_addresses.lookup(&words[0])),
-            IpAddr::V6(_) => flags(self.v6.own_addresses.lookup(&words)),
-        }
+        let flags = match addr {
+            IpAddr::V4(_) => Tables::<V4>::own_address(self, words[0]),
+            IpAddr::V6(_) => Tables::<V6>::own_address(self, words),
+        };
+        flags != 0
     }
 
     /// What a service chooses from; empty where it has no endpoint.
@@ -121,8 +121,9 @@ impl Choice {
             };
             flow_hash::<V6>(&tuple, proto)
         };
-        let slot = (u64::from(hash) * self.slots.len() as u64) >> 32;
-        self.slots.get(slot as usize).map(|number| usize::from(*number))
+        self.slots
+            .get(slot_of(hash, self.slots()) as usize)
+            .map(|number| usize::from(*number))
     }
 
     /// For each backend a source port from `first` on that leads to it, where there is one.

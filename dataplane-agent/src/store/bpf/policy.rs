@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use dataplane_common::{
-    policy::{Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    policy::{Counted, Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
     unbound::PodRange,
 };
 use ipnet::IpNet;
@@ -14,7 +14,7 @@ use crate::{
     bpf::{counters::VerdictCounts, map_names as names, pins::Pins},
     store::{
         StoreError,
-        policy::{BoundRows, Counted, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 

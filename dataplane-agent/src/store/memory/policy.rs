@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 use dataplane_common::{
     addr::Family,
     policy::{
-        Hits, PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables, PortRulesKey,
-        RuleBits,
+        Counted, Hits, PeerRulesKey, PeerTables, PodPolicy, PolicyRule, PolicySet, PolicyTables,
+        PortRulesKey, RuleBits,
     },
     unbound::PodRange,
 };
@@ -17,7 +17,7 @@ use crate::{
     compile::policy::tables::{ip, longest_port},
     store::{
         StoreError,
-        policy::{BoundRows, Counted, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore},
     },
 };
 

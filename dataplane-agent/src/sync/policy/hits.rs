@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dataplane_common::policy::Hits;
+use dataplane_common::policy::{Counted, Hits};
 
 use super::{
     PolicySyncer,
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     model::{ObjectRef, policy::Direction},
-    store::{Store, StoreError, policy::Counted},
+    store::{Store, StoreError},
 };
 
 /// What a verdict is put down to.

@@ -1,10 +1,10 @@
 //! What rules have decided is put down to them, also when their places have become others'.
 
-use dataplane_common::policy::Hits;
+use dataplane_common::policy::{Counted, Hits};
 use serde_json::json;
 
 use super::*;
-use crate::{store::policy::Counted, sync::policy::hits::Decider};
+use crate::sync::policy::hits::Decider;
 
 fn world(ports: &[u16]) -> World {
     let policy = |name: &str, ports: &[u16]| {

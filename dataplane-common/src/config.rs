@@ -20,6 +20,12 @@ pub mod config_flags {
     pub const POLICY_NEW_FLOWS_ONLY: u32 = 32;
     /// Verdicts that allow are told too.
     pub const TELL_ALLOWED: u32 = 64;
+    /// XDP knows frames in several buffers, and `bpf_xdp_get_buff_len` (5.18).
+    pub const XDP_FRAGS: u32 = 128;
+    /// Socket hooks can say why they refuse, by `bpf_set_retval` (5.18).
+    pub const SET_RETVAL: u32 = 256;
+    /// `bpf_fib_lookup` tells the MTU that a packet exceeds (5.12).
+    pub const FIB_MTU: u32 = 512;
 }
 
 /// Constants for one load of the object.
@@ -91,7 +97,11 @@ impl Config {
     /// What holds where nothing else is configured.
     pub const DEFAULT: Self = Self {
         host_netns_cookie: 0,
-        flags: config_flags::FAST_PATH | config_flags::SOCKET_HOST_ONLY,
+        flags: config_flags::FAST_PATH
+            | config_flags::SOCKET_HOST_ONLY
+            | config_flags::XDP_FRAGS
+            | config_flags::SET_RETVAL
+            | config_flags::FIB_MTU,
         // Above the default of ip_local_port_range (32768-60999), beside the node ports (30000-32767).
         snat_port_min: 61000,
         snat_port_max: 65535,

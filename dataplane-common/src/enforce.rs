@@ -231,8 +231,8 @@ fn icmp_part<F: Family>(kind: u8) -> Part {
     }
 }
 
-/// Whether an ICMP error is about a flow that the pod has.
-#[inline(always)]
+/// Whether an ICMP error is about a flow that the pod has. Apart, so that its stack does not add up with that of a verdict.
+#[inline(never)]
 fn related<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &P,
     world: &W,

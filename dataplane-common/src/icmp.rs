@@ -27,6 +27,35 @@ pub const HEADER_LEN: usize = 8;
 /// Where both families keep the checksum.
 pub const CHECKSUM_AT: usize = 2;
 
+/// The largest MTU that links commonly have below a packet's length: what its sender is told where nobody knows the MTU that the
+/// packet exceeds. If that is too much still, the next packet is told the next one (RFC 1191, section 7.1, and the MTUs of
+/// tunnels); IPv6 has no less than 1,280 (RFC 8200, section 5).
+#[inline(always)]
+pub fn plateau<F: Family>(len: u16) -> u16 {
+    const PLATEAUS: [u16; 11] = [
+        32_000, 17_914, 8_166, 4_352, 2_002, 1_492, 1_450, 1_420, 1_400, 1_350, 1_280,
+    ];
+    const LOWEST: [u16; 3] = [1_006, 508, 296];
+    let mut i = 0;
+    while i < PLATEAUS.len() {
+        if PLATEAUS[i] < len {
+            return PLATEAUS[i];
+        }
+        i += 1;
+    }
+    if F::VERSION == 6 {
+        return 1_280;
+    }
+    let mut i = 0;
+    while i < LOWEST.len() {
+        if LOWEST[i] < len {
+            return LOWEST[i];
+        }
+        i += 1;
+    }
+    68
+}
+
 /// Whether a type is an error, that is, quotes a packet (RFC 792, RFC 4443).
 #[inline(always)]
 pub(crate) fn is_error<F: Family>(kind: u8) -> bool {
@@ -208,4 +237,25 @@ fn translate<F: RewriteIp, P: Packet>(
             ipv6: F::VERSION == 6,
         },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{V4, V6};
+
+    #[test]
+    fn who_does_not_know_the_mtu_tells_one_that_is_smaller_and_comes_to_an_end() {
+        for len in 69..=u16::MAX {
+            let told = plateau::<V4>(len);
+            assert!((68..len).contains(&told), "{len}: {told}");
+        }
+        for len in 1281..=u16::MAX {
+            let told = plateau::<V6>(len);
+            assert!((1280..len).contains(&told), "{len}: {told}");
+        }
+        assert_eq!(plateau::<V4>(1500), 1492);
+        assert_eq!(plateau::<V4>(1280), 1006);
+        assert_eq!((plateau::<V4>(68), plateau::<V6>(1280)), (68, 1280));
+    }
 }

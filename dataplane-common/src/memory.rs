@@ -14,12 +14,13 @@ use crate::{
     addr::{AnyAddr, Family, Mac, Tuple, V4, V6, ethertype},
     backend::{Backend, BackendHead},
     checksum,
-    config::Config,
+    config::{Config, config_flags},
     datagram::{DatagramHead, FIRST_BYTES, FragmentSource, HELD_BYTES, HeldHead},
     device::Device,
     enforce,
     flow::{FLOW_EVENTS, FlowEvent},
     fragment::{self, Fragments, Store, Waiting},
+    icmp,
     packet::{Checksum, Packet},
     parse::Headers,
     pipeline::{Context, Stages, Work, process},
@@ -649,7 +650,10 @@ impl<F: Family> Router<F> for Memory {
             return Route::None;
         };
         if len > mtu {
-            return Route::TooBig { mtu };
+            let knows_mtu = self.config.flags & config_flags::FIB_MTU != 0;
+            return Route::TooBig {
+                mtu: if knows_mtu { mtu } else { icmp::plateau::<F>(len) },
+            };
         }
         match macs {
             None => Route::NoNeighbour { ifindex },

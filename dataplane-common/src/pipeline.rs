@@ -491,8 +491,11 @@ pub(crate) fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<
     if meta.flags & flow_flags::REPLY != 0 {
         return Liveness::Live;
     }
-    let (Some(backend), Some(service)) = (world.backend_head(meta.backend), world.service_head(meta.service))
-    else {
+    // One by one: together, what is not there would be read from the stack (refused before 6.3).
+    let Some(backend) = world.backend_head(meta.backend) else {
+        return Liveness::Dead;
+    };
+    let Some(service) = world.service_head(meta.service) else {
         return Liveness::Dead;
     };
     if backend.generation != meta.backend_generation

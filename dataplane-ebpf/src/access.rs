@@ -62,6 +62,18 @@ impl XdpPacket {
     }
 }
 
+impl XdpPacket {
+    /// The length of the frame in all its buffers.
+    #[inline(always)]
+    fn frame_len(&self) -> u64 {
+        if config(|c| &c.flags) & config_flags::XDP_FRAGS == 0 {
+            return self.len() as u64;
+        }
+        // SAFETY: the context is valid while the program runs.
+        unsafe { bpf_xdp_get_buff_len(self.0) }
+    }
+}
+
 impl Packet for XdpPacket {
     #[inline(always)]
     fn len(&self) -> usize {
@@ -72,8 +84,8 @@ impl Packet for XdpPacket {
     #[inline(always)]
     fn covers(&self, length: usize) -> bool {
         let (data, end) = self.bounds();
-        // SAFETY: the context is valid while the program runs. Asked only of frames in several buffers.
-        data + length <= end || length as u64 <= unsafe { bpf_xdp_get_buff_len(self.0) }
+        // Asked only of frames in several buffers.
+        data + length <= end || length as u64 <= self.frame_len()
     }
 
     #[inline(always)]
@@ -111,11 +123,9 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn resize(&mut self, len: usize) -> Option<()> {
-        // SAFETY: the context is valid while the program runs; the helpers check the length.
-        let result = unsafe {
-            let now = bpf_xdp_get_buff_len(self.0) as i64;
-            bpf_xdp_adjust_tail(self.0, (len as i64 - now) as i32)
-        };
+        let now = self.frame_len() as i64;
+        // SAFETY: the context is valid while the program runs; the helper checks the length.
+        let result = unsafe { bpf_xdp_adjust_tail(self.0, (len as i64 - now) as i32) };
         (result == 0).then_some(())
     }
 }

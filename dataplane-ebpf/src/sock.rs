@@ -215,6 +215,8 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
             set_destination(ctx, v6, backend, backend_port);
             PROCEED
         }
+        // The packet path can.
+        Err(_) if config(|c| &c.flags) & config_flags::SET_RETVAL == 0 => PROCEED,
         Err(error) => {
             // SAFETY: a helper that stores an error number.
             unsafe { bpf_set_retval(error) };

@@ -4,7 +4,9 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head},
+    helpers::generated::{
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_change_type,
+    },
     macros::classifier,
     programs::TcContext,
 };
@@ -28,6 +30,8 @@ const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 /// `BPF_F_INGRESS` of `bpf_redirect`.
 const INGRESS: u64 = 1;
+/// `PACKET_HOST` (linux/if_packet.h): a packet is for this host.
+const PACKET_HOST: u32 = 0;
 /// In `tc_index` of a packet that we have redirected: the next hook of ours lets it pass, once.
 const TRANSLATED: u32 = 0xd7a9;
 
@@ -133,8 +137,17 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
     match verdict.action() {
         Action::Pass => return NEXT,
         Action::Drop => return SHOT,
-        // SAFETY: a helper without pointers. A packet that goes straight into a pod meets no hook of ours on its way.
-        Action::Pod if at_ingress => return unsafe { bpf_redirect_peer(to, 0) as i32 },
+        // A packet that goes straight into a pod meets no hook of ours on its way.
+        Action::Pod if at_ingress => {
+            // SAFETY: the context is valid while the program runs; helpers without other pointers.
+            return unsafe {
+                // What a bridge's port takes for another host's, a pod would drop (the helper sees to that since 6.15).
+                if ptr::read_volatile(&raw const (*skb).pkt_type) != PACKET_HOST {
+                    bpf_skb_change_type(skb, PACKET_HOST);
+                }
+                bpf_redirect_peer(to, 0) as i32
+            };
+        }
         _ => {}
     }
     // SAFETY: the context is valid while the program runs and the field is writable; helpers without pointers, or

@@ -15,9 +15,10 @@ use aya_ebpf::{
 use dataplane_common::{
     addr::{Family, Mac, V4, V6},
     backend::{Backend, BackendHead},
-    config::{Config, Jiffies},
+    config::{Config, Jiffies, config_flags},
     device::Device,
     flow::{Flow4, Flow6, FlowEvent, FlowKey4, FlowKey6, FlowMeta},
+    icmp,
     pipeline::Work,
     policy::{
         Counted, Judgement, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, VerdictBudget,
@@ -580,9 +581,13 @@ impl<F: Family, C> Router<F> for World<C> {
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour {
                 ifindex: params.ifindex,
             },
-            // SAFETY: a plain integer in either reading.
             BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig {
-                mtu: unsafe { params.__bindgen_anon_1.mtu_result },
+                mtu: if config(|c| &c.flags) & config_flags::FIB_MTU == 0 {
+                    icmp::plateau::<F>(len)
+                } else {
+                    // SAFETY: a plain integer in either reading.
+                    unsafe { params.__bindgen_anon_1.mtu_result }
+                },
             },
             _ => Route::None,
         }

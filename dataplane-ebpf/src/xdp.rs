@@ -13,8 +13,20 @@ use dataplane_common::{
 
 use crate::{access::XdpPacket, debug::process, stages::Apart, world::World};
 
+// No function may have a section's name, `xdp`.
 #[xdp(frags)]
-pub fn xdp(ctx: XdpContext) -> u32 {
+pub fn xdp_frags(ctx: XdpContext) -> u32 {
+    run(&ctx)
+}
+
+/// For kernels that know no frames in several buffers (before 5.18, `config_flags::XDP_FRAGS`).
+#[xdp]
+pub fn xdp_linear(ctx: XdpContext) -> u32 {
+    run(&ctx)
+}
+
+#[inline(always)]
+fn run(ctx: &XdpContext) -> u32 {
     let mut packet = XdpPacket(ctx.ctx);
     let Some(kind) = packet.load::<u16>(12) else {
         return xdp_action::XDP_PASS;

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 const SET_TX_CHECKSUM: u32 = 0x17; // ETHTOOL_STXCSUM
@@ -72,8 +73,19 @@ pub enum Answer {
     Transmit = 3,
 }
 
-/// Loads a program that gives one answer to every packet.
+/// Loads a program that gives one answer to every packet, jumbo frames included where the kernel has those at XDP.
 pub fn load(answer: Answer) -> Result<OwnedFd> {
+    // Programs count against it before 5.11.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+        .context("failed to raise the limit of locked memory")?;
+    match load_with(answer, FRAGS) {
+        Err(Errno::EINVAL) => load_with(answer, 0),
+        loaded => loaded,
+    }
+    .context("failed to load an XDP program")
+}
+
+fn load_with(answer: Answer, flags: u32) -> nix::Result<OwnedFd> {
     // r0 = answer; exit
     let program = [
         Instruction {
@@ -98,7 +110,7 @@ pub fn load(answer: Answer) -> Result<OwnedFd> {
         log_size: 0,
         log_buffer: 0,
         kernel_version: 0,
-        flags: FRAGS,
+        flags,
     };
     // SAFETY: `load` is the first 48 bytes of a `bpf_attr` as its size says; instructions and license outlive the
     // call, which only reads them.
@@ -110,9 +122,9 @@ pub fn load(answer: Answer) -> Result<OwnedFd> {
             size_of::<ProgramLoad>(),
         )
     };
-    let fd = Errno::result(fd).context("failed to load an XDP program")?;
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the call has just returned this descriptor, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd)?) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn set(device: &str, command: u32, data: u32) -> Result<()> {

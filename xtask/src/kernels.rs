@@ -1,36 +1,51 @@
 //! `cargo xtask test --kernel SERIES`: the programs and the links tests on another kernel, in an emulated machine.
 //!
-//! The kernel is the distribution's package, downloaded and unpacked into `target/kernels`, never installed. The machine has
-//! its modules for networks, a shell, and our programs at the paths that they were built to; what it prints ends with a line
-//! that says how it went. [`SERIES`] is the one list of kernels.
+//! The kernel is Debian's ([`crate::packages`]). The machine has its modules for networks, a shell, and our programs at the
+//! paths that they were built to; what it prints ends with a line that says how it went. [`SERIES`] is the one list of
+//! kernels.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::{self, Guest};
-use crate::{paths, process, progress};
+use crate::{packages, paths, process, progress};
 
 /// A kernel series that is tested.
 #[derive(Debug)]
 struct Series {
     name: &'static str,
-    /// What a package of this series begins with.
-    package: &'static str,
+    /// The release of Debian that has it.
+    release: &'static str,
 }
 
-const SERIES: [Series; 2] = [
+impl Series {
+    /// What its versions begin with.
+    fn versions(&self) -> String {
+        format!("{}.", self.name.trim_end_matches(".x"))
+    }
+}
+
+const SERIES: [Series; 4] = [
+    Series {
+        name: "5.10",
+        release: "bullseye",
+    },
     Series {
         name: "6.1",
-        package: "linux-image-6.1.",
+        release: "bookworm",
     },
     Series {
         name: "6.12",
-        package: "linux-image-6.12.",
+        release: "trixie",
+    },
+    Series {
+        name: "7.x",
+        release: "sid",
     },
 ];
 
@@ -57,10 +72,10 @@ pub fn run(wanted: &str, filters: &[String]) -> Result<()> {
     let programs = programs()?;
     let mut failed = Vec::new();
     for series in chosen {
-        let Some(kernel) = unpacked(series)? else {
+        let Some(kernel) = packages::kernel(series.release, &series.versions())? else {
             println!(
-                "skipped: kernel {}: the configured package sources have no {}*",
-                series.name, series.package
+                "skipped: kernel {}: no package of it in Debian's {}",
+                series.name, series.release
             );
             continue;
         };
@@ -122,57 +137,6 @@ fn executable(line: &str) -> Option<PathBuf> {
     let (_, rest) = line.split_once("\"executable\":\"")?;
     let path = PathBuf::from(rest.split('"').next()?);
     (path.parent()?.file_name()? == "deps").then_some(path)
-}
-
-/// The newest kernel of a series, unpacked; none if the configured sources have none.
-fn unpacked(series: &Series) -> Result<Option<PathBuf>> {
-    let Some(package) = newest(series)? else {
-        return Ok(None);
-    };
-    let dir = paths::root().join("target/kernels").join(&package);
-    if dir.join("boot").is_dir() {
-        return Ok(Some(dir));
-    }
-    let parent = paths::root().join("target/kernels");
-    fs::create_dir_all(&parent).with_context(|| format!("failed to create {}", parent.display()))?;
-    progress::step(&format!("downloading {package}"), || {
-        let mut command = Command::new("apt-get");
-        command.args(["download", &package]).current_dir(&parent);
-        process::run_captured(&mut command)
-    })?;
-    let archive = fs::read_dir(&parent)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with(&format!("{package}_")) && path.extension().is_some_and(|is| is == "deb")
-        })
-        .with_context(|| format!("apt-get left no {package}"))?;
-    let partial = parent.join(format!("{package}.partial"));
-    process::run_captured(Command::new("dpkg").arg("-x").arg(&archive).arg(&partial))?;
-    fs::rename(&partial, &dir).with_context(|| format!("failed to rename {}", partial.display()))?;
-    fs::remove_file(&archive).with_context(|| format!("failed to remove {}", archive.display()))?;
-    Ok(Some(dir))
-}
-
-fn newest(series: &Series) -> Result<Option<String>> {
-    let listed = process::stdout_of(Command::new("apt-cache").args(["pkgnames", series.package]))?;
-    Ok(listed
-        .lines()
-        .filter(|name| is_image(name))
-        .max_by_key(|name| numbers(name))
-        .map(str::to_owned))
-}
-
-/// Signed images of ordinary kernels: `linux-image-6.1.0-56-amd64`.
-fn is_image(name: &str) -> bool {
-    name.ends_with("-amd64") && !["-rt-", "-cloud-", "bpo"].iter().any(|part| name.contains(part))
-}
-
-fn numbers(name: &str) -> Vec<u64> {
-    name.split(|c: char| !c.is_ascii_digit())
-        .filter_map(|part| part.parse().ok())
-        .collect()
 }
 
 fn test(series: &Series, kernel: &Path, programs: &Programs, filters: &[String]) -> Result<bool> {
@@ -244,20 +208,6 @@ fn is_told(line: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_newest_signed_image_is_taken() {
-        assert!(is_image("linux-image-6.1.0-56-amd64"));
-        assert!(is_image("linux-image-6.12.117+deb12-amd64"));
-        for other in [
-            "linux-image-6.1.0-56-cloud-amd64",
-            "linux-image-6.1.0-56-amd64-unsigned",
-            "linux-image-6.1.0-56-rt-amd64",
-        ] {
-            assert!(!is_image(other), "{other}");
-        }
-        assert!(numbers("linux-image-6.1.0-56-amd64") > numbers("linux-image-6.1.0-9-amd64"));
-    }
 
     #[test]
     fn test_programs_are_found_in_what_cargo_says() {

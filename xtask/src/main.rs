@@ -9,6 +9,7 @@ mod kernels;
 mod kube;
 mod lint;
 mod needs;
+mod packages;
 mod paths;
 mod process;
 mod progress;

@@ -29,7 +29,7 @@ use crate::{
 /// What was found out before anything is made, and the lock that keeps a second agent away.
 #[derive(Debug)]
 pub struct Prepared {
-    version: (u32, u32),
+    kernel_flags: u32,
     cookie: u64,
     /// Where the socket hooks go; `None` without them.
     cgroup: Option<PathBuf>,
@@ -57,7 +57,8 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
     pins.check_bpffs()?;
     pins.check_version()?;
     Ok(Prepared {
-        version: kernel::version()?,
+        kernel_flags: kernel::config_flags(kernel::version()?)
+            .context("failed to try what this kernel has")?,
         cookie: cookie.unwrap_or(0),
         cgroup,
         pins,
@@ -86,7 +87,7 @@ fn load_and_watch(
     wanted: watch::Receiver<WantedPods>,
 ) -> anyhow::Result<Kernel> {
     let Prepared {
-        version,
+        kernel_flags,
         cookie,
         cgroup,
         pins,
@@ -103,7 +104,7 @@ fn load_and_watch(
     let jiffies = kernel::jiffies().context("failed to read the resolution of the kernel's coarse clock")?;
     let options = LoadOptions {
         sizes: config.sizes,
-        config: datapath_config(config, version, cookie, jiffies, cgroup.is_some()),
+        config: datapath_config(config, kernel_flags, cookie, jiffies, cgroup.is_some()),
         xdp: config.datapath != DatapathMode::Tc,
         socket_hooks: cgroup.is_some(),
         debug_log: config.debug_log,
@@ -179,12 +180,12 @@ fn spawn(
 
 fn datapath_config(
     config: &Config,
-    version: (u32, u32),
+    kernel_flags: u32,
     host_netns_cookie: u64,
     jiffies: Jiffies,
     socket_hooks: bool,
 ) -> datapath::Config {
-    let mut flags = kernel::config_flags(version);
+    let mut flags = kernel_flags;
     for (flag, on) in [
         // Whether a pod takes part is told by its backend, and may change.
         (config_flags::FAST_PATH, config.fast_path != FastPath::Off),
@@ -272,7 +273,7 @@ mod tests {
             let base = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
             let config = Cli::config_of(base.iter().chain(flags).copied()).unwrap();
             let of_policies = config_flags::POLICY_NEW_FLOWS_ONLY | config_flags::TELL_ALLOWED;
-            let set = datapath_config(&config, (6, 1), 0, Jiffies::of(4_000_000), false).flags & of_policies;
+            let set = datapath_config(&config, 0, 0, Jiffies::of(4_000_000), false).flags & of_policies;
             assert_eq!(set, expected, "{flags:?}");
         }
     }

@@ -7,7 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dataplane_common::config::Jiffies;
+use aya::{
+    programs::{ProgramError, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
+};
+use dataplane_common::config::{Jiffies, config_flags};
 
 use super::{Hook, sys};
 use crate::path_error::PathError;
@@ -111,14 +115,31 @@ pub fn netns_cookie() -> io::Result<u64> {
     sys::netns_cookie(socket.as_fd())
 }
 
-/// The flags of [`dataplane_common::config::Config`] that say what this kernel has.
-pub fn config_flags(version: (u32, u32)) -> u32 {
-    use dataplane_common::config::config_flags::CSUM_IPV6;
+/// The flags of [`dataplane_common::config::Config`] that say what this kernel has. Helpers are tried, because
+/// distributions bring them to older kernels; a flag of a helper can't be.
+pub fn config_flags(version: (u32, u32)) -> Result<u32, ProgramError> {
     let mut flags = 0;
-    if version >= (6, 16) {
-        flags |= CSUM_IPV6;
+    for (flag, has) in [
+        (config_flags::CSUM_IPV6, version >= (6, 16)),
+        (
+            config_flags::XDP_FRAGS,
+            is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)?,
+        ),
+        // What came with it, in 5.12, can't be tried: that `bpf_fib_lookup` tells the MTU.
+        (
+            config_flags::FIB_MTU,
+            is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_check_mtu)?,
+        ),
+        (
+            config_flags::SET_RETVAL,
+            is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
+        ),
+    ] {
+        if has {
+            flags |= flag;
+        }
     }
-    flags
+    Ok(flags)
 }
 
 /// How this kernel counts the time: the coarse clocks go on with every jiffy.

@@ -14,7 +14,7 @@ use aya::{
     programs::{Program as AyaProgram, ProgramError},
 };
 use dataplane_common::{
-    config::{self, Config},
+    config::{self, Config, config_flags},
     policy::VARIABLES,
 };
 
@@ -128,8 +128,11 @@ impl Loaded {
             return Ok(());
         }
         let mut object = make_maps(OBJECT, &self.pins, &self.options)?;
-        self.programs
-            .extend(load_programs(&mut object, |program| program.is_late())?);
+        self.programs.extend(load_programs(
+            &mut object,
+            self.options.config.flags,
+            |program| program.is_late(),
+        )?);
         Ok(())
     }
 }
@@ -159,7 +162,7 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
         program if program.is_late() => options.debug_log,
         program => options.socket_hooks || !program.is_cgroup(),
     };
-    let programs = load_programs(&mut object, is_wanted)?;
+    let programs = load_programs(&mut object, options.config.flags, is_wanted)?;
     let debug_log = options
         .debug_log
         .then(|| DebugLog::of(&mut object))
@@ -220,14 +223,25 @@ fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>
         .collect())
 }
 
+/// The program that a symbol of the object is, on a kernel with these [`config_flags`].
+fn program_of(symbol: &str, flags: u32) -> Option<Program> {
+    let has_frags = flags & config_flags::XDP_FRAGS != 0;
+    match symbol {
+        "xdp_frags" => has_frags.then_some(Program::Xdp),
+        "xdp_linear" => (!has_frags).then_some(Program::Xdp),
+        _ => Program::by_symbol(symbol),
+    }
+}
+
 /// Loads programs side by side: what the verifier takes for them is nearly all the time that a start takes.
 fn load_programs(
     object: &mut aya::Ebpf,
+    flags: u32,
     is_wanted: impl Fn(&Program) -> bool,
 ) -> Result<BTreeMap<Program, OwnedFd>, LoadError> {
     let found: BTreeMap<Program, &mut AyaProgram> = object
         .programs_mut()
-        .filter_map(|(name, loaded)| Some((Program::by_symbol(name)?, loaded)))
+        .filter_map(|(name, loaded)| Some((program_of(name, flags)?, loaded)))
         .filter(|(program, _)| is_wanted(program))
         .collect();
     let missing = |program: &&Program| is_wanted(program) && !found.contains_key(program);

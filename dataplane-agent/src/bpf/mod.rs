@@ -45,7 +45,7 @@ macro_rules! programs {
         impl Program {
             pub const ALL: &[Program] = &[$(Program::$name,)+];
 
-            /// The symbol in the object, and the first part of the names of its pinned links.
+            /// The symbol in the object (of XDP there are two, see `loader`), and the first part of the names of its pinned links.
             pub const fn symbol(self) -> &'static str {
                 match self { $(Program::$name => $symbol,)+ }
             }

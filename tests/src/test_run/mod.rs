@@ -128,6 +128,11 @@ pub fn load(path: &Path, entries: &[(&str, u32)]) -> Result<Ebpf> {
 
 /// Loads a program of an object.
 pub fn program(object: &mut Ebpf, name: &str) -> Result<ProgramFd> {
+    // There are two, and one in older objects.
+    let name = match name {
+        "xdp" if object.program(name).is_none() => "xdp_frags",
+        name => name,
+    };
     let fd = match object
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?

@@ -8,11 +8,13 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, RingBuf};
-use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::programs::{Program, ProgramType, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
-use dataplane_common::config::{self, Config};
+use dataplane_common::config::{self, Config, config_flags};
 use dataplane_common::memory::{Frame, Memory};
+use dataplane_common::parse::ETHERNET_LEN;
 use dataplane_common::pipeline::Context;
 use dataplane_common::policy::Hits;
 use dataplane_common::verdict::{Action, Hook, Verdict};
@@ -79,15 +81,44 @@ impl Outcome {
     }
 }
 
+/// The flags of [`Config`] that say what this kernel has.
+pub fn config_flags() -> Result<u32> {
+    let mut flags = 0;
+    for (flag, program, helper) in [
+        (
+            config_flags::XDP_FRAGS,
+            ProgramType::Xdp,
+            BpfHelper::BPF_FUNC_xdp_get_buff_len,
+        ),
+        (
+            config_flags::FIB_MTU,
+            ProgramType::SchedClassifier,
+            BpfHelper::BPF_FUNC_check_mtu,
+        ),
+    ] {
+        if is_helper_supported(program, helper)? {
+            flags |= flag;
+        }
+    }
+    Ok(flags)
+}
+
 /// The loaded object.
 pub struct Kernel {
     object: Ebpf,
+    /// `xdp_frags`, or `xdp_linear` where the kernel knows no frames in several buffers.
+    xdp: &'static str,
     buffer: Vec<u8>,
 }
 
 impl Kernel {
     pub fn load(object: &Path, config: &Config, memory: &Memory, debug_lines: bool) -> Result<Self> {
         let bytes = std::fs::read(object).with_context(|| format!("failed to read {}", object.display()))?;
+        let xdp = if config.flags & config_flags::XDP_FRAGS == 0 {
+            "xdp_linear"
+        } else {
+            "xdp_frags"
+        };
         let mut loader = EbpfLoader::new();
         loader.override_global(config::SYMBOL, bytes_of(config), true);
         // Nobody reads the lines: when the ring buffer is full, they are lost.
@@ -111,7 +142,7 @@ impl Kernel {
             }
         }
         let mut object = loader.load(&bytes).context("failed to load the object's maps")?;
-        for (_, name) in PROGRAMS {
+        for name in PROGRAMS.map(|(_, name)| if name == "xdp" { xdp } else { name }) {
             match object.program_mut(name) {
                 Some(Program::Xdp(program)) => program.load(),
                 Some(Program::SchedClassifier(program)) => program.load(),
@@ -121,14 +152,31 @@ impl Kernel {
         }
         Ok(Self {
             object,
+            xdp,
             buffer: vec![0; 4096],
         })
     }
 
+    /// Whether the kernel lets a test say where a packet comes from: at XDP (5.15), and at TC which device it came by. `up` is
+    /// one that is up.
+    pub fn takes_places(&mut self, up: u32) -> (bool, bool) {
+        let frame = Frame::new(vec![0; 64]);
+        let mut takes = |hook, ingress| {
+            let at = Context {
+                hook,
+                ifindex: up,
+                from_host: false,
+                l3: ETHERNET_LEN,
+            };
+            self.run(&frame, &at, ingress).is_ok()
+        };
+        (takes(Hook::Xdp, up), takes(Hook::FromNetdev, up))
+    }
+
     /// A descriptor of the XDP program: a device has receive queues for XDP only while a program is attached.
     pub fn xdp(&self) -> Result<OwnedFd> {
-        let Some(Program::Xdp(program)) = self.object.program("xdp") else {
-            bail!("the object has no program xdp");
+        let Some(Program::Xdp(program)) = self.object.program(self.xdp) else {
+            bail!("the object has no program {}", self.xdp);
         };
         Ok(program.fd()?.as_fd().try_clone_to_owned()?)
     }
@@ -136,7 +184,8 @@ impl Kernel {
     /// Runs one packet. `None`: the kernel refuses to test with such a frame.
     pub fn run(&mut self, frame: &Frame, at: &Context, ingress: u32) -> Result<Option<Outcome>> {
         let name = PROGRAMS.iter().find(|(hook, _)| *hook == at.hook);
-        let program = self.object.program(name.context("no such hook")?.1);
+        let name = name.context("no such hook")?.1;
+        let program = self.object.program(if name == "xdp" { self.xdp } else { name });
         let mut skb = [0u32; SKB_WORDS];
         skb[SKB_INGRESS_IFINDEX] = ingress;
         skb[SKB_IFINDEX] = at.ifindex;

@@ -84,6 +84,13 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
     let mut setting = Setting::new(&mut links)?;
     let mut kernel = Kernel::load(&object, &setting.memory.config, &setting.memory, debug_lines)?;
     links.attach_xdp("up0", &kernel.xdp()?)?;
+    let (at_xdp, has_ingress) = kernel.takes_places(setting.indexes.up0);
+    if !at_xdp || !has_ingress {
+        println!(
+            "this kernel's tests are without: XDP ({}), the device that a packet came by ({})",
+            !at_xdp, !has_ingress
+        );
+    }
     let mut random = Random(seed);
     setting.add_policies(&mut random);
     fill(&mut kernel, &setting.memory)?;
@@ -92,6 +99,8 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
         kernel,
         random,
         talks: Vec::new(),
+        at_xdp,
+        has_ingress,
         codes: [[0; 8]; 6],
         refused: 0,
         remembered: 0,
@@ -179,6 +188,9 @@ struct Run {
     kernel: Kernel,
     random: Random,
     talks: Vec<Talk>,
+    /// What this kernel's tests take, see [`Kernel::takes_places`].
+    at_xdp: bool,
+    has_ingress: bool,
     /// How often each hook returned each code.
     codes: [[u64; 8]; 6],
     /// Frames that the kernel would not test with.
@@ -287,7 +299,12 @@ impl Run {
     fn place(&mut self) -> (Context, u32) {
         let random = &mut self.random;
         let indexes = self.setting.indexes;
-        let hook = random.pick(&HOOKS);
+        let hook = loop {
+            match random.pick(&HOOKS) {
+                Hook::Xdp if !self.at_xdp => {}
+                hook => break hook,
+            }
+        };
         let ifindex = match hook {
             Hook::Xdp => indexes.up0,
             Hook::FromNetdev | Hook::ToNetdev => random.pick(&[
@@ -303,6 +320,7 @@ impl Run {
             Hook::FromPod | Hook::ToPod => random.pick(&[indexes.pod0, indexes.pod0, indexes.pod1]),
         };
         let ingress = match hook {
+            _ if !self.has_ingress => 0,
             Hook::Xdp | Hook::FromNetdev | Hook::FromPod => ifindex,
             _ if random.percent(70) => 0,
             _ => indexes.pod1,

@@ -8,6 +8,7 @@ mod kernel;
 mod packets;
 mod policies;
 mod setting;
+mod stack;
 
 use std::collections::HashMap;
 use std::env;
@@ -58,12 +59,17 @@ fn they_agree_with_debug_lines_too() -> Result<()> {
     agree(20, true)
 }
 
-/// Runs one in `share` of the packets that are asked for.
-fn agree(share: usize, debug_lines: bool) -> Result<()> {
-    let object = env::var_os("DATAPLANE_EBPF_OBJECT").map_or_else(
+/// Where the kernel build is.
+fn object() -> PathBuf {
+    env::var_os("DATAPLANE_EBPF_OBJECT").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/dataplane.o"),
         PathBuf::from,
-    );
+    )
+}
+
+/// Runs one in `share` of the packets that are asked for.
+fn agree(share: usize, debug_lines: bool) -> Result<()> {
+    let object = object();
     if !nix::unistd::Uid::effective().is_root() {
         println!("skipped: not root");
         return Ok(());

@@ -4,16 +4,22 @@
 //!   which the kernel would drop.
 //! - `route_localnet`, with `--localhost-node-ports` alone: the same for 127.0.0.1 as source and destination. Only packets
 //!   of this host enter at `lo`; those that come from outside are judged by their own device's setting, which stays.
+//!
+//! Where `/proc/sys` is read-only, as in a container, rtnetlink sets them.
 
 use std::{fs, io};
 
 use super::state::{Record, State, StateError};
-use crate::config::PortRange;
+use crate::{
+    config::PortRange,
+    netlink::devconf::{self, Parameter},
+};
 
 /// A switch of `lo`.
 #[derive(Clone, Copy, Debug)]
 pub struct Switch {
     path: &'static str,
+    parameter: Parameter,
     /// What does not work without it.
     need: &'static str,
     /// Where its value before ours is kept.
@@ -22,12 +28,14 @@ pub struct Switch {
 
 pub const ACCEPT_LOCAL: Switch = Switch {
     path: "/proc/sys/net/ipv4/conf/lo/accept_local",
+    parameter: Parameter::AcceptLocal,
     need: "host processes cannot reach this node's own node ports",
     before: |record| &mut record.accept_local,
 };
 
 pub const ROUTE_LOCALNET: Switch = Switch {
     path: "/proc/sys/net/ipv4/conf/lo/route_localnet",
+    parameter: Parameter::RouteLocalnet,
     need: "host processes cannot reach node ports at 127.0.0.1",
     before: |record| &mut record.route_localnet,
 };
@@ -70,7 +78,23 @@ impl Switch {
     }
 
     fn write(self, value: &str) -> Result<(), SysctlError> {
-        fs::write(self.path, value).map_err(self.failed_to("write"))
+        // The loopback device is the first of every network namespace.
+        const LOOPBACK: u32 = 1;
+        let written = match fs::write(self.path, value) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                match value.parse() {
+                    Ok(number) => devconf::set(LOOPBACK, self.parameter, number),
+                    Err(_) => Err(error),
+                }
+            }
+            outcome => outcome,
+        };
+        written.map_err(self.failed_to("write"))
     }
 
     fn failed_to(self, verb: &'static str) -> impl FnOnce(io::Error) -> SysctlError {

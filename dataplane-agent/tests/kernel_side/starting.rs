@@ -11,6 +11,7 @@ use dataplane_agent::{
     },
     bpf::{Program, links::Cgroup, sys},
     config::{Config, Sizes},
+    netlink::devconf::{self, Parameter},
 };
 use tokio::sync::watch;
 
@@ -63,6 +64,29 @@ fn three_capabilities_are_enough() -> Result<()> {
         Ok(cleanup::cleanup(&config.bpffs)?)
     })?;
     assert!(!node.pins().exists());
+    Ok(())
+}
+
+#[test]
+fn parameters_of_the_loopback_device_are_set_where_proc_is_read_only() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let node = Node::build("devconf")?;
+    for (parameter, name) in [
+        (Parameter::AcceptLocal, "accept_local"),
+        (Parameter::RouteLocalnet, "route_localnet"),
+    ] {
+        let path = format!("/proc/sys/net/ipv4/conf/lo/{name}");
+        for value in [1, 0] {
+            let read = node.netns.enter(|| {
+                keep_only(&[Capability::CAP_NET_ADMIN].into())?;
+                devconf::set(1, parameter, value)?;
+                Ok(fs::read_to_string(&path)?)
+            })?;
+            assert_eq!(read.trim(), value.to_string(), "{name}");
+        }
+    }
     Ok(())
 }
 

@@ -129,7 +129,7 @@ pub enum SocketLb {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DatapathMode {
-    /// XDP where the device's driver has it, TC on the others.
+    /// XDP where the device's driver has it, TC on the others, and on veths, whose other end may take nothing from XDP.
     Auto,
     Xdp,
     Tc,

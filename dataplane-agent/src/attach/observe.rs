@@ -221,13 +221,19 @@ impl Observer {
                 program: Program::Xdp,
                 ifindex: device.ifindex,
             };
-            if let Some(vlan) = select::vlan_above(tables, device)
-                && links.remove(&xdp)
-            {
-                let reason = format!(
+            let reason = if let Some(vlan) = select::vlan_above(tables, device) {
+                format!(
                     "it carries {}, and its driver may hide VLAN tags from XDP",
                     vlan.name
-                );
+                )
+            } else if device.kind == "veth" && self.settings.datapath == DatapathMode::Auto {
+                // The kernel drops these frames, and tells nobody.
+                "the other end of a veth may not take what XDP sends, nor complete its checksums; --datapath xdp uses it all the same"
+                    .to_owned()
+            } else {
+                continue;
+            };
+            if links.remove(&xdp) {
                 lock(&self.attacher).leave_to_tc(device, reason);
             }
         }

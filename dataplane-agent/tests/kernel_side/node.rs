@@ -139,7 +139,7 @@ impl Node {
             metrics_addr: None,
             socket: self.places.work.join("wait.sock"),
             socket_lb: SocketLb::Auto,
-            datapath: DatapathMode::Auto,
+            datapath: DatapathMode::Xdp,
             fast_path: FastPath::Auto,
             snat_ports: PortRange {
                 min: 61000,

@@ -49,7 +49,7 @@ pub struct NetworkConfig {
 }
 
 /// `whenAgentDown`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WhenAgentDown {
     /// The runtime tries again later.
@@ -59,11 +59,20 @@ pub enum WhenAgentDown {
     Allow,
 }
 
-fn agent_socket() -> PathBuf {
+impl WhenAgentDown {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            WhenAgentDown::Fail => "fail",
+            WhenAgentDown::Allow => "allow",
+        }
+    }
+}
+
+pub fn agent_socket() -> PathBuf {
     "/run/dataplane/agent.sock".into()
 }
 
-fn timeout_seconds() -> u32 {
+pub fn timeout_seconds() -> u32 {
     TIMEOUT_S
 }
 

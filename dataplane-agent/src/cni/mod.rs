@@ -3,6 +3,7 @@
 //!
 //! It changes nothing itself: the result is that of the plugins before it. CNI specification 1.1.0 and its predecessors.
 
+mod chain;
 mod config;
 mod error;
 mod interface;
@@ -14,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use clap::Parser;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -52,8 +54,22 @@ impl Environment {
     }
 }
 
-/// Runs as the runtime asks; an error goes to stdout, as the specification wants it.
+/// With arguments, what a person or an init container asks for; runtimes give none.
 pub fn main() -> ExitCode {
+    if env::args_os().len() <= 1 {
+        return plugin();
+    }
+    match chain::Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _closed = writeln!(io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs as the runtime asks; an error goes to stdout, as the specification wants it.
+fn plugin() -> ExitCode {
     let environment = Environment::read();
     let mut input = String::new();
     let read = io::stdin().read_to_string(&mut input);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Deserialize;
 
 use crate::{
@@ -32,6 +32,19 @@ const SOCKET: &str = "/run/dataplane/agent.sock";
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// This process's command line. `--version` tells the commit too.
+    pub fn of_process(commit: Option<&str>) -> Self {
+        const VERSION: &str = env!("CARGO_PKG_VERSION");
+        let version: &'static str = match commit.filter(|commit| !commit.is_empty()) {
+            Some(commit) => format!("{VERSION} (commit {commit})").leak(),
+            None => VERSION,
+        };
+        let matches = Self::command().version(version).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 #[cfg(test)]
@@ -584,10 +597,38 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn run(arguments: &[&str]) -> anyhow::Result<Config> {
         Cli::config_of(["dataplane-agent", "run"].iter().chain(arguments).copied())
+    }
+
+    #[test]
+    fn the_chart_takes_every_setting_that_is_not_its_own() {
+        let schema = include_str!("../../deploy/helm/dataplane/values.schema.json");
+        let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+        let taken = schema["properties"]["config"]["properties"].as_object().unwrap();
+        let taken: BTreeSet<&str> = taken.keys().map(String::as_str).collect();
+        let of_chart = [
+            "config",
+            "node-name",
+            "source",
+            "manifests",
+            "kubeconfig",
+            "apiserver",
+            "bpffs",
+            "cgroup",
+            "health-addr",
+            "metrics-bind-address",
+            "socket",
+        ];
+        let command = Cli::command();
+        let run = command.find_subcommand("run").unwrap();
+        let flags = run.get_arguments().filter_map(clap::Arg::get_long);
+        let flags: BTreeSet<&str> = flags.filter(|flag| !of_chart.contains(flag)).collect();
+        assert_eq!(taken, flags);
     }
 
     #[test]

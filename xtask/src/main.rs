@@ -2,9 +2,11 @@
 
 mod bench;
 mod build;
+mod chart;
 mod demo;
 mod ebpf;
 mod guest;
+mod image;
 mod kernels;
 mod kube;
 mod lint;
@@ -42,6 +44,10 @@ enum Command {
     BuildEbpf(ebpf::Args),
     /// Build the kernel side, the agent and the test programs (release)
     Build,
+    /// A static agent in an image FROM scratch, as an OCI archive in target/image; no daemon, no registry
+    Image(image::Args),
+    /// Write what is generated from the Helm chart: its README, plain manifests, renders
+    Chart(chart::Args),
     /// Two nodes and a client in network namespaces, real traffic, one screen
     Demo(demo::Args),
     /// All unit, property and end-to-end tests of the workspace
@@ -71,6 +77,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Setup(args) => setup::run(&args),
         Command::BuildEbpf(args) => ebpf::run(&args),
         Command::Build => build::run(),
+        Command::Image(args) => image::run(&args),
+        Command::Chart(args) => chart::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),

@@ -17,7 +17,8 @@ pub fn cargo(subcommand: &str) -> Command {
     command
         .arg(subcommand)
         .current_dir(paths::root())
-        .env("CARGO_TARGET_DIR", paths::target());
+        .env("CARGO_TARGET_DIR", paths::target())
+        .env("DATAPLANE_COMMIT", commit());
     // Set by the `cargo run` around us for this package; build scripts of others must not see them as a change.
     for (name, _) in env::vars_os() {
         let name_text = name.to_string_lossy();
@@ -26,6 +27,17 @@ pub fn cargo(subcommand: &str) -> Command {
         }
     }
     command
+}
+
+/// The commit that is checked out, marked where files differ from it; empty outside of a git repository.
+pub fn commit() -> String {
+    let git = |args: &[&str]| stdout_of(Command::new("git").args(args).current_dir(paths::root())).ok();
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return String::new();
+    };
+    let changed =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|files| !files.trim().is_empty());
+    format!("{}{}", commit.trim(), if changed { "-dirty" } else { "" })
 }
 
 /// `cargo build` and its like: the person's progress bar, or silence but for warnings and errors.

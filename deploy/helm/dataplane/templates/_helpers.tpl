@@ -1,0 +1,56 @@
+{{- define "dataplane.name" -}}
+{{- default "dataplane-agent" .Values.fullnameOverride -}}
+{{- end }}
+
+{{- define "dataplane.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "dataplane.name" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- required "serviceAccount.name must be given when serviceAccount.create is false" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end }}
+
+{{- define "dataplane.selector" -}}
+app.kubernetes.io/name: dataplane
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "dataplane.labels" -}}
+{{ include "dataplane.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- define "dataplane.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ default $.Chart.AppVersion .tag }}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- /* What a scraper outside of the node can reach. */ -}}
+{{- define "dataplane.metricsReachable" -}}
+{{- if and .Values.metrics.enabled (not (has .Values.metrics.address (list "127.0.0.1" "[::1]"))) -}}true{{- end -}}
+{{- end }}
+
+{{- define "dataplane.needsReachableMetrics" -}}
+{{- if not (include "dataplane.metricsReachable" .context) -}}
+{{- fail (printf "%s needs metrics that can be reached: set metrics.enabled, and metrics.address to 0.0.0.0 or [::]" .what) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "dataplane.probe" -}}
+httpGet:
+  {{- if has .root.Values.health.address (list "127.0.0.1" "[::1]") }}
+  host: {{ trimPrefix "[" .root.Values.health.address | trimSuffix "]" | quote }}
+  {{- end }}
+  path: {{ .path }}
+  port: {{ .root.Values.health.port }}
+periodSeconds: {{ .times.periodSeconds }}
+failureThreshold: {{ .times.failureThreshold }}
+timeoutSeconds: 3
+{{- end }}

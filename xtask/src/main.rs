@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod chart;
 mod demo;
+mod e2e;
 mod ebpf;
 mod guest;
 mod image;
@@ -48,6 +49,8 @@ enum Command {
     Image(image::Args),
     /// Write what is generated from the Helm chart: its README, plain manifests, renders
     Chart(chart::Args),
+    /// Upstream's network tests in a real cluster of three nodes, with the chart in place of kube-proxy; half an hour
+    E2e(e2e::Args),
     /// Two nodes and a client in network namespaces, real traffic, one screen
     Demo(demo::Args),
     /// All unit, property and end-to-end tests of the workspace
@@ -79,6 +82,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Build => build::run(),
         Command::Image(args) => image::run(&args),
         Command::Chart(args) => chart::run(&args),
+        Command::E2e(args) => e2e::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),

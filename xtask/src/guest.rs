@@ -120,7 +120,7 @@ impl Guest {
 
     fn add_modules(&self, kernel: &Path) -> Result<()> {
         let version = version(kernel)?;
-        let from = kernel.join("lib/modules").join(&version);
+        let from = modules(kernel).join(&version);
         let to = self.root.join("lib/modules").join(&version);
         fs::create_dir_all(&to).with_context(|| format!("failed to create {}", to.display()))?;
         for list in ["modules.builtin", "modules.order"] {
@@ -247,15 +247,35 @@ fn list(root: &Path, dir: &Path, names: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
+/// Where an unpacked kernel has its modules: below `usr` since Debian 13.
+fn modules(kernel: &Path) -> PathBuf {
+    let merged = kernel.join("usr/lib/modules");
+    if merged.is_dir() {
+        merged
+    } else {
+        kernel.join("lib/modules")
+    }
+}
+
 /// The release name of an unpacked kernel.
 fn version(kernel: &Path) -> Result<String> {
-    let dir = kernel.join("lib/modules");
+    let dir = modules(kernel);
     let entry = fs::read_dir(&dir)
         .with_context(|| format!("failed to list {}", dir.display()))?
         .flatten()
         .next();
     let entry = entry.with_context(|| format!("no modules in {}", dir.display()))?;
     Ok(entry.file_name().to_string_lossy().into_owned())
+}
+
+/// The bootable image of an unpacked kernel: beside the modules since Debian 14.
+fn image_of(kernel: &Path) -> Result<PathBuf> {
+    let version = version(kernel)?;
+    let image = kernel.join("boot").join(format!("vmlinuz-{version}"));
+    if image.is_file() {
+        return Ok(image);
+    }
+    Ok(modules(kernel).join(version).join("vmlinuz"))
 }
 
 /// A command that boots a kernel and ends when that powers off or panics.
@@ -265,7 +285,7 @@ pub fn machine(kernel: &Path, image: &Path) -> Result<Command> {
         .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048"])
         .args(["-nographic", "-no-reboot", "-net", "none"])
         .arg("-kernel")
-        .arg(kernel.join("boot").join(format!("vmlinuz-{}", version(kernel)?)))
+        .arg(image_of(kernel)?)
         .arg("-initrd")
         .arg(image)
         // A busy machine emulates too few ticks for the kernel's check of its timer, which then panics.

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{paths, process, progress};
 
-/// What packages of a kernel begin with; since 7.x there are three to one kernel.
-const PARTS: [&str; 3] = ["linux-image-", "linux-modules-", "linux-binary-"];
+/// What packages of a kernel begin with; since 7.x there are four to one kernel.
+const PARTS: [&str; 4] = ["linux-image-", "linux-modules-", "linux-binary-", "linux-base-"];
 
 /// The newest kernel of a series in a release, unpacked; none if the machine has no mirror or that has none.
 ///
@@ -27,7 +27,7 @@ pub fn kernel(release: &str, series: &str) -> Result<Option<PathBuf>> {
         return Ok(None);
     };
     let dir = parent.join(version);
-    if dir.join("boot").is_dir() {
+    if dir.is_dir() {
         return Ok(Some(dir));
     }
     let partial = parent.join(format!("{version}.partial"));

@@ -38,6 +38,9 @@ pub struct Args {
     /// Tests at a time
     #[arg(long, default_value_t = 4)]
     jobs: usize,
+    /// An archive of the image that is there already, instead of one made now
+    #[arg(long, value_name = "ARCHIVE")]
+    image: Option<PathBuf>,
     /// More of the chart's values, as for `helm --set`
     #[arg(long)]
     set: Vec<String>,
@@ -74,9 +77,10 @@ pub fn run(args: &Args) -> Result<()> {
         bail!("a cluster of namespaces needs root: sudo -E env PATH=\"$PATH\" cargo xtask e2e");
     }
     let helm = chart::helm()?;
-    let archive = match args.proxy {
-        Serving::Dataplane => Some(image::of_this_machine()?),
-        Serving::KubeProxy | Serving::None => None,
+    let archive = match (args.proxy, &args.image) {
+        (Serving::Dataplane, Some(archive)) => Some(archive.clone()),
+        (Serving::Dataplane, None) => Some(image::of_this_machine()?),
+        (Serving::KubeProxy | Serving::None, _) => None,
     };
     let cluster = Cluster {
         programs: paths::tools().join("cluster"),
@@ -155,7 +159,11 @@ impl Cluster {
             process::run_captured(self.script("build.sh").arg(&self.programs))?;
             // Go's cache is larger than what was made of it.
             let cache = self.programs.join("gocache");
-            fs::remove_dir_all(&cache).with_context(|| format!("failed to remove {}", cache.display()))
+            if cache.exists() {
+                fs::remove_dir_all(&cache)
+                    .with_context(|| format!("failed to remove {}", cache.display()))?;
+            }
+            Ok(())
         })
     }
 

@@ -7,6 +7,7 @@ mod pods;
 mod policies;
 mod reports;
 mod sockets;
+mod takeover;
 mod verdicts;
 
 use std::{
@@ -26,7 +27,7 @@ use tokio::{
     time,
 };
 
-use self::sockets::HostSockets;
+use self::{sockets::HostSockets, takeover::Takeover};
 use crate::{
     attach,
     bpf::{pins::Pins, sys, verdicts::Verdicts},
@@ -78,6 +79,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         store,
         mut host,
         given_sockets,
+        left_flows,
         constants,
     } = attach::start::start(prepared, &config, wanted_seen)?;
     let syncer = Syncer::restore(&*store).context("failed to read the tables")?;
@@ -119,6 +121,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
     }
     agent.claims = claims;
     agent.sockets = given_sockets.and_then(sockets::open);
+    agent.takeover = Some(Takeover::new(left_flows).context("failed to read the tables of flows")?);
     agent.tables = Some(explain::Tables {
         pins: Pins::new(&config.bpffs),
         constants,
@@ -220,6 +223,7 @@ pub struct Agent {
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
     tables: Option<explain::Tables>,
+    takeover: Option<Takeover>,
     host: Option<HostState>,
     wanted: watch::Sender<WantedPods>,
     progress: watch::Sender<Progress>,
@@ -290,6 +294,7 @@ impl Agent {
             store,
             sockets: None,
             tables: None,
+            takeover: None,
             host: None,
             wanted,
             progress,
@@ -539,6 +544,7 @@ impl Agent {
         self.publish_unknown();
         self.answer_claims();
         self.publish_progress();
+        self.take_over();
         writes
     }
 
@@ -577,6 +583,7 @@ impl Agent {
             }
             Err(error) => tracing::warn!("failed to compare the tables: {error}"),
         }
+        self.look_at_left_flows();
     }
 
     fn sign_of_life(&mut self) {

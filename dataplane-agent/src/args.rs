@@ -145,6 +145,9 @@ pub enum Command {
         /// The BPF file system of the agent.
         #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
         bpffs: PathBuf,
+        /// Remove kube-proxy's own nftables tables instead, and nothing else.
+        #[arg(long)]
+        kube_proxy_rules: bool,
     },
 }
 

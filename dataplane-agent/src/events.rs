@@ -32,15 +32,17 @@ pub enum Reason {
     NoProblemAnyMore,
     TableFull,
     WriteRefused,
+    OtherProxy,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 5] = [
+    pub const ALL: [Reason; 6] = [
         Reason::NotServed,
         Reason::SourceNotFollowed,
         Reason::NoProblemAnyMore,
         Reason::TableFull,
         Reason::WriteRefused,
+        Reason::OtherProxy,
     ];
 
     /// As Kubernetes spells reasons.
@@ -51,15 +53,18 @@ impl Reason {
             Reason::NoProblemAnyMore => "NoProblemAnyMore",
             Reason::TableFull => "TableFull",
             Reason::WriteRefused => "WriteRefused",
+            Reason::OtherProxy => "OtherProxy",
         }
     }
 
     pub const fn kind(self) -> EventKind {
         match self {
             Reason::NoProblemAnyMore => EventKind::Normal,
-            Reason::NotServed | Reason::SourceNotFollowed | Reason::TableFull | Reason::WriteRefused => {
-                EventKind::Warning
-            }
+            Reason::NotServed
+            | Reason::SourceNotFollowed
+            | Reason::TableFull
+            | Reason::WriteRefused
+            | Reason::OtherProxy => EventKind::Warning,
         }
     }
 
@@ -75,6 +80,7 @@ impl Reason {
             Reason::WriteRefused => {
                 "an object, or a part of it, is not served because the kernel refused a write"
             }
+            Reason::OtherProxy => "kube-proxy's rules are on this node too",
         }
     }
 }

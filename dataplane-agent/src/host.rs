@@ -10,7 +10,10 @@ use dataplane_common::{addr::Mac, device::Device};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::store::{Store, sockets::GivenSockets};
+use crate::{
+    netlink::kube_proxy::Rules,
+    store::{Store, left::LeftFlows, sockets::GivenSockets},
+};
 
 /// One observation of the machine, complete in itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub struct HostState {
     /// The same interfaces by ifindex, with their pods as `namespace/name`; also those that a CNI plugin has told. Only those
     /// that carry their programs.
     pub bound_pods: BTreeMap<u32, String>,
+    /// Where kube-proxy has rules.
+    pub kube_proxy: Vec<Rules>,
 }
 
 /// An address of this node. Whether node ports answer at it is the agent's decision.
@@ -119,6 +124,7 @@ pub struct Kernel {
     pub host: watch::Receiver<Option<HostState>>,
     /// `None` without socket hooks.
     pub given_sockets: Option<GivenSockets>,
+    pub left_flows: LeftFlows,
     /// What the programs were loaded with.
     pub constants: dataplane_common::config::Config,
 }

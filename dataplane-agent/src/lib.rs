@@ -25,4 +25,5 @@ pub mod served;
 pub mod source;
 pub mod store;
 pub mod sync;
+pub mod takeover;
 pub mod told;

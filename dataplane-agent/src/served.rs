@@ -41,14 +41,17 @@ pub enum ConditionKind {
     TablesHaveRoom,
     /// The kernel takes every write.
     KernelAcceptsWrites,
+    /// No other proxy has rules on this node.
+    OnlyProxy,
 }
 
 impl ConditionKind {
-    pub const ALL: [ConditionKind; 4] = [
+    pub const ALL: [ConditionKind; 5] = [
         ConditionKind::SourceFollowed,
         ConditionKind::ObjectsUsable,
         ConditionKind::TablesHaveRoom,
         ConditionKind::KernelAcceptsWrites,
+        ConditionKind::OnlyProxy,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -57,6 +60,7 @@ impl ConditionKind {
             ConditionKind::ObjectsUsable => "ObjectsUsable",
             ConditionKind::TablesHaveRoom => "TablesHaveRoom",
             ConditionKind::KernelAcceptsWrites => "KernelAcceptsWrites",
+            ConditionKind::OnlyProxy => "OnlyProxy",
         }
     }
 
@@ -65,6 +69,7 @@ impl ConditionKind {
             Cause::Unfollowed => matches!(self, ConditionKind::SourceFollowed),
             Cause::TableFull => matches!(self, ConditionKind::TablesHaveRoom),
             Cause::WriteRefused => matches!(self, ConditionKind::KernelAcceptsWrites),
+            Cause::OtherProxy => matches!(self, ConditionKind::OnlyProxy),
             Cause::Invalid | Cause::Unsupported | Cause::Conflict | Cause::Disabled | Cause::Unreadable => {
                 matches!(self, ConditionKind::ObjectsUsable)
             }

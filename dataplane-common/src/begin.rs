@@ -4,7 +4,7 @@ use crate::{
     addr::{Family, Tuple, proto},
     backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
-    flow::{FlowEvent, FlowMeta, Side, flow_flags, flow_state},
+    flow::{FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
     half_open::{enter_both, side_of, turn_around},
     packet::Packet,
     parse::tcp,
@@ -21,6 +21,12 @@ use crate::{
 /// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
 #[inline(never)]
 pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    if work.headers.proto == proto::TCP
+        && !work.headers.has_flags(tcp::SYN)
+        && world.midstream_ticks() == MIDSTREAM_LEFT
+    {
+        return Verdict::PASS;
+    }
     let head = match usable::<F, W>(world, at, work) {
         Ok(head) => head,
         Err(verdict) => return verdict,

@@ -463,6 +463,14 @@ pub(crate) fn translated<F: Family, W: World<F>>(world: &W, at: &Context, work: 
     } else {
         F::rewrite(&work.forward).tuple()
     };
+    // Seen by the client, on either side of netfilter's translation: as it would be behind it.
+    if meta.flags & flow_flags::LEFT != 0
+        && at_client == is_reply
+        && let Some(backend) = world.backend(meta.backend)
+    {
+        work.from_pod.dst = F::from_any(backend.addr_be);
+        work.from_pod.dport_be = backend.head.port_be;
+    }
     let outward = at_client || !is_reply;
     let verdict = judge_at_once::<F, W>(world, at.ifindex, work, outward);
     if verdict != Verdict::PASS || far == 0 {

@@ -4,6 +4,7 @@ extern crate std;
 
 mod datagrams;
 mod endings;
+mod left;
 mod policies;
 mod unbound;
 

@@ -57,6 +57,9 @@ pub mod flow_flags {
     pub const SELF_EGRESS: u8 = 4;
     /// The other direction is seen at [`super::Side::Egress`].
     pub const OTHER_EGRESS: u8 = 8;
+    /// Netfilter translates the flow, as it did before there was anything of ours: here its packets pass as they are. The
+    /// entry's rewrite is what they have already; the backend says what policies judge.
+    pub const LEFT: u8 = 16;
 }
 
 /// Values of [`FlowMeta::state`].
@@ -67,6 +70,10 @@ pub mod flow_state {
     /// In `HALF_OPEN`: there has been an answer, and the client has not gone on after it.
     pub const ANSWERED: u8 = 2;
 }
+
+/// In place of ticks in `MIDSTREAM`: what is in the middle of a TCP connection and in no table is netfilter's. The agent
+/// says so from its first start until it has entered those flows.
+pub const MIDSTREAM_LEFT: u32 = u32::MAX;
 
 /// How a translated packet leaves the hook.
 #[repr(u8)]

@@ -149,7 +149,7 @@ pub struct Refusals {
 #[btf_map]
 pub static REFUSALS: PerCpuArray<Refusals, 1> = PerCpuArray::new();
 
-/// When a TCP flow was last begun in mid-stream, in ticks.
+/// When a TCP flow was last begun in mid-stream, in ticks; or [`flow::MIDSTREAM_LEFT`].
 #[btf_map]
 pub static MIDSTREAM: Array<u32, 1> = Array::new();
 

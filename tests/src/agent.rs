@@ -226,6 +226,19 @@ impl Agents {
             .with_context(|| format!("failed to run {arguments:?}"))
     }
 
+    /// Runs a command of the agent's program on a node.
+    pub fn run(&self, node: &str, arguments: &[&str]) -> Result<Output> {
+        let agent = self.of(node)?;
+        let (netns, cgroup) = &agent.enter;
+        let mut command = agent
+            .helper
+            .enter(netns, &cgroup.join("host"), &self.options.program);
+        command
+            .args(arguments)
+            .output()
+            .with_context(|| format!("failed to run {arguments:?}"))
+    }
+
     /// What the agent of a node answers on its socket.
     pub fn ask(&self, node: &str, path: &str) -> Result<serde_json::Value> {
         let mut socket = UnixStream::connect(&self.of(node)?.socket)?;

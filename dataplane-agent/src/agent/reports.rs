@@ -9,7 +9,7 @@ use super::Agent;
 use crate::{
     events::{Event, Reason},
     metrics,
-    model::{Cause, ObjectRef, Problem, Rejected},
+    model::{Cause, Kind, Name, ObjectRef, Problem, Rejected},
     served::{self, Served, ServedObject},
     sync::{Failure, Subject},
 };
@@ -58,7 +58,10 @@ impl Agent {
         let of_objects = self.compiler.rejected(origin).into_iter();
         let of_source = self.source_rejected.iter().cloned();
         let all = of_source.chain(of_objects).chain(of_health_checks);
-        let rejected: BTreeSet<Rejected> = all.chain(self.rejected_by_policies()).collect();
+        let rejected: BTreeSet<Rejected> = all
+            .chain(self.rejected_by_policies())
+            .chain(self.other_proxy())
+            .collect();
         let event = |reason, one: &Rejected| Event {
             reason,
             regarding: one.object.parse().ok(),
@@ -74,6 +77,28 @@ impl Agent {
         self.rejected = rejected;
         self.metrics
             .count_problems(&metrics::count(self.rejected.iter(), self.failed.iter()));
+    }
+
+    /// The rules of kube-proxy on this node, if there are any.
+    fn other_proxy(&self) -> Option<Rejected> {
+        let rules = &self.host.as_ref()?.kube_proxy;
+        if rules.is_empty() {
+            return None;
+        }
+        let places: Vec<String> = rules.iter().map(ToString::to_string).collect();
+        let reason = format!(
+            "kube-proxy's rules are here ({}): what passes no hook of ours is served by them, and they cost every packet; keep its DaemonSet off this node, then remove them (docs/migration.md)",
+            places.join(", ")
+        );
+        let object = ObjectRef {
+            kind: Kind::Node,
+            name: Name::new("", &self.node_name),
+        };
+        Some(Rejected {
+            origin: None,
+            object: object.to_string(),
+            problem: Problem::new("", reason).because(Cause::OtherProxy),
+        })
     }
 
     /// Takes over what could not be programmed, and tells what is new of it.
@@ -128,6 +153,7 @@ impl Agent {
 fn reason_of(rejected: &Rejected) -> Reason {
     match rejected.problem.cause {
         Cause::Unfollowed => Reason::SourceNotFollowed,
+        Cause::OtherProxy => Reason::OtherProxy,
         _ => Reason::NotServed,
     }
 }

@@ -17,7 +17,7 @@ use crate::{
         pins::{PinError, Pins},
         sys,
     },
-    netlink::{filters, socket::RequestSocket, tables},
+    netlink::{filters, nat, socket::RequestSocket, tables},
 };
 
 /// Some grace periods, on a busy machine.
@@ -37,6 +37,8 @@ pub enum CleanupError {
     Sysctl(#[from] SysctlError),
     #[error("failed to remove the filters of clsact qdiscs")]
     Filters(#[source] io::Error),
+    #[error("failed to remove the nftables table that keeps netfilter's NAT")]
+    Nat(#[source] io::Error),
 }
 
 /// Removes all that agents with this `--bpffs` have made. Must be called in the network namespace of the host.
@@ -55,6 +57,7 @@ pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
     // With the last pins go the programs and maps.
     pins.remove()?;
     remove_filters(&state, &mut objects.programs).map_err(CleanupError::Filters)?;
+    nat::release().map_err(CleanupError::Nat)?;
     for switch in [sysctl::ACCEPT_LOCAL, sysctl::ROUTE_LOCALNET] {
         switch.restore(&mut state)?;
     }

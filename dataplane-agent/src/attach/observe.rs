@@ -19,6 +19,7 @@ use crate::{
     netlink::{
         events::{ChainEvents, Events},
         firewall,
+        kube_proxy::{self, Rules},
         pods::{PodBinder, candidates},
         select::{self, DevicePatterns, Role},
         socket::RequestSocket,
@@ -60,6 +61,8 @@ pub struct Observer {
     unknown: UnknownInterfaces,
     /// Packets between pods may skip netfilter.
     fast_path: bool,
+    /// Where kube-proxy has rules; `None`: to be found out.
+    kube_proxy: Option<Vec<Rules>>,
     search_since: Option<Instant>,
     reported: BTreeSet<String>,
 }
@@ -75,6 +78,7 @@ impl Observer {
             pods: PodBinder::default(),
             unknown,
             fast_path: false,
+            kube_proxy: None,
             search_since: None,
             reported: BTreeSet::new(),
         }
@@ -101,6 +105,7 @@ impl Observer {
                 full_look = Instant::now();
                 lock(&self.attacher).verify(&mut self.socket);
                 self.fast_path = self.may_skip_netfilter();
+                self.kube_proxy = None;
             }
             let began = Instant::now();
             let pods = wanted.borrow_and_update().clone();
@@ -133,6 +138,7 @@ impl Observer {
                 changed = chains_changed(chains.as_ref()) => {
                     changed?;
                     self.fast_path = self.may_skip_netfilter();
+                    self.kube_proxy = None;
                 }
                 changed = wanted.changed() => {
                     if changed.is_err() {
@@ -211,6 +217,10 @@ impl Observer {
         }
         drop(attacher);
         self.report(problems);
+        if self.kube_proxy.is_none() {
+            // What can't be listed is told by the fast path, which asks for the same.
+            self.kube_proxy = Some(kube_proxy::find(&tables.links).unwrap_or_default());
+        }
         Ok(self.state(&tables, &roles, wanted))
     }
 
@@ -351,6 +361,7 @@ impl Observer {
                 .filter_map(|(addr, pod)| interface(*addr, pod))
                 .collect(),
             bound_pods: bound,
+            kube_proxy: self.kube_proxy.clone().unwrap_or_default(),
         }
     }
 

@@ -23,7 +23,7 @@ use crate::{
     config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb, Verdicts},
     host::{Claim, HostState, Kernel, WantedPods},
     netlink::{select::DevicePatterns, socket::RequestSocket, tables},
-    store::{bpf::BpfStore, sockets::GivenSockets},
+    store::{bpf::BpfStore, left::LeftFlows, sockets::GivenSockets},
 };
 
 /// What was found out before anything is made, and the lock that keeps a second agent away.
@@ -74,7 +74,7 @@ pub fn start(
     wanted: watch::Receiver<WantedPods>,
 ) -> anyhow::Result<Kernel> {
     let is_first = !prepared.pins.exists();
-    load_and_watch(prepared, config, wanted).inspect_err(|_| {
+    load_and_watch(prepared, config, wanted, is_first).inspect_err(|_| {
         if is_first && let Err(left) = cleanup(&config.bpffs) {
             tracing::warn!("failed to undo the start: {:#}", anyhow::Error::from(left));
         }
@@ -85,6 +85,7 @@ fn load_and_watch(
     prepared: Prepared,
     config: &Config,
     wanted: watch::Receiver<WantedPods>,
+    is_first: bool,
 ) -> anyhow::Result<Kernel> {
     let Prepared {
         kernel_flags,
@@ -111,6 +112,12 @@ fn load_and_watch(
     };
     let mut loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
+    let left_flows = LeftFlows::open(&loaded.pins).context("failed to open the tables of flows")?;
+    if is_first {
+        left_flows
+            .begin()
+            .context("failed to leave connections that began before to netfilter")?;
+    }
     let given_sockets = options
         .socket_hooks
         .then(|| GivenSockets::open(&loaded.pins))
@@ -155,6 +162,7 @@ fn load_and_watch(
         store: Box::new(store),
         host,
         given_sockets,
+        left_flows,
         constants: options.config,
     })
 }

@@ -59,15 +59,21 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Fails, by name, when the process may not load programs or configure the network, or the kernel is too old or denies
-/// BPF.
-pub fn check() -> Result<(), KernelError> {
+/// Fails when the kernel is too old.
+pub fn check_version() -> Result<(), KernelError> {
     let (major, minor) = version()?;
     if (major, minor) < (5, 10) {
         return Err(KernelError::TooOld {
             found: format!("{major}.{minor}"),
         });
     }
+    Ok(())
+}
+
+/// Fails, by name, when the process may not load programs or configure the network, or the kernel is too old or denies
+/// BPF.
+pub fn check() -> Result<(), KernelError> {
+    check_version()?;
     check_capabilities()?;
     // Before 5.11 maps count against this limit.
     sys::raise_memlock_limit();
@@ -78,12 +84,47 @@ pub fn check() -> Result<(), KernelError> {
     })
 }
 
+const NET_ADMIN: u32 = 12;
+const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
+const BPF: u32 = 39;
+/// Those that matter here, by number and name.
+pub const CAPABILITIES: [(u32, &str); 4] = [
+    (NET_ADMIN, "CAP_NET_ADMIN"),
+    (SYS_ADMIN, "CAP_SYS_ADMIN"),
+    (PERFMON, "CAP_PERFMON"),
+    (BPF, "CAP_BPF"),
+];
+
 /// Fails, by name, when a capability is missing.
 pub fn check_capabilities() -> Result<(), KernelError> {
-    const NET_ADMIN: u32 = 12;
-    const SYS_ADMIN: u32 = 21;
-    const PERFMON: u32 = 38;
-    const BPF: u32 = 39;
+    check_net_admin()?;
+    let effective = effective_capabilities()?;
+    let has = |capability: u32| effective >> capability & 1 == 1;
+    for (capability, name) in [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")] {
+        if !has(capability) && !has(SYS_ADMIN) {
+            return Err(KernelError::Capability(name));
+        }
+    }
+    Ok(())
+}
+
+/// Fails without the capability to configure the network.
+pub fn check_net_admin() -> Result<(), KernelError> {
+    if effective_capabilities()? >> NET_ADMIN & 1 == 1 {
+        Ok(())
+    } else {
+        Err(KernelError::Capability("CAP_NET_ADMIN"))
+    }
+}
+
+/// Whether other programs' names and objects can be looked up.
+pub fn has_sys_admin() -> bool {
+    effective_capabilities().is_ok_and(|effective| effective >> SYS_ADMIN & 1 == 1)
+}
+
+/// The capabilities that this thread has, as a bit set.
+pub fn effective_capabilities() -> Result<u64, KernelError> {
     let path = "/proc/thread-self/status";
     let text = fs::read_to_string(path).map_err(PathError::new("read", path.as_ref()))?;
     let effective = text
@@ -91,16 +132,7 @@ pub fn check_capabilities() -> Result<(), KernelError> {
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
         .unwrap_or(0);
-    let has = |capability: u32| effective >> capability & 1 == 1;
-    if !has(NET_ADMIN) {
-        return Err(KernelError::Capability("CAP_NET_ADMIN"));
-    }
-    for (capability, name) in [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")] {
-        if !has(capability) && !has(SYS_ADMIN) {
-            return Err(KernelError::Capability(name));
-        }
-    }
-    Ok(())
+    Ok(effective)
 }
 
 /// Whether TC programs are attached as TCX links (6.6) or as filters of a clsact qdisc.

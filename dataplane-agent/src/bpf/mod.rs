@@ -141,4 +141,5 @@ pub mod map_names {
     pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
     pub const COUNTERS: &str = "COUNTERS";
     pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
+    pub const MIDSTREAM: &str = "MIDSTREAM";
 }

@@ -67,7 +67,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             output,
         } => verdicts::run(&socket, follow, output)?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
-        Command::Cleanup { bpffs } => cleanup::run(&bpffs)?,
+        Command::Cleanup {
+            kube_proxy_rules: true,
+            ..
+        } => cleanup::kube_proxy_rules()?,
+        Command::Cleanup { bpffs, .. } => cleanup::run(&bpffs)?,
     }
     Ok(ExitCode::SUCCESS)
 }

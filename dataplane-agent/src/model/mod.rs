@@ -235,10 +235,12 @@ pub enum Cause {
     TableFull,
     /// The kernel refused to write it.
     WriteRefused,
+    /// Another proxy serves this node too.
+    OtherProxy,
 }
 
 impl Cause {
-    pub const ALL: [Cause; 8] = [
+    pub const ALL: [Cause; 9] = [
         Cause::Invalid,
         Cause::Unsupported,
         Cause::Conflict,
@@ -247,6 +249,7 @@ impl Cause {
         Cause::Unfollowed,
         Cause::TableFull,
         Cause::WriteRefused,
+        Cause::OtherProxy,
     ];
 
     /// The label in metrics.
@@ -260,6 +263,7 @@ impl Cause {
             Cause::Unfollowed => "unfollowed",
             Cause::TableFull => "table-full",
             Cause::WriteRefused => "write-refused",
+            Cause::OtherProxy => "other-proxy",
         }
     }
 
@@ -276,6 +280,7 @@ impl Cause {
             }
             Cause::TableFull => "a table has no room: a `--max-…` flag makes it larger",
             Cause::WriteRefused => "the kernel refused to write it; it is tried again",
+            Cause::OtherProxy => "kube-proxy's rules are on this node too",
         }
     }
 }

@@ -40,7 +40,7 @@ pub fn policy_engine() -> io::Result<Option<String>> {
         // Asking for a table that is not there would make it.
         let tables = fs::read_to_string(names).unwrap_or_default();
         if tables.lines().any(|table| table == "filter")
-            && let Some(chain) = legacy_chain(&sys::legacy_filter_rules(is_ipv6)?)
+            && let Some(chain) = legacy_chain(&sys::legacy_filter_rules(is_ipv6)?, &CHAINS)
         {
             return Ok(Some(format!("iptables-legacy filter/{chain}")));
         }
@@ -48,10 +48,11 @@ pub fn policy_engine() -> io::Result<Option<String>> {
     Ok(None)
 }
 
-/// Chains begin with an error target that holds their name, terminated by zero.
-fn legacy_chain(rules: &[u8]) -> Option<String> {
+/// The first chain of iptables-legacy whose name begins so. Chains begin with an error target that holds their name,
+/// terminated by zero.
+pub fn legacy_chain(rules: &[u8], prefixes: &[&str]) -> Option<String> {
     let at = (0..rules.len()).find(|&at| {
-        CHAINS
+        prefixes
             .iter()
             .any(|prefix| rules[at..].starts_with(prefix.as_bytes()))
     })?;

@@ -1,9 +1,12 @@
 //! What the kernel says of this machine's network: devices, addresses, routes, and the pods behind its interfaces.
 
 pub mod devconf;
+pub mod conntrack;
 pub mod events;
 pub mod filters;
 pub mod firewall;
+pub mod kube_proxy;
+pub mod nat;
 pub mod pods;
 pub mod select;
 pub mod socket;

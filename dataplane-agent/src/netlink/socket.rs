@@ -6,7 +6,7 @@ use std::io;
 
 use netlink_sys::{
     Socket, SocketAddr,
-    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_SOCK_DIAG},
+    protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_SOCK_DIAG},
 };
 
 pub const NLM_F_REQUEST: u16 = 1;
@@ -47,6 +47,10 @@ impl RequestSocket {
         Self::open_family(NETLINK_NETFILTER)
     }
 
+    pub fn open_generic() -> io::Result<Self> {
+        Self::open_family(NETLINK_GENERIC)
+    }
+
     pub fn open_sock_diag() -> io::Result<Self> {
         Self::open_family(NETLINK_SOCK_DIAG)
     }
@@ -65,34 +69,85 @@ impl RequestSocket {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let (messages, interrupted) = self.exchange(kind, NLM_F_REQUEST | NLM_F_DUMP, body)?;
+            let mut messages = Vec::new();
+            let interrupted = self.dump_each(kind, body, |message| messages.push(message.to_message()))?;
             if !interrupted || attempts == DUMP_ATTEMPTS {
                 return Ok(messages);
             }
         }
     }
 
+    /// Hands over the messages of a dump as they come. Returns whether the kernel calls it inconsistent.
+    pub fn dump_each(&mut self, kind: u16, body: &[u8], each: impl FnMut(&Part<'_>)) -> io::Result<bool> {
+        self.exchange(kind, NLM_F_REQUEST | NLM_F_DUMP, body, each)
+    }
+
     /// The message that answers a request for one object.
     pub fn get(&mut self, kind: u16, body: &[u8]) -> io::Result<Message> {
-        let (messages, _) = self.exchange(kind, NLM_F_REQUEST, body)?;
-        messages
-            .into_iter()
-            .next()
-            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
+        let mut first = None;
+        self.exchange(kind, NLM_F_REQUEST, body, |message| {
+            first.get_or_insert_with(|| message.to_message());
+        })?;
+        first.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
     }
 
     /// Asks for a change and waits for the kernel's word on it.
     pub fn change(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
-        self.exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body)
+        self.exchange(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body, |_| {})
             .map(drop)
     }
 
-    fn exchange(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<(Vec<Message>, bool)> {
+    /// Asks for several changes of nftables (type, flags, body), which are made together or not at all.
+    pub fn change_all(&mut self, subsystem: u16, changes: &[(u16, u16, Vec<u8>)]) -> io::Result<()> {
+        const BATCH_BEGIN: u16 = 0x10;
+        const BATCH_END: u16 = 0x11;
+        // `struct nfgenmsg`, whose last field names the subsystem in network byte order.
+        let mut around = vec![0, 0];
+        around.extend((subsystem >> 8).to_be_bytes());
+        let first = self.sequence.wrapping_add(1);
+        let mut datagram = frame(BATCH_BEGIN, NLM_F_REQUEST, first, &around);
+        for (kind, flags, body) in changes {
+            self.sequence = self.sequence.wrapping_add(1);
+            datagram.extend(frame(
+                *kind,
+                NLM_F_REQUEST | NLM_F_ACK | flags,
+                self.sequence,
+                body,
+            ));
+        }
+        datagram.extend(frame(BATCH_END, NLM_F_REQUEST, self.sequence, &around));
+        self.socket.send(&datagram, 0)?;
+        let mut answers = 0;
+        while answers < changes.len() {
+            let (datagram, _) = self.socket.recv_from_full()?;
+            for message in split(&datagram) {
+                if message.sequence.wrapping_sub(first) as usize >= changes.len()
+                    || message.kind != NLMSG_ERROR
+                {
+                    continue;
+                }
+                answers += 1;
+                match error_code(message.body) {
+                    0 => {}
+                    code => return Err(io::Error::from_raw_os_error(-code)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn exchange(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        body: &[u8],
+        mut each: impl FnMut(&Part<'_>),
+    ) -> io::Result<bool> {
         self.sequence = self.sequence.wrapping_add(1);
         self.socket.send(&frame(kind, flags, self.sequence, body), 0)?;
         let expects_done = flags & NLM_F_DUMP == NLM_F_DUMP && flags & NLM_F_ACK == 0;
         let expects_ack = flags & NLM_F_ACK != 0;
-        let mut messages = Vec::new();
+        let mut any = false;
         let mut interrupted = false;
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
@@ -104,19 +159,19 @@ impl RequestSocket {
                 interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 match message.kind {
                     // Both carry an error number, negative; DONE may come without.
-                    NLMSG_DONE if message.body.is_empty() => return Ok((messages, interrupted)),
+                    NLMSG_DONE if message.body.is_empty() => return Ok(interrupted),
                     NLMSG_DONE | NLMSG_ERROR => match error_code(message.body) {
-                        0 => return Ok((messages, interrupted)),
+                        0 => return Ok(interrupted),
                         code => return Err(io::Error::from_raw_os_error(-code)),
                     },
-                    kind => messages.push(Message {
-                        kind,
-                        body: message.body.to_vec(),
-                    }),
+                    _ => {
+                        any = true;
+                        each(&message);
+                    }
                 }
             }
-            if !expects_done && !expects_ack && !messages.is_empty() {
-                return Ok((messages, interrupted));
+            if !expects_done && !expects_ack && any {
+                return Ok(interrupted);
             }
         }
     }
@@ -144,6 +199,15 @@ pub struct Part<'a> {
     flags: u16,
     sequence: u32,
     pub body: &'a [u8],
+}
+
+impl Part<'_> {
+    fn to_message(&self) -> Message {
+        Message {
+            kind: self.kind,
+            body: self.body.to_vec(),
+        }
+    }
 }
 
 /// The messages of a datagram; stops at one that is cut off.

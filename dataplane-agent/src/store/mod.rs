@@ -7,6 +7,7 @@
 pub mod bpf;
 #[cfg(test)]
 pub mod faulty;
+pub mod left;
 pub mod memory;
 pub mod policy;
 pub mod sockets;

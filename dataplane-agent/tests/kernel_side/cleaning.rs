@@ -21,6 +21,8 @@ use dataplane_agent::{
     config::Config,
     netlink::{
         filters,
+        kube_proxy::{self, RuleFamily, Rules},
+        nat,
         socket::{RequestSocket, attributes, read_string, read_u32},
         tables::{self, Link},
     },
@@ -30,7 +32,7 @@ use super::{needs::ready, node::Node, small};
 
 /// What a clean-up must leave alone.
 #[derive(Debug, PartialEq)]
-struct Found {
+pub struct Found {
     /// With their XDP programs.
     links: Vec<Link>,
     /// Device, parent and kind.
@@ -41,10 +43,36 @@ struct Found {
     filters: BTreeMap<(u32, bool), Vec<(String, u32)>>,
     sysctls: BTreeMap<PathBuf, String>,
     files: BTreeSet<PathBuf>,
+    /// What the programs that are there say of netfilter's rules.
+    rules: Vec<(&'static str, String)>,
+}
+
+/// Those that list rules, of either kind of iptables.
+const RULES: [&str; 6] = [
+    "nft",
+    "iptables-save",
+    "ip6tables-save",
+    "iptables-legacy-save",
+    "ip6tables-legacy-save",
+    "iptables-nft-save",
+];
+
+/// What a program says of the rules of this network namespace; without dates and packet counts.
+fn rules_by(program: &'static str) -> Option<(&'static str, String)> {
+    let arguments: &[&str] = if program == "nft" {
+        &["list", "ruleset"]
+    } else {
+        &[]
+    };
+    let output = Command::new(program).args(arguments).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let lines = lines.map(|line| line.split(" [").next().unwrap_or_default());
+    Some((program, lines.collect::<Vec<_>>().join("\n")))
 }
 
 impl Found {
-    fn look(node: &Node) -> Result<Self> {
+    pub fn look(node: &Node) -> Result<Self> {
         let cgroup = Cgroup::open(&node.places.cgroup)?;
         let folders = [
             node.places.bpffs.clone(),
@@ -96,6 +124,7 @@ impl Found {
                 filters: named,
                 sysctls,
                 files,
+                rules: RULES.into_iter().filter_map(rules_by).collect(),
             })
         })
     }
@@ -133,12 +162,30 @@ fn a_clean_up_leaves_the_machine_as_it_was_found() -> Result<()> {
         localhost_node_ports: true,
         ..node.config()
     };
+    for rules in [
+        "nft add table ip kube-proxy { chain services { counter ; } ; }",
+        "iptables -t nat -N KUBE-SERVICES",
+        "iptables-legacy -N KUBE-SERVICES",
+    ] {
+        let (program, arguments) = rules.split_once(' ').unwrap_or((rules, ""));
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        // Those that this machine has.
+        node.netns
+            .enter(|| Ok(drop(Command::new(program).args(arguments).output())))?;
+    }
     let before = Found::look(&node)?;
     let agent = node.start(&config)?;
     agent.wait("the uplink and the pod", |state| {
         state.devices.len() == 2 && !state.pod_interfaces.is_empty()
     })?;
-    ensure!(Found::look(&node)? != before, "nothing was done");
+    // What an agent does that takes over.
+    node.netns.enter(|| Ok(nat::keep()?))?;
+    let meanwhile = Found::look(&node)?;
+    ensure!(meanwhile != before, "nothing was done");
+    ensure!(
+        meanwhile.rules != before.rules || before.rules.iter().all(|(program, _)| *program != "nft"),
+        "no rule was made"
+    );
     let pins = node.pins();
     let maps = pins.map_ids();
     let links = PinnedLinks::new(&pins);
@@ -232,5 +279,56 @@ fn what_others_attached_outlives_us() -> Result<()> {
     tc("filter del dev eth0 ingress prio 7")?;
     tc("filter del dev veth1 egress prio 9")?;
     drop(foreign);
+    Ok(())
+}
+
+#[test]
+fn kube_proxys_own_tables_are_found_and_removed_and_nothing_else() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let node = Node::build("kproxy")?;
+    let run = |text: &str| {
+        let (program, arguments) = text.split_once(' ').unwrap_or((text, ""));
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        node.netns
+            .enter(|| Ok(Command::new(program).args(arguments).output()?))
+    };
+    if let Err(error) = run("nft list ruleset") {
+        println!("SKIPPED: needs nft ({error:#})");
+        return Ok(());
+    }
+    let find = || node.netns.enter(|| Ok(kube_proxy::find(&[])?));
+    run("nft add table inet kube-proxy { chain services { counter ; } ; }")?;
+    run("nft add table ip other { chain services { counter ; } ; }")?;
+    assert_eq!(find()?, []);
+    let before = node.netns.enter(|| Ok(rules_by("nft")))?;
+    for family in ["ip", "ip6"] {
+        run(&format!(
+            "nft add table {family} kube-proxy {{ chain services {{ counter ; }} ; chain nat {{ type nat hook prerouting priority 0 ; jump services ; }} ; }}"
+        ))?;
+    }
+    let tables = [RuleFamily::Ip, RuleFamily::Ip6];
+    assert_eq!(find()?, tables.map(Rules::Nftables));
+    assert_eq!(node.netns.enter(|| Ok(kube_proxy::remove()?))?, tables);
+    assert_eq!(node.netns.enter(|| Ok(rules_by("nft")))?, before);
+    assert_eq!(node.netns.enter(|| Ok(kube_proxy::remove()?))?, []);
+
+    let (nft, legacy) = (
+        "iptables-nft -t nat -N KUBE-SERVICES",
+        "iptables-legacy -N KUBE-SERVICES",
+    );
+    if run(nft).is_ok_and(|output| output.status.success()) {
+        assert_eq!(find()?, [Rules::IptablesNft(RuleFamily::Ip)]);
+        assert_eq!(
+            node.netns.enter(|| Ok(kube_proxy::remove()?))?,
+            [],
+            "it is in a table of others"
+        );
+        run("iptables-nft -t nat -X KUBE-SERVICES")?;
+    }
+    if run(legacy).is_ok_and(|output| output.status.success()) {
+        assert_eq!(find()?, [Rules::IptablesLegacy(RuleFamily::Ip)]);
+    }
     Ok(())
 }

@@ -73,6 +73,19 @@ impl<K: Pod, V: Pod> MapFd<K, V> {
         }
     }
 
+    /// Enters what is not there yet. False: it is.
+    pub fn insert(&self, key: &K, value: &V) -> io::Result<bool> {
+        const BPF_NOEXIST: u64 = 1;
+        let mut attr = self.element(key, address(value));
+        attr.flags = BPF_NOEXIST;
+        // SAFETY: `key` and `value` live across the call and have the map's key and value sizes (`new`).
+        match unsafe { bpf(Command::MapUpdate, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     pub fn update(&self, key: &K, value: &V) -> io::Result<()> {
         let mut attr = self.element(key, address(value));
         // SAFETY: `key` and `value` live across the call and have the map's key and value sizes (`new`).

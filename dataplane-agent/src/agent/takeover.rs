@@ -1,0 +1,180 @@
+//! When connections that netfilter translates are entered into the tables, and when their entries are looked at again.
+
+use std::{io, net::SocketAddr};
+
+use dataplane_common::{
+    addr::proto,
+    backend::{Backend, backend_flags, backend_state},
+    service::Scope,
+    tables::Env,
+};
+
+use super::{Agent, explain::Tables};
+use crate::{
+    bpf::{sys, world::World},
+    netlink::{
+        conntrack::{self, Translated},
+        nat,
+        socket::RequestSocket,
+    },
+    store::{Store, left::LeftFlows},
+    sync::encode,
+    takeover::{self, Endpoints, Entries, Owner},
+};
+
+/// What is left to netfilter.
+#[derive(Debug)]
+pub struct Takeover {
+    flows: LeftFlows,
+    /// Connections are still to be entered.
+    begun: bool,
+    /// There may be such connections.
+    any: bool,
+    told: Option<String>,
+}
+
+impl Takeover {
+    pub fn new(flows: LeftFlows) -> io::Result<Self> {
+        Ok(Self {
+            begun: flows.is_begun()?,
+            any: flows.count()? > 0,
+            flows,
+            told: None,
+        })
+    }
+
+    /// Enters the connections that netfilter translates, once everything is served.
+    fn enter(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
+        let entries = entries(tables, store)?;
+        self.any = !entries.is_empty();
+        if self.any {
+            keep_nat();
+        }
+        self.flows.enter(&entries)?;
+        self.flows.end()?;
+        self.begun = false;
+        if self.any {
+            tracing::info!(
+                connections = entries.len(),
+                "left to netfilter, which translates them: they began before the datapath"
+            );
+        }
+        Ok(())
+    }
+
+    /// Forgets those that netfilter has forgotten.
+    fn look_again(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
+        self.flows.keep(&entries(tables, store)?)?;
+        self.any = self.flows.count()? > 0;
+        if self.any {
+            keep_nat();
+            return Ok(());
+        }
+        tracing::info!("no connection is left to netfilter any more");
+        nat::release()
+    }
+}
+
+/// Whoever removes the last rules of somebody else must not end netfilter's NAT.
+fn keep_nat() {
+    if let Err(error) = nat::keep() {
+        tracing::warn!(
+            "failed to keep netfilter's NAT ({error}): when no other rule uses it any more, connections that began before the datapath break"
+        );
+    }
+}
+
+impl Agent {
+    /// The first time that everything is served: from now on what is in no table is ours.
+    pub(super) fn take_over(&mut self) {
+        let begun = self.takeover.as_ref().is_some_and(|takeover| takeover.begun);
+        if begun && self.progress.borrow().started {
+            self.with_takeover(Takeover::enter);
+        }
+    }
+
+    /// Every now and then, while there are connections that are left to netfilter.
+    pub(super) fn look_at_left_flows(&mut self) {
+        self.take_over();
+        if self.takeover.as_ref().is_some_and(|takeover| takeover.any) {
+            self.with_takeover(Takeover::look_again);
+        }
+    }
+
+    fn with_takeover(&mut self, run: impl FnOnce(&mut Takeover, &Tables, &dyn Store) -> io::Result<()>) {
+        let (Some(takeover), Some(tables)) = (&mut self.takeover, &self.tables) else {
+            return;
+        };
+        let store = &*self.store;
+        let outcome = tokio::task::block_in_place(|| run(takeover, tables, store));
+        let problem = outcome.err().map(|error| {
+            format!("failed to read netfilter's connections ({error}); those that began before the datapath are left to it until that succeeds")
+        });
+        if problem != takeover.told
+            && let Some(problem) = &problem
+        {
+            tracing::warn!("{problem}");
+        }
+        takeover.told = problem;
+    }
+}
+
+/// The entries of all connections that netfilter translates and that the datapath would take for its own.
+fn entries(tables: &Tables, store: &dyn Store) -> io::Result<Entries> {
+    let mut socket = RequestSocket::open_netfilter()?;
+    let connections = conntrack::translated(&mut socket)?;
+    if connections.is_empty() {
+        return Ok(Entries::default());
+    }
+    let world = World::open(&tables.pins, tables.constants)?;
+    let mut endpoints = Endpoints::default();
+    for id in 0..store.limits().backends {
+        let backend = store.read_backend(id).map_err(io::Error::other)?;
+        if backend.head.state != backend_state::GONE {
+            let key = address(&backend);
+            endpoints.all.entry(key).or_default().push(id);
+        }
+    }
+    let now_ticks = (sys::monotonic().as_nanos() >> 30) as u32;
+    let owner = |connection: &Translated| owner(connection, &world, &mut endpoints);
+    Ok(takeover::entries(&connections, now_ticks, owner))
+}
+
+fn owner(connection: &Translated, world: &World, endpoints: &mut Endpoints) -> Option<Owner> {
+    let Translated {
+        proto,
+        original,
+        reply,
+        ..
+    } = *connection;
+    // Netfilter translates what this host sends before it comes to any hook.
+    if world.is_own(original.src.ip()) {
+        return None;
+    }
+    let mut scopes = [Scope::Internal, Scope::External].into_iter();
+    let service = scopes.find_map(|scope| world.find_service(original.dst, proto, scope))?;
+    endpoints
+        .chosen
+        .entry(service)
+        .or_insert_with(|| world.choice(service).ids.into_iter().collect());
+    let id = endpoints.of(service, reply.src, proto);
+    Some(Owner {
+        service,
+        service_generation: world.service_head(service)?.generation,
+        backend: id.and_then(|id| Some((id, world.backend_head(id)?.generation))),
+    })
+}
+
+fn address(backend: &Backend) -> (SocketAddr, u8) {
+    let has = |flag| backend.head.flags & flag != 0;
+    let addr = encode::ip(backend.addr_be, has(backend_flags::IPV6));
+    let at = SocketAddr::new(addr, u16::from_be(backend.head.port_be));
+    (
+        at,
+        if has(backend_flags::UDP) {
+            proto::UDP
+        } else {
+            proto::TCP
+        },
+    )
+}

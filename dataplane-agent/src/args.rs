@@ -62,6 +62,17 @@ impl Cli {
 pub enum Command {
     /// Keep this node's datapath equal to what Kubernetes says.
     Run(Box<Run>),
+    /// Say what this machine has and lacks for `run` with the same flags, and who else is at work on it; exit status 1 if the agent
+    /// would not start. Changes nothing, and needs neither a source nor the node's name.
+    Preflight {
+        #[command(flatten)]
+        run: Box<Run>,
+        /// Where the container runtime looks for the CNI configuration.
+        #[arg(long, default_value = "/etc/cni/net.d")]
+        cni_conf_dir: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
     /// Say what in a folder of manifests would not be served, without touching the kernel.
     Check {
         /// The folder of manifests.
@@ -520,6 +531,17 @@ impl Run {
     pub fn resolve(self) -> anyhow::Result<Config> {
         let file = self.config.as_deref().map(Settings::read).transpose()?;
         self.settings.or(file.unwrap_or_default()).resolve()
+    }
+
+    /// The configuration as far as it is about the machine: what to serve may be left out.
+    pub fn resolve_machine(self) -> anyhow::Result<Config> {
+        let file = self.config.as_deref().map(Settings::read).transpose()?;
+        let mut settings = self.settings.or(file.unwrap_or_default());
+        settings.node_name.get_or_insert_with(|| "this".to_owned());
+        if settings.source.is_none() && settings.manifests.is_none() {
+            settings.source = Some(SourceKind::Kube);
+        }
+        settings.resolve()
     }
 }
 

@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod model;
 pub mod netlink;
 pub mod path_error;
+pub mod preflight;
 pub mod served;
 pub mod source;
 pub mod store;

@@ -28,7 +28,7 @@ use crate::{
     },
     served::Condition,
     source::kube::state::Report,
-    store::{Store, bpf::BpfStore},
+    store::{Store, bpf::BpfStore, left::LeftFlows},
     sync::encode,
 };
 
@@ -112,8 +112,45 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
     let pins = Pins::new(bpffs);
     let mut socket = RequestSocket::open()?;
     let tables = Tables::dump(&mut socket)?;
+    let cgroup = state.record.cgroup.as_deref();
+    let attachments = attached(&mut socket, &tables, &pins, cgroup)?;
     let tcx = kernel::has_tcx();
-    let links = Links::new(&pins);
+    Ok(Status {
+        agent_running: State::is_running(bpffs),
+        installed: pins.exists(),
+        bpffs: bpffs.display().to_string(),
+        tc: if tcx { "tcx" } else { "clsact" },
+        warnings: warnings(&tables, &attachments, state.record.cgroup.is_some()),
+        attachments,
+        xdp_fallbacks: fallbacks(&state, &tables),
+        tables: table_use(&pins),
+        flows: flow_events(&pins),
+        counters: occurred(&pins),
+        source: None,
+        conditions: Vec::new(),
+        socket: state.record.socket.clone(),
+    })
+}
+
+/// What is attached to devices and to a cgroup: that which an agent has used with this `bpffs`, else `cgroup`, else the root.
+pub fn attachments(bpffs: &Path, cgroup: Option<&Path>) -> io::Result<Vec<Attachment>> {
+    let state = State::read(bpffs);
+    let pins = Pins::new(bpffs);
+    let mut socket = RequestSocket::open()?;
+    let tables = Tables::dump(&mut socket)?;
+    let root = kernel::find_cgroup2().ok();
+    let cgroup = state.record.cgroup.as_deref().or(cgroup).or(root.as_deref());
+    attached(&mut socket, &tables, &pins, cgroup)
+}
+
+fn attached(
+    socket: &mut RequestSocket,
+    tables: &Tables,
+    pins: &Pins,
+    cgroup: Option<&Path>,
+) -> io::Result<Vec<Attachment>> {
+    let tcx = kernel::has_tcx();
+    let links = Links::new(pins);
     let ours = pins
         .list_links()
         .unwrap_or_default()
@@ -130,28 +167,13 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
             if tcx {
                 look.tcx(link, hook);
             }
-            look.clsact(&mut socket, link, hook)?;
+            look.clsact(socket, link, hook)?;
         }
     }
-    if let Some(path) = &state.record.cgroup {
+    if let Some(path) = cgroup {
         look.cgroup(path);
     }
-    let attachments = look.attachments;
-    Ok(Status {
-        agent_running: State::is_running(bpffs),
-        installed: pins.exists(),
-        bpffs: bpffs.display().to_string(),
-        tc: if tcx { "tcx" } else { "clsact" },
-        warnings: warnings(&tables, &attachments, state.record.cgroup.is_some()),
-        attachments,
-        xdp_fallbacks: fallbacks(&state, &tables),
-        tables: table_use(&pins),
-        flows: flow_events(&pins),
-        counters: occurred(&pins),
-        source: None,
-        conditions: Vec::new(),
-        socket: state.record.socket.clone(),
-    })
+    Ok(look.attachments)
 }
 
 struct Look {
@@ -406,14 +428,18 @@ fn slice_len(store: &BpfStore, head: ServiceHead) -> usize {
 
 fn flow_events(pins: &Pins) -> Vec<FlowCounter> {
     let events = counters::flow_events(pins).unwrap_or_default();
-    events
-        .into_iter()
-        .map(|(event, count)| FlowCounter {
-            event: event.label(),
-            meaning: event.text().trim(),
-            count,
-        })
-        .collect()
+    let counted = events.into_iter().map(|(event, count)| FlowCounter {
+        event: event.label(),
+        meaning: event.text().trim(),
+        count,
+    });
+    let left = LeftFlows::open(pins).and_then(|flows| flows.count()).ok();
+    let left = left.map(|count| FlowCounter {
+        event: "left",
+        meaning: "Connections that began before the datapath and that netfilter translates, now.",
+        count: count as u64,
+    });
+    counted.chain(left).collect()
 }
 
 fn occurred(pins: &Pins) -> Vec<Counter> {

@@ -176,6 +176,40 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     })
 }
 
+/// What the verifier says of each program, in words where it refuses one. Maps of the sizes that the object names, and
+/// programs: all of them are gone when this returns, and nothing is pinned.
+pub fn rehearse(options: &LoadOptions) -> Result<BTreeMap<Program, Result<(), String>>, LoadError> {
+    check_object()?;
+    kernel::check()?;
+    let mut loader = EbpfLoader::new();
+    loader.override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
+    let level = debug_log::level(options.debug_log);
+    loader.override_global(aya_log::LEVEL, &level, true);
+    let mut object = loader
+        .load(OBJECT)
+        .map_err(|error| LoadError::Maps(Box::new(error)))?;
+    Ok(thread::scope(|scope| {
+        let loads: Vec<_> = object
+            .programs_mut()
+            .filter_map(|(name, loaded)| Some((program_of(name, options.config.flags)?, loaded)))
+            .map(|(program, loaded)| {
+                (
+                    program,
+                    scope.spawn(move || load_program(program, loaded).map(drop)),
+                )
+            })
+            .collect();
+        let outcome = |load: thread::ScopedJoinHandle<'_, Result<(), LoadError>>| {
+            let result = load.join().unwrap_or_else(|panic| resume_unwind(panic));
+            result.map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+        };
+        loads
+            .into_iter()
+            .map(|(program, load)| (program, outcome(load)))
+            .collect()
+    }))
+}
+
 /// The object with its maps, those that are pinned already among them.
 fn make_maps(object: &[u8], pins: &Pins, options: &LoadOptions) -> Result<aya::Ebpf, LoadError> {
     let shapes = wanted_shapes(object, &options.sizes)?;

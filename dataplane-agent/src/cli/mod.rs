@@ -5,6 +5,7 @@ pub mod check;
 pub mod cleanup;
 pub mod explain;
 pub mod policies;
+pub mod preflight;
 pub mod services;
 pub mod status;
 pub mod verdicts;
@@ -36,6 +37,11 @@ pub fn main(cli: Cli) -> ExitCode {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(run) => agent::run(run.resolve()?)?,
+        Command::Preflight {
+            run,
+            cni_conf_dir,
+            output,
+        } => return preflight::run(&run.resolve_machine()?, &cni_conf_dir, output),
         Command::Check { folder } => return check::run(&folder),
         Command::Explain {
             from,

@@ -12,3 +12,4 @@ pub mod select;
 pub mod socket;
 pub mod sockets;
 pub mod tables;
+pub mod xdp_features;

@@ -48,6 +48,7 @@ pub struct Link {
     pub kind: String,
     pub hardware: u16,
     pub mac: Mac,
+    pub mtu: u32,
     /// The device this one is a port of, or 0.
     pub master: u32,
     /// The other end of a veth pair, the device below a VLAN, or 0.
@@ -230,6 +231,7 @@ fn dump_routes(socket: &mut RequestSocket, family: u8) -> io::Result<Vec<Route>>
 pub fn parse_link(message: &Message) -> Option<Link> {
     const IFLA_ADDRESS: u16 = 1;
     const IFLA_IFNAME: u16 = 3;
+    const IFLA_MTU: u16 = 4;
     const IFLA_LINK: u16 = 5;
     const IFLA_MASTER: u16 = 10;
     const IFLA_LINKINFO: u16 = 18;
@@ -248,6 +250,7 @@ pub fn parse_link(message: &Message) -> Option<Link> {
         match kind {
             IFLA_ADDRESS => link.mac = Mac(value.try_into().unwrap_or_default()),
             IFLA_IFNAME => link.name = read_string(value),
+            IFLA_MTU => link.mtu = read_u32(value, 0)?,
             IFLA_LINK => link.peer = read_u32(value, 0)?,
             IFLA_MASTER => link.master = read_u32(value, 0)?,
             IFLA_LINKINFO => {

@@ -5,6 +5,7 @@ mod cleaning;
 #[path = "../needs/mod.rs"]
 mod needs;
 mod node;
+mod preflight;
 mod starting;
 mod unknown;
 

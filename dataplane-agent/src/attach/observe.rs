@@ -231,16 +231,8 @@ impl Observer {
                 program: Program::Xdp,
                 ifindex: device.ifindex,
             };
-            let reason = if let Some(vlan) = select::vlan_above(tables, device) {
-                format!(
-                    "it carries {}, and its driver may hide VLAN tags from XDP",
-                    vlan.name
-                )
-            } else if device.kind == "veth" && self.settings.datapath == DatapathMode::Auto {
-                // The kernel drops these frames, and tells nobody.
-                "the other end of a veth may not take what XDP sends, nor complete its checksums; --datapath xdp uses it all the same"
-                    .to_owned()
-            } else {
+            let is_asked_for = self.settings.datapath == DatapathMode::Xdp;
+            let Some(reason) = select::unfit_for_xdp(tables, device, is_asked_for) else {
                 continue;
             };
             if links.remove(&xdp) {

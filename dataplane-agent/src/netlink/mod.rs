@@ -1,7 +1,7 @@
 //! What the kernel says of this machine's network: devices, addresses, routes, and the pods behind its interfaces.
 
-pub mod devconf;
 pub mod conntrack;
+pub mod devconf;
 pub mod events;
 pub mod filters;
 pub mod firewall;

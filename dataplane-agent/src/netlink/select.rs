@@ -154,6 +154,21 @@ pub fn vlan_above<'a>(tables: &'a Tables, below: &Link) -> Option<&'a Link> {
         .find(|link| link.kind == "vlan" && link.peer_namespace.is_none() && link.peer == below.ifindex)
 }
 
+/// Why XDP could not be right on a device whose driver has it, if so.
+pub fn unfit_for_xdp(tables: &Tables, device: &Link, is_asked_for: bool) -> Option<String> {
+    if let Some(vlan) = vlan_above(tables, device) {
+        return Some(format!(
+            "it carries {}, and its driver may hide VLAN tags from XDP",
+            vlan.name
+        ));
+    }
+    // The kernel drops these frames, and tells nobody.
+    (device.kind == "veth" && !is_asked_for).then(|| {
+        "the other end of a veth may not take what XDP sends, nor complete its checksums; --datapath xdp uses it all the same"
+            .to_owned()
+    })
+}
+
 /// The kernel makes `tunl0`, `sit0` and the like by itself, without addresses or routes.
 fn in_use(tables: &Tables, link: &Link) -> bool {
     link.master != 0

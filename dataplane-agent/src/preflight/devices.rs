@@ -86,14 +86,8 @@ fn mode(
     if link.is_layer3() || role == Role::Tunnel {
         return ("TC", "XDP is for uplinks with Ethernet headers".to_owned());
     }
-    if let Some(vlan) = select::vlan_above(tables, link) {
-        return (
-            "TC",
-            format!(
-                "it carries {}, and its driver may hide VLAN tags from XDP",
-                vlan.name
-            ),
-        );
+    if let Some(reason) = select::unfit_for_xdp(tables, link, config.datapath == DatapathMode::Xdp) {
+        return ("TC", reason);
     }
     match features.map(|features| features.get(&link.ifindex).copied().unwrap_or_default()) {
         Some(features) if features.has_basic() && features.has_transmit() => (

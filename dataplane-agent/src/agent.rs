@@ -416,7 +416,7 @@ impl Agent {
             && self.progress.borrow().started
             && let Some(changed_ns) = slice.changed_ns
         {
-            self.triggers.push(changed_ns);
+            self.triggers.push(changed_ns.get());
         }
     }
 
@@ -491,7 +491,7 @@ impl Agent {
         let own = own.map(|(addr, flags)| (*addr, flags & own_flags::NODE_PORT != 0));
         let updates = self.compiler.set_own_addresses(&self.index, own.collect());
         self.syncer.update(updates);
-        self.syncer.set_host(tables);
+        self.syncer.set_host(&*self.store, tables);
         let addrs = self.addresses_of(&bound);
         let ranges = self.pod_ranges();
         self.bound_syncer.set(addrs, ranges);

@@ -88,7 +88,7 @@ pub fn decode(value: &Value) -> Decoded {
         Kind::Pod => parse(value).map(|pod| Object::Pod(pod::decode(name, pod, &mut problems).into())),
         Kind::Service => parse(value)
             .and_then(|service| service::decode(name, service, &mut problems))
-            .map(|service| Object::Service(service.into())),
+            .map(Object::from),
         Kind::EndpointSlice => parse(value)
             .and_then(|slice| slice::decode(name, &slice, &mut problems))
             .map(|slice| Object::EndpointSlice(slice.into())),

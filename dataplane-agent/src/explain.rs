@@ -157,7 +157,7 @@ impl Judge<'_> {
             from: place(from),
             to: place(to),
             port: target.port.to_string(),
-            service: target.via.map(ToString::to_string),
+            service: target.via.as_ref().map(ToString::to_string),
             share: None,
             source_port: None,
             allowed: steps.iter().all(|step| step.allowed),

@@ -30,10 +30,11 @@ impl Pipeline {
     fn new(memory: Memory) -> Self {
         let mut syncer = Syncer::restore(&memory).unwrap();
         let own: IpAddr = "192.0.2.1".parse().unwrap();
-        syncer.set_host(HostTables {
+        let host = HostTables {
             own_addresses: [(own, 1)].into(),
             ..HostTables::default()
-        });
+        };
+        syncer.set_host(&memory, host);
         Self {
             index: Index::new("n1"),
             compiler: Compiler::default(),

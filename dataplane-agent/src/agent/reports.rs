@@ -143,7 +143,7 @@ impl Agent {
             conditions: served::conditions(&problems),
             objects: wanted
                 .into_iter()
-                .filter_map(|(object, compiled)| ServedObject::of(object, compiled))
+                .filter_map(|(object, compiled)| ServedObject::of(object, &compiled))
                 .collect(),
             problems,
         }

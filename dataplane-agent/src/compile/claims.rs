@@ -4,10 +4,7 @@
 //! The owner is the oldest Service, of equally old ones the first by name: the same on every node and after every
 //! order of events. A Pod's host port comes after all Services, as its rules do behind kube-proxy's.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::FrontendAddr;
 use crate::model::{Kind, Name, ObjectRef};
@@ -27,10 +24,37 @@ impl Rank {
 }
 
 /// What an object claims.
-#[derive(Debug, PartialEq, Eq)]
-struct Claim {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
     rank: Rank,
+    /// Sorted.
     frontends: Box<[FrontendAddr]>,
+}
+
+impl Default for Claim {
+    /// Nothing.
+    fn default() -> Self {
+        Self {
+            rank: Rank::FIRST,
+            frontends: Box::default(),
+        }
+    }
+}
+
+impl Claim {
+    /// `created_ns`: see [`Service::created_ns`](crate::model::Service::created_ns).
+    pub fn new(owner: &ObjectRef, created_ns: i64, frontends: impl Iterator<Item = FrontendAddr>) -> Self {
+        let mut frontends: Vec<FrontendAddr> = frontends.collect();
+        if frontends.is_empty() {
+            return Self::default();
+        }
+        frontends.sort_unstable();
+        frontends.dedup();
+        Self {
+            rank: Rank::new(owner, created_ns),
+            frontends: frontends.into(),
+        }
+    }
 }
 
 /// Every claim of every Service and of this node's Pods.
@@ -38,7 +62,6 @@ struct Claim {
 pub struct Claims {
     /// The first claim of a frontend is served.
     by_frontend: BTreeSet<(FrontendAddr, Rank, ObjectRef)>,
-    by_owner: HashMap<ObjectRef, Claim>,
     /// Comes before every object.
     nobody: ObjectRef,
 }
@@ -47,7 +70,6 @@ impl Default for Claims {
     fn default() -> Self {
         Self {
             by_frontend: BTreeSet::new(),
-            by_owner: HashMap::new(),
             nobody: ObjectRef {
                 kind: Kind::ALL[0],
                 name: Name::FIRST,
@@ -57,37 +79,20 @@ impl Default for Claims {
 }
 
 impl Claims {
-    /// Replaces an object's claims; returns the others that gain or lose by it. `created_ns`: see
-    /// [`Service::created_ns`](crate::model::Service::created_ns).
-    pub fn set(
-        &mut self,
-        owner: &ObjectRef,
-        created_ns: i64,
-        mut frontends: Vec<FrontendAddr>,
-    ) -> BTreeSet<ObjectRef> {
-        frontends.sort_unstable();
-        frontends.dedup();
-        let after = (!frontends.is_empty()).then(|| Claim {
-            rank: Rank::new(owner, created_ns),
-            frontends: frontends.into(),
-        });
+    /// Replaces what an object claims; returns the others that gain or lose by it.
+    pub fn replace(&mut self, owner: &ObjectRef, before: &Claim, after: &Claim) -> BTreeSet<ObjectRef> {
         let mut affected = BTreeSet::new();
-        if self.by_owner.get(owner) == after.as_ref() {
+        if before == after {
             return affected;
         }
-        if let Some(Claim { rank, frontends }) = self.by_owner.remove(owner) {
-            for frontend in frontends {
-                self.by_frontend.remove(&(frontend, rank, owner.clone()));
-                affected.extend(self.claimants(frontend).cloned());
-            }
+        for frontend in &before.frontends {
+            self.by_frontend.remove(&(*frontend, before.rank, owner.clone()));
+            affected.extend(self.claimants(*frontend).cloned());
         }
-        if let Some(Claim { rank, frontends }) = &after {
-            for frontend in frontends {
-                affected.extend(self.claimants(*frontend).cloned());
-                self.by_frontend.insert((*frontend, *rank, owner.clone()));
-            }
+        for frontend in &after.frontends {
+            affected.extend(self.claimants(*frontend).cloned());
+            self.by_frontend.insert((*frontend, after.rank, owner.clone()));
         }
-        self.by_owner.extend(after.map(|after| (owner.clone(), after)));
         affected
     }
 

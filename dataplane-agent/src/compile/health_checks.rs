@@ -141,7 +141,7 @@ mod tests {
         let index = index(documents);
         let mut checks = HealthChecks::default();
         for service in index.services() {
-            checks.set(&index, &service.name, Some(service));
+            checks.set(&index, &service.name, Some(&service));
         }
         checks.checks()
     }
@@ -172,7 +172,7 @@ mod tests {
         let mut checks = HealthChecks::default();
         for name in ["b", "a"] {
             let name = Name::new("ns", name);
-            checks.set(&index, &name, index.service(&name));
+            checks.set(&index, &name, index.service(&name).as_ref());
         }
         assert_eq!(checks.checks()[&31000].service, Name::new("ns", "a"));
         let [(name, problem)] = &checks.problems()[..] else {

@@ -9,6 +9,7 @@ pub mod endpoints;
 pub mod health_checks;
 pub mod host_ports;
 pub mod maglev;
+mod packed;
 pub mod policy;
 pub mod services;
 
@@ -18,17 +19,21 @@ use std::{
     sync::Arc,
 };
 
-use claims::Claims;
+use claims::{Claim, Claims};
 use health_checks::{Checks, HealthChecks};
 use host_ports::OwnAddresses;
 
 use ipnet::IpNet;
+pub use packed::Parts;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{ServiceEcho, SourceRangesFor};
-use crate::model::{Dirty, Index, Kind, ObjectRef, Origin, Pod, Problem, Protocol, Rejected, Service};
+use crate::model::{
+    Dirty, Index, Kind, Name, ObjectRef, Origin, Pod, Previous, Problem, Protocol, Rejected, Service,
+};
 
 /// An endpoint's address, as `BACKENDS` has it. The order is the order in which Maglev tables number backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BackendKey {
     pub addr: IpAddr,
     pub port: u16,
@@ -36,7 +41,7 @@ pub struct BackendKey {
 }
 
 /// What traffic is sent to: an address (unspecified for node ports) and port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FrontendAddr {
     pub addr: IpAddr,
     pub port: u16,
@@ -62,7 +67,7 @@ pub struct BalancerKey {
 }
 
 /// One entry of `SERVICES` and the frontends that lead to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "each is asked by somebody else")]
 pub struct Balancer {
     pub frontend: FrontendAddr,
@@ -71,6 +76,7 @@ pub struct Balancer {
     /// Used by clients outside.
     pub external: bool,
     /// Sorted.
+    #[serde(skip)]
     pub backends: Arc<[BackendKey]>,
     /// Without backends it drops instead of refusing.
     pub drop_when_empty: bool,
@@ -160,7 +166,7 @@ impl Compiled {
 }
 
 /// What is known of an endpoint besides its address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointInfo {
     pub serving: bool,
     pub local: bool,
@@ -205,8 +211,8 @@ pub struct Compiler {
     health_checks: HealthChecks,
     /// `None` while they are not known: what is refused because of them is not told before.
     own_addresses: Option<OwnAddresses>,
-    /// This node's Pods with host ports.
-    host_ports: BTreeSet<ObjectRef>,
+    /// This node's Pods with host ports, and what they claim.
+    host_ports: BTreeMap<ObjectRef, Claim>,
     problems: BTreeMap<ObjectRef, Vec<Problem>>,
 }
 
@@ -221,28 +227,23 @@ impl Compiler {
     /// Compiles what has changed. A Service that gives up or gains an address because of another's change is among
     /// the updates too.
     pub fn update(&mut self, index: &Index, dirty: &Dirty) -> Vec<Update> {
-        let mut owners: BTreeSet<ObjectRef> = dirty.services.iter().map(ObjectRef::service).collect();
+        let mut owners: BTreeSet<ObjectRef> = dirty.services.keys().map(ObjectRef::service).collect();
         if dirty.node {
-            owners.extend(index.services().map(|service| ObjectRef::service(&service.name)));
+            owners.extend(index.service_names().map(ObjectRef::service));
         }
-        for name in &dirty.host_ports {
-            let pod = ObjectRef {
-                kind: Kind::Pod,
-                name: name.clone(),
-            };
-            let has_any = host_port_pod(index, &pod).is_some();
-            if has_any {
-                self.host_ports.insert(pod.clone());
-            } else {
-                self.host_ports.remove(&pod);
-            }
-            owners.insert(pod);
+        for (name, previous) in &dirty.services {
+            owners.extend(self.claim_of_service(index, name, previous));
         }
-        if !owners.is_empty() {
+        let pods = dirty.host_ports.iter().map(|name| ObjectRef {
+            kind: Kind::Pod,
+            name: name.clone(),
+        });
+        let mut pods: BTreeSet<ObjectRef> = pods.collect();
+        if !owners.is_empty() || !pods.is_empty() {
             // A node port may hide a host port of one address, and the other way round.
-            owners.extend(self.host_ports.iter().cloned());
+            pods.extend(self.host_ports.keys().cloned());
         }
-        self.compile_all(index, owners)
+        self.compile_with_pods(index, pods, owners)
     }
 
     /// Tells which addresses this node has; what depends on it is compiled again.
@@ -251,15 +252,20 @@ impl Compiler {
             return Vec::new();
         }
         self.own_addresses = Some(own);
-        self.compile_all(index, self.host_ports.clone())
+        let pods = self.host_ports.keys().cloned().collect();
+        self.compile_with_pods(index, pods, BTreeSet::new())
     }
 
-    fn compile_all(&mut self, index: &Index, mut owners: BTreeSet<ObjectRef>) -> Vec<Update> {
-        let mut affected = BTreeSet::new();
-        for owner in &owners {
-            affected.extend(self.claim(index, owner));
+    fn compile_with_pods(
+        &mut self,
+        index: &Index,
+        pods: BTreeSet<ObjectRef>,
+        mut owners: BTreeSet<ObjectRef>,
+    ) -> Vec<Update> {
+        for pod in pods {
+            owners.extend(self.claim_of_pod(index, &pod));
+            owners.insert(pod);
         }
-        owners.extend(affected);
         owners
             .into_iter()
             .map(|owner| {
@@ -304,17 +310,40 @@ impl Compiler {
         self.claims.has_address(addr)
     }
 
-    /// Enters what an object claims; returns the others that gain or lose by it.
-    fn claim(&mut self, index: &Index, owner: &ObjectRef) -> BTreeSet<ObjectRef> {
-        if let (Some(pod), Some(own)) = (host_port_pod(index, owner), &self.own_addresses) {
-            let frontends = host_ports::frontends(pod, own).map(|(addr, ..)| addr);
-            return self.claims.set(owner, pod.created_ns, frontends.collect());
-        }
-        let Some(service) = proxied(index, owner) else {
-            return self.claims.set(owner, 0, Vec::new());
+    /// Enters what a Service claims; returns the others that gain or lose by it.
+    fn claim_of_service(&mut self, index: &Index, name: &Name, previous: &Previous) -> BTreeSet<ObjectRef> {
+        let before = match previous {
+            Previous::Same => return BTreeSet::new(),
+            Previous::Missing => None,
+            Previous::Was(service) => Some(service.unpack()),
         };
-        let frontends = services::frontends(service, self.options).map(|(addr, ..)| addr);
-        self.claims.set(owner, service.created_ns, frontends.collect())
+        let owner = ObjectRef::service(name);
+        let claim = |service: Option<Service>| match service.filter(|service| service.proxied) {
+            Some(service) => {
+                let frontends = services::frontends(&service, self.options).map(|(addr, ..)| addr);
+                Claim::new(&owner, service.created_ns, frontends)
+            }
+            None => Claim::default(),
+        };
+        let (before, after) = (claim(before), claim(index.service(name)));
+        self.claims.replace(&owner, &before, &after)
+    }
+
+    /// The same of a Pod of this node.
+    fn claim_of_pod(&mut self, index: &Index, owner: &ObjectRef) -> BTreeSet<ObjectRef> {
+        let pod = host_port_pod(index, owner);
+        let after = match (pod, &self.own_addresses) {
+            (Some(pod), Some(own)) => {
+                let frontends = host_ports::frontends(pod, own).map(|(addr, ..)| addr);
+                Claim::new(owner, pod.created_ns, frontends)
+            }
+            _ => Claim::default(),
+        };
+        let before = match pod {
+            Some(_) => self.host_ports.insert(owner.clone(), after.clone()),
+            None => self.host_ports.remove(owner),
+        };
+        self.claims.replace(owner, &before.unwrap_or_default(), &after)
     }
 
     fn compile(&mut self, index: &Index, owner: &ObjectRef) -> Option<Arc<Compiled>> {
@@ -323,21 +352,15 @@ impl Compiler {
             let pod = host_port_pod(index, owner)?;
             host_ports::compile(pod, self.own_addresses.as_ref()?, &self.claims)
         } else {
-            let service = proxied(index, owner);
-            self.health_checks.set(index, &owner.name, service);
-            services::compile(index, service?, self.options, &self.claims)
+            let service = index.service(&owner.name).filter(|service| service.proxied);
+            self.health_checks.set(index, &owner.name, service.as_ref());
+            services::compile(index, &service?, self.options, &self.claims)
         };
         if !problems.is_empty() {
             self.problems.insert(owner.clone(), problems);
         }
         Some(Arc::new(compiled))
     }
-}
-
-fn proxied<'a>(index: &'a Index, owner: &ObjectRef) -> Option<&'a Service> {
-    let is_service = owner.kind == Kind::Service;
-    let service = is_service.then(|| index.service(&owner.name)).flatten();
-    service.filter(|service| service.proxied)
 }
 
 fn host_port_pod<'a>(index: &'a Index, owner: &ObjectRef) -> Option<&'a Pod> {

@@ -280,7 +280,7 @@ mod tests {
             ..Options::default()
         };
         let compiled = |external_ips| {
-            let (compiled, problems) = compile(&index, service, options(external_ips), &Claims::default());
+            let (compiled, problems) = compile(&index, &service, options(external_ips), &Claims::default());
             let frontends = compiled
                 .balancers
                 .iter()
@@ -326,7 +326,7 @@ mod tests {
         };
         let name = crate::model::Name::new("ns", "s");
         let service = index.service(&name).unwrap();
-        let (compiled, problems) = compile(&index, service, options, &Claims::default());
+        let (compiled, problems) = compile(&index, &service, options, &Claims::default());
         assert!(problems.is_empty(), "{problems:?}");
         let guarded = compiled
             .balancers

@@ -1,5 +1,7 @@
 //! EndpointSlices, with the defaults of their conditions.
 
+use std::num::NonZeroI64;
+
 use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{ProtocolField, Refused, label, parse_ip, parse_port, parse_protocol};
@@ -50,10 +52,10 @@ pub fn decode(
 }
 
 /// Whoever writes anything else there only spoils a statistic.
-fn changed_ns(slice: &discovery::EndpointSlice) -> Option<i64> {
+fn changed_ns(slice: &discovery::EndpointSlice) -> Option<NonZeroI64> {
     let text = slice.metadata.annotations.as_ref()?.get(CHANGED)?;
     let time: jiff::Timestamp = text.parse().ok()?;
-    i64::try_from(time.as_nanosecond()).ok()
+    NonZeroI64::new(i64::try_from(time.as_nanosecond()).ok()?)
 }
 
 fn ports(slice: &discovery::EndpointSlice, problems: &mut Vec<Problem>) -> Result<Vec<SlicePort>, Refused> {

@@ -118,7 +118,7 @@ pub type Found<'a> = (IpAddr, Option<&'a Pod>);
 pub struct Target<'a> {
     pub found: Found<'a>,
     pub port: Port,
-    pub via: Option<&'a Name>,
+    pub via: Option<Name>,
 }
 
 /// Where a flow may come from.
@@ -127,7 +127,7 @@ pub fn sources<'a>(index: &'a Index, end: &End) -> Result<Vec<Found<'a>>, Error>
         End::Pod(name) => of_pod(index, name),
         End::Service(name) => Err(Error::Client(name.clone())),
         End::Addr(addr) => match service_at(index, *addr) {
-            Some(service) => Err(Error::Client(service.name.clone())),
+            Some(service) => Err(Error::Client(service.name)),
             None => Ok(vec![at(index, *addr)]),
         },
     }
@@ -151,12 +151,12 @@ pub fn targets<'a>(
             let service = index
                 .service(name)
                 .ok_or_else(|| Error::NoService(name.clone()))?;
-            behind(index, service, [true, false], port, client)
+            behind(index, &service, [true, false], port, client)
         }
         End::Addr(addr) => match service_at(index, *addr) {
             Some(service) => {
                 let families = [true, false].map(|ipv4| ipv4 == addr.is_ipv4());
-                behind(index, service, families, port, client)
+                behind(index, &service, families, port, client)
             }
             None => Ok(vec![direct(at(index, *addr))]),
         },
@@ -166,7 +166,7 @@ pub fn targets<'a>(
 /// The endpoints of a Service for a client; `families`: whether those of IPv4, and of IPv6, are asked for.
 fn behind<'a>(
     index: &'a Index,
-    service: &'a Service,
+    service: &Service,
     families: [bool; 2],
     port: Port,
     client: Option<&Pod>,
@@ -204,7 +204,7 @@ fn behind<'a>(
                 proto: port.proto,
                 number: endpoint.port,
             },
-            via: Some(&service.name),
+            via: Some(service.name.clone()),
         }));
     }
     if targets.is_empty() {
@@ -226,7 +226,7 @@ pub fn at(index: &Index, addr: IpAddr) -> Found<'_> {
     (addr, index.pods().find(is_owner))
 }
 
-fn service_at(index: &Index, addr: IpAddr) -> Option<&Service> {
+fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
     index.services().find(|service| {
         let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
         ips.iter().any(|ips| ips.contains(&addr))
@@ -234,7 +234,7 @@ fn service_at(index: &Index, addr: IpAddr) -> Option<&Service> {
 }
 
 /// The Service that answers at an address and port, a node port among them.
-pub fn service_with(index: &Index, at: SocketAddr, proto: Option<Protocol>) -> Option<&Service> {
+pub fn service_with(index: &Index, at: SocketAddr, proto: Option<Protocol>) -> Option<Service> {
     service_at(index, at.ip()).or_else(|| {
         index.services().find(|service| {
             let mut ports = service.ports.iter();

@@ -94,7 +94,7 @@ impl<'a> Here<'a> {
     }
 
     /// The addresses that the flow may be sent to, and endpoints of a Service without an address of its own.
-    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<(SocketAddr, Option<&'a Name>)>, Error> {
+    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<(SocketAddr, Option<Name>)>, Error> {
         let number = query.port.number;
         let direct = |addr: IpAddr| (SocketAddr::new(addr, number), None);
         let all: Vec<_> = match &query.to {
@@ -130,7 +130,7 @@ impl<'a> Here<'a> {
         query: &Query,
         from: Found<'a>,
         asked: SocketAddr,
-        via: Option<&'a Name>,
+        via: Option<Name>,
     ) -> Result<Vec<Explained>, Failed> {
         let Query { port, .. } = *query;
         let service = port.proto.and_then(|proto| {
@@ -154,10 +154,10 @@ impl<'a> Here<'a> {
         };
         let of_service = service.and_then(|index| Some((index, self.world.service(index)?)));
         let Some((index, service)) = of_service else {
-            if let (End::Service(name), None) = (&query.to, via) {
+            if let (End::Service(name), None) = (&query.to, &via) {
                 return Err(Error::NoPort(name.clone(), port).into());
             }
-            let service = via.map(ToString::to_string);
+            let service = via.map(|name| name.to_string());
             let explained = self.judge(flow, None)?;
             return Ok(vec![Explained { service, ..explained }]);
         };

@@ -1,25 +1,29 @@
 //! The state of the cluster as far as this node needs it: one synchronous writer API, which says what depends on
 //! what was changed.
 
+mod slices;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    mem,
     sync::Arc,
 };
 
+use self::slices::Slices;
 use super::{
-    EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Pod, Service,
+    EndpointSlice, Kind, Name, Namespace, Node, Object, ObjectRef, Packed, Pod, Service,
     policies::{Policies, PolicyDirty},
     policy::NamespaceSet,
+    shared,
 };
 
 /// What a change touches. Merge several with [`Dirty::merge`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dirty {
-    /// Services to compile again, or to drop where they are gone.
-    pub services: BTreeSet<Name>,
+    /// Services to compile again, or to drop where they are gone, and what they were when that was done last.
+    pub services: BTreeMap<Name, Previous>,
     /// This node's object changed: what depends on its zone or addresses is to be looked at again.
     pub node: bool,
     /// Pods of this node changed.
@@ -28,6 +32,16 @@ pub struct Dirty {
     pub host_ports: BTreeSet<Name>,
     /// What policies look at.
     pub policy: PolicyDirty,
+}
+
+/// What a Service was before a change, or several.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Previous {
+    /// What it is: something else has changed that it depends on.
+    #[default]
+    Same,
+    Missing,
+    Was(Packed<Service>),
 }
 
 impl Dirty {
@@ -39,7 +53,12 @@ impl Dirty {
             host_ports,
             policy,
         } = other;
-        self.services.extend(services);
+        for (name, previous) in services {
+            let known = self.services.entry(name).or_default();
+            if *known == Previous::Same {
+                *known = previous;
+            }
+        }
         self.node |= node;
         self.local_pods |= local_pods;
         self.host_ports.extend(host_ports);
@@ -61,10 +80,8 @@ pub struct Index {
     pods: BTreeMap<Name, Arc<Pod>>,
     /// Those of this node.
     local_pods: BTreeMap<Name, Arc<Pod>>,
-    services: BTreeMap<Name, Arc<Service>>,
-    slices: HashMap<Name, Arc<EndpointSlice>>,
-    /// The same by Service, whether or not it exists, and their own names.
-    slices_of: BTreeMap<(Name, Name), Arc<EndpointSlice>>,
+    services: BTreeMap<Name, Packed<Service>>,
+    slices: Slices,
     policies: Policies,
 }
 
@@ -77,8 +94,7 @@ impl Index {
             pods: BTreeMap::new(),
             local_pods: BTreeMap::new(),
             services: BTreeMap::new(),
-            slices: HashMap::new(),
-            slices_of: BTreeMap::new(),
+            slices: Slices::default(),
             policies: Policies::default(),
         }
     }
@@ -111,7 +127,7 @@ impl Index {
                 }
                 self.pod_changed(previous.as_deref(), Some(&*pod))
             }
-            Object::Service(service) => self.apply_service(service),
+            Object::Service(name, service) => self.apply_service(name, service),
             Object::EndpointSlice(slice) => self.apply_slice(slice),
             Object::Policy(policy) => {
                 let key = policy.key.clone();
@@ -142,16 +158,13 @@ impl Index {
                 None => Dirty::default(),
             },
             Kind::Service => {
-                let gone = self.services.remove(name).is_some();
-                services_dirty(gone.then(|| name.clone()))
+                let gone = self.services.remove(name);
+                services_dirty(gone.map(|gone| (name.clone(), Previous::Was(gone))))
             }
-            Kind::EndpointSlice => match self.slices.remove(name) {
-                Some(slice) => {
-                    self.unlink(&slice);
-                    services_dirty(slice.service.clone())
-                }
-                None => Dirty::default(),
-            },
+            Kind::EndpointSlice => {
+                let gone = self.slices.remove(name);
+                services_dirty(gone.and_then(|slice| of_slice(&slice)))
+            }
             Kind::NetworkPolicy
             | Kind::ClusterNetworkPolicy
             | Kind::AdminNetworkPolicy
@@ -183,7 +196,7 @@ impl Index {
             Kind::Namespace => self.namespaces.keys().cloned().collect(),
             Kind::Pod => self.pods.keys().cloned().collect(),
             Kind::Service => self.services.keys().cloned().collect(),
-            Kind::EndpointSlice => self.slices.keys().cloned().collect(),
+            Kind::EndpointSlice => self.slices.names().cloned().collect(),
             Kind::NetworkPolicy
             | Kind::ClusterNetworkPolicy
             | Kind::AdminNetworkPolicy
@@ -217,21 +230,23 @@ impl Index {
         &self.node_name
     }
 
-    pub fn service(&self, name: &Name) -> Option<&Service> {
-        self.services.get(name).map(|service| &**service)
+    pub fn service(&self, name: &Name) -> Option<Service> {
+        let (name, service) = self.services.get_key_value(name)?;
+        Some(unpack(name, service))
     }
 
     /// Every Service, in the order of their names.
-    pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values().map(|service| &**service)
+    pub fn services(&self) -> impl Iterator<Item = Service> {
+        self.services.iter().map(|(name, service)| unpack(name, service))
+    }
+
+    pub fn service_names(&self) -> impl Iterator<Item = &Name> {
+        self.services.keys()
     }
 
     /// The slices of a Service, in the order of their names.
-    pub fn slices<'a>(&'a self, service: &'a Name) -> impl Iterator<Item = &'a EndpointSlice> {
-        self.slices_of
-            .range((service.clone(), Name::FIRST)..)
-            .take_while(move |((of, _), _)| of == service)
-            .map(|(_, slice)| &**slice)
+    pub fn slices<'a>(&'a self, service: &Name) -> impl Iterator<Item = &'a EndpointSlice> {
+        self.slices.of(service)
     }
 
     /// A Pod of this node.
@@ -241,7 +256,9 @@ impl Index {
 
     /// The Pods that a Service selects, in the order of their names.
     pub fn selected_pods<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
-        in_namespace(&self.pods, service.name.namespace()).filter(move |pod| selects(service, pod))
+        let selector = service.selector.as_str();
+        self.pods_of(service.name.namespace())
+            .filter(move |pod| selects(&service.name, selector, pod))
     }
 
     /// The Pods of this node that own an address.
@@ -260,7 +277,7 @@ impl Index {
 
     /// The Pods of a namespace, in the order of their names.
     pub fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
-        in_namespace(&self.pods, namespace)
+        in_namespace(&self.pods, namespace).map(|(_, pod)| &**pod)
     }
 
     /// The Pods of the namespaces of a set, namespace by namespace in the order of their names.
@@ -306,15 +323,19 @@ impl Index {
         pod.node.as_deref() == Some(&*self.node_name)
     }
 
-    fn apply_service(&mut self, service: Arc<Service>) -> Dirty {
-        let name = service.name.clone();
-        let changed = self.services.get(&name) != Some(&service);
-        self.services.insert(name.clone(), service);
-        services_dirty(changed.then_some(name))
+    fn apply_service(&mut self, name: Name, service: Packed<Service>) -> Dirty {
+        let previous = match self.services.get_mut(&name) {
+            Some(known) if *known == service => return Dirty::default(),
+            Some(known) => Previous::Was(mem::replace(known, service)),
+            None => {
+                self.services.insert(name.clone(), service);
+                Previous::Missing
+            }
+        };
+        services_dirty([(name, previous)])
     }
 
     fn apply_slice(&mut self, mut slice: Arc<EndpointSlice>) -> Dirty {
-        let previous = self.slices.get(&slice.name).cloned();
         // One copy of the Service's name will do.
         if let Some(owned) = Arc::get_mut(&mut slice)
             && let Some(service) = &mut owned.service
@@ -322,27 +343,13 @@ impl Index {
         {
             *service = known.clone();
         }
-        if previous.as_ref() == Some(&slice) {
+        if self.slices.get(&slice.name) == Some(&slice) {
             return Dirty::default();
         }
-        let mut dirty = Dirty::default();
-        if let Some(previous) = previous {
-            self.unlink(&previous);
-            dirty.services.extend(previous.service.clone());
-        }
-        if let Some(service) = &slice.service {
-            let key = (service.clone(), slice.name.clone());
-            self.slices_of.insert(key, slice.clone());
-            dirty.services.insert(service.clone());
-        }
-        self.slices.insert(slice.name.clone(), slice);
-        dirty
-    }
-
-    fn unlink(&mut self, slice: &EndpointSlice) {
-        if let Some(service) = &slice.service {
-            self.slices_of.remove(&(service.clone(), slice.name.clone()));
-        }
+        let current = of_slice(&slice);
+        let previous = self.slices.insert(slice);
+        let previous = previous.and_then(|previous| of_slice(&previous));
+        services_dirty(previous.into_iter().chain(current))
     }
 
     fn pod_changed(&self, previous: Option<&Pod>, current: Option<&Pod>) -> Dirty {
@@ -351,9 +358,13 @@ impl Index {
         let Some(name) = pods().next().map(|pod| &pod.name) else {
             return Dirty::default();
         };
+        let selects_any = |service: &Name, packed: &Packed<Service>| {
+            let selector = packed.first();
+            pods().any(|pod| selects(service, selector, pod))
+        };
         let services = in_namespace(&self.services, name.namespace())
-            .filter(|service| pods().any(|pod| selects(service, pod)))
-            .map(|service| service.name.clone())
+            .filter(|(service, packed)| selects_any(service, packed))
+            .map(|(service, _)| (service.clone(), Previous::Same))
             .collect();
         let has_host_ports = |pod: &&&Pod| self.is_local(pod) && !pod.host_ports.is_empty();
         Dirty {
@@ -404,26 +415,38 @@ fn node_dirty(own: bool, name: Name) -> Dirty {
     }
 }
 
-fn services_dirty(services: impl IntoIterator<Item = Name>) -> Dirty {
+fn services_dirty(services: impl IntoIterator<Item = (Name, Previous)>) -> Dirty {
     Dirty {
         services: services.into_iter().collect(),
         ..Dirty::default()
     }
 }
 
-fn selects(service: &Service, pod: &Pod) -> bool {
-    !service.selector.is_empty()
-        && service.name.namespace() == pod.name.namespace()
-        && service
-            .selector
-            .iter()
-            .all(|(key, value)| pod.labels.get(key) == Some(value))
+fn of_slice(slice: &EndpointSlice) -> Option<(Name, Previous)> {
+    let service = slice.service.clone()?;
+    Some((service, Previous::Same))
 }
 
-fn in_namespace<'a, T>(objects: &'a BTreeMap<Name, Arc<T>>, namespace: &str) -> impl Iterator<Item = &'a T> {
+fn unpack(name: &Name, service: &Packed<Service>) -> Service {
+    Service {
+        name: name.clone(),
+        ..service.unpack()
+    }
+}
+
+/// `selector`: its text.
+fn selects(service: &Name, selector: &str, pod: &Pod) -> bool {
+    !selector.is_empty()
+        && service.namespace() == pod.name.namespace()
+        && shared::pairs(selector).all(|(key, value)| pod.labels.get(key) == Some(value))
+}
+
+fn in_namespace<'a, T>(
+    objects: &'a BTreeMap<Name, T>,
+    namespace: &str,
+) -> impl Iterator<Item = (&'a Name, &'a T)> {
     let first = Name::new(namespace, "");
     objects
         .range(first.clone()..)
         .take_while(move |(name, _)| name.namespace() == first.namespace())
-        .map(|(_, object)| &**object)
 }

@@ -2,6 +2,7 @@
 //! sees an API type.
 
 pub mod index;
+mod packed;
 pub mod policies;
 pub mod policy;
 pub mod shared;
@@ -10,7 +11,8 @@ mod types;
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use arcstr::ArcStr;
-pub use index::{Dirty, Index};
+pub use index::{Dirty, Index, Previous};
+pub use packed::Packed;
 pub use policies::PolicyDirty;
 pub use policy::Policy;
 use serde::{Deserialize, Serialize};
@@ -53,6 +55,12 @@ impl Name {
 
     fn parts(&self) -> (&str, &str) {
         self.0.split_once(SEPARATOR).unwrap_or(("", &self.0))
+    }
+}
+
+impl Default for Name {
+    fn default() -> Self {
+        Self::FIRST
     }
 }
 
@@ -191,9 +199,17 @@ pub enum Object {
     Node(Arc<Node>),
     Namespace(Arc<Namespace>),
     Pod(Arc<Pod>),
-    Service(Arc<Service>),
+    /// There are many, and most are never looked at again: name and all else.
+    Service(Name, Packed<Service>),
     EndpointSlice(Arc<EndpointSlice>),
     Policy(Arc<Policy>),
+}
+
+impl From<Service> for Object {
+    fn from(service: Service) -> Self {
+        let packed = Packed::new(&service);
+        Object::Service(service.name, packed)
+    }
 }
 
 /// The document that an object comes from.

@@ -6,6 +6,8 @@ use std::{
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{Placement, PodPort, SlicePort};
 
 /// Values in use somewhere. Those that nobody uses any more leave when the pool has doubled since they last did.
@@ -62,7 +64,7 @@ pub fn pod_ports(ports: Vec<PodPort>) -> Arc<[PodPort]> {
 }
 
 /// Labels or a selector, sorted by key, in one piece: each key and each value ends with NUL, which neither can contain.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Labels(Arc<str>);
 
 impl Labels {
@@ -89,9 +91,13 @@ impl Labels {
         self.0.is_empty()
     }
 
+    /// What [`pairs`] reads.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        let mut parts = self.0.split_terminator('\0');
-        std::iter::from_fn(move || Some((parts.next()?, parts.next()?)))
+        pairs(&self.0)
     }
 
     pub fn get(&self, key: &str) -> Option<&str> {
@@ -99,6 +105,12 @@ impl Labels {
             .find(|(known, _)| *known == key)
             .map(|(_, value)| value)
     }
+}
+
+/// Keys and values of the text of [`Labels`].
+pub fn pairs(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let mut parts = text.split_terminator('\0');
+    std::iter::from_fn(move || Some((parts.next()?, parts.next()?)))
 }
 
 #[cfg(test)]

@@ -3,16 +3,18 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, Ipv4Addr},
+    num::NonZeroI64,
     sync::Arc,
 };
 
 use dataplane_common::addr::proto;
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{Labels, Name};
 
 /// A layer 4 protocol. Services are served for TCP and UDP; policies and the names of ports know SCTP too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Protocol {
     Tcp,
     Udp,
@@ -43,8 +45,12 @@ impl Protocol {
     clippy::struct_excessive_bools,
     reason = "as many independent fields of the API"
 )]
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
+    /// Empty: its endpoints are somebody else's business. First, because it is looked at alone.
+    pub selector: Labels,
+    /// The index knows it without.
+    #[serde(skip)]
     pub name: Name,
     /// False for headless and `ExternalName` Services and those labelled for another proxy: nothing is programmed.
     pub proxied: bool,
@@ -56,8 +62,6 @@ pub struct Service {
     pub ipv4: bool,
     pub ipv6: bool,
     pub ports: Box<[ServicePort]>,
-    /// Empty: its endpoints are somebody else's business.
-    pub selector: Labels,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`, where it means anything: the Service has an external address of some kind.
@@ -75,7 +79,7 @@ pub struct Service {
 }
 
 /// A port of a [`Service`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePort {
     /// Its place in `spec.ports`.
     pub place: u16,
@@ -88,7 +92,7 @@ pub struct ServicePort {
 }
 
 /// `targetPort`: used only where endpoints are derived from Pods.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetPort {
     Number(u16),
     Name(Arc<str>),
@@ -113,7 +117,7 @@ pub struct EndpointSlice {
     pub ports: Arc<[SlicePort]>,
     pub endpoints: Endpoints,
     /// When the change happened that it is the last to show, as its annotation says, in nanoseconds since 1970.
-    pub changed_ns: Option<i64>,
+    pub changed_ns: Option<NonZeroI64>,
 }
 
 /// A port of every endpoint of a slice.

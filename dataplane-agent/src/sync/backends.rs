@@ -41,7 +41,7 @@ impl Syncer {
         let Some(uses) = self.desired.uses(key) else {
             return false;
         };
-        let Some(given) = self.programmed.backend_ids.give(key) else {
+        let Some(given) = self.programmed.backend_ids.give(key, |id| named(store, id)) else {
             let limit = self.limits.backends;
             report.not_tried(describe(&key.key), &NoRoom::Backends { limit });
             return false;
@@ -58,7 +58,7 @@ impl Syncer {
     pub(super) fn demote_backends(&mut self, store: &mut dyn Store, report: &mut Report) {
         let in_use = self.backends_of_stale_services(store);
         for key in std::mem::take(&mut self.touched.backends) {
-            let Some(id) = self.programmed.backend_ids.get(&key) else {
+            let Some(id) = self.programmed.backend_id(store, &key) else {
                 if self.desired.uses(&key).is_some() {
                     self.touched.backends.insert(key);
                 }
@@ -114,7 +114,7 @@ impl Syncer {
         }
         let done = report.note(|| describe(&key.key), store.write_backend(id, &backend));
         if !done && is_new {
-            self.programmed.backend_ids.take_back(key);
+            self.programmed.backend_ids.take_back(id, key);
         }
         if done
             && key.key.proto == Protocol::Udp
@@ -131,6 +131,11 @@ impl Syncer {
 fn read(store: &dyn Store, id: u32) -> Backend {
     // Only an id beyond the table's end cannot be read.
     store.read_backend(id).unwrap_or_default()
+}
+
+/// Who has a backend id, or had it last.
+pub fn named(store: &dyn Store, id: u32) -> Option<OwnedBackend> {
+    encode::owned_backend(&read(store, id))
 }
 
 /// Whether a backend that a socket was given serves its Service still.
@@ -155,7 +160,7 @@ impl Syncer {
         let owner = encode::owner(owner);
         let id = |key: BackendKey| {
             let key = OwnedBackend { owner, key };
-            let id = self.programmed.backend_ids.get(&key)?;
+            let id = self.programmed.backend_id(store, &key)?;
             let backend = read(store, id);
             let is_active = backend.head.state == backend_state::ACTIVE;
             (is_active && encode::owned_backend(&backend) == Some(key)).then_some(id)

@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    hash::{BuildHasher, RandomState},
+    mem,
     net::IpAddr,
     sync::Arc,
 };
@@ -12,8 +14,8 @@ use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 
 use super::{backends::OwnedBackend, encode};
 use crate::{
-    compile::{Balancer, BalancerKey, Compiled, FrontendAddr},
-    model::ObjectRef,
+    compile::{Balancer, BalancerKey, Compiled, FrontendAddr, Parts},
+    model::{ObjectRef, Packed},
     store::FrontendKey,
 };
 
@@ -32,7 +34,23 @@ struct Owner {
     /// [`encode::owner`] of its name.
     hash: u32,
     object: ObjectRef,
-    compiled: Arc<Compiled>,
+    compiled: Kept,
+}
+
+impl Owner {
+    fn compiled(&self) -> Arc<Compiled> {
+        match &self.compiled {
+            Kept::Open(compiled) => compiled.clone(),
+            Kept::Packed(packed) => Compiled::unpack(packed).into(),
+        }
+    }
+}
+
+/// Open until it is programmed, for that asks for every entry.
+#[derive(Debug)]
+enum Kept {
+    Open(Arc<Compiled>),
+    Packed(Packed<Parts>),
 }
 
 /// Every object that wants something, to be found by its name and by the hash of it.
@@ -45,10 +63,10 @@ impl Owners {
         u64::from(hash) | u64::from(hash) << 32
     }
 
-    fn get(&self, object: &ObjectRef) -> Option<&Arc<Compiled>> {
+    fn get(&self, object: &ObjectRef) -> Option<Arc<Compiled>> {
         let of_object = self.of_hash(encode::owner(object));
         let mut of_object = of_object.filter(|owner| owner.object == *object);
-        of_object.next().map(|owner| &owner.compiled)
+        of_object.next().map(Owner::compiled)
     }
 
     /// Nearly always at most one.
@@ -63,16 +81,63 @@ impl Owners {
         let owner = Owner {
             hash,
             object,
-            compiled,
+            compiled: Kept::Open(compiled),
         };
         let spread = |owner: &Owner| Self::spread(owner.hash);
         self.0.insert_unique(Self::spread(hash), owner, spread);
     }
 
-    fn remove(&mut self, object: &ObjectRef) -> Option<Arc<Compiled>> {
+    fn remove(&mut self, object: &ObjectRef) {
         let hash = Self::spread(encode::owner(object));
-        let found = self.0.find_entry(hash, |owner| owner.object == *object);
-        found.ok().map(|found| found.remove().0.compiled)
+        if let Ok(found) = self.0.find_entry(hash, |owner| owner.object == *object) {
+            found.remove();
+        }
+    }
+
+    fn pack(&mut self, object: &ObjectRef, packed: Packed<Parts>) {
+        let hash = Self::spread(encode::owner(object));
+        if let Some(owner) = self.0.find_mut(hash, |owner| owner.object == *object) {
+            owner.compiled = Kept::Packed(packed);
+        }
+    }
+}
+
+/// Who is served at an address and port: the hash of that, and of the owner's name.
+#[derive(Debug, Default)]
+struct Served {
+    table: HashTable<(u32, u32)>,
+    hasher: RandomState,
+}
+
+impl Served {
+    fn hash(&self, frontend: &FrontendAddr) -> u32 {
+        self.hasher.hash_one(frontend) as u32
+    }
+
+    /// Owners of which nearly always one has the frontend.
+    fn owners(&self, frontend: &FrontendAddr) -> impl Iterator<Item = u32> {
+        let hash = self.hash(frontend);
+        let alike = self.table.iter_hash(Owners::spread(hash));
+        alike
+            .filter(move |(known, _)| *known == hash)
+            .map(|(_, owner)| *owner)
+    }
+
+    fn insert(&mut self, frontend: &FrontendAddr, owner: u32) {
+        let hash = self.hash(frontend);
+        let spread = |(hash, _): &(u32, u32)| Owners::spread(*hash);
+        self.table
+            .insert_unique(Owners::spread(hash), (hash, owner), spread);
+    }
+
+    fn remove(&mut self, frontend: &FrontendAddr, owner: u32) {
+        let entry = (self.hash(frontend), owner);
+        let found = self
+            .table
+            .find_entry(Owners::spread(entry.0), |known| *known == entry);
+        if let Ok(found) = found {
+            found.remove();
+        }
     }
 }
 
@@ -101,8 +166,9 @@ impl Touched {
 #[derive(Debug)]
 pub struct Desired {
     owners: Owners,
-    /// The hash of who is served at an address and port.
-    frontends: HashMap<FrontendAddr, u32>,
+    /// Those that are not packed.
+    open: Vec<ObjectRef>,
+    served: Served,
     /// Addresses whose echo requests are answered, and how many frontends want it.
     pub echoes: HashMap<FrontendKey, (IpAddr, u32)>,
     pub ports: Vec<PortSet>,
@@ -114,7 +180,8 @@ impl Default for Desired {
     fn default() -> Self {
         Self {
             owners: Owners::default(),
-            frontends: HashMap::new(),
+            open: Vec::new(),
+            served: Served::default(),
             echoes: HashMap::new(),
             ports: vec![PortSet::default(); PORT_SETS as usize],
             port_uses: HashMap::new(),
@@ -128,39 +195,53 @@ impl Desired {
     pub fn update(&mut self, updates: Vec<(ObjectRef, Option<Arc<Compiled>>)>, touched: &mut Touched) {
         let mut arriving = Vec::new();
         for (owner, compiled) in updates {
-            if self.owners.get(&owner) == compiled.as_ref() {
+            let previous = self.owners.get(&owner);
+            if previous == compiled {
                 continue;
             }
-            if let Some(previous) = self.owners.remove(&owner) {
+            if let Some(previous) = previous {
+                self.owners.remove(&owner);
                 self.remove(&owner, &previous, touched);
             }
             arriving.extend(compiled.map(|compiled| (owner, compiled)));
         }
         for (owner, compiled) in arriving {
             self.add(&owner, &compiled, touched);
+            self.open.push(owner.clone());
             self.owners.insert(owner, compiled);
         }
     }
 
-    pub fn owners(&self) -> impl Iterator<Item = (&ObjectRef, &Compiled)> {
-        self.owners
-            .0
-            .iter()
-            .map(|owner| (&owner.object, &*owner.compiled))
+    /// Packs what is programmed: it is looked at again when it changes.
+    pub fn pack(&mut self) {
+        let packed = |owner: ObjectRef| {
+            let packed = self.owners.get(&owner)?.pack();
+            Some((owner, packed))
+        };
+        // All before the first is replaced: what these take would otherwise lie scattered over what those leave.
+        let packed: Vec<_> = mem::take(&mut self.open).into_iter().filter_map(packed).collect();
+        for (owner, packed) in packed {
+            self.owners.pack(&owner, packed);
+        }
     }
 
-    pub fn balancer(&self, key: &BalancerKey) -> Option<&Balancer> {
+    pub fn owners(&self) -> impl Iterator<Item = (&ObjectRef, Arc<Compiled>)> {
+        let owners = self.owners.0.iter();
+        owners.map(|owner| (&owner.object, owner.compiled()))
+    }
+
+    pub fn balancer(&self, key: &BalancerKey) -> Option<Balancer> {
         let BalancerKey {
             owner,
             frontend,
             outside,
         } = key;
-        self.owners.get(owner)?.balancer(frontend, *outside)
+        self.owners.get(owner)?.balancer(frontend, *outside).cloned()
     }
 
     /// Every balancer, in no order.
     pub fn balancers(&self) -> impl Iterator<Item = BalancerKey> {
-        let of_owner = |(owner, compiled): (&ObjectRef, &Compiled)| {
+        let of_owner = |(owner, compiled): (&ObjectRef, Arc<Compiled>)| {
             let keys: Vec<BalancerKey> = compiled.balancers.iter().map(|one| key(owner, one)).collect();
             keys
         };
@@ -170,15 +251,15 @@ impl Desired {
     /// To which balancer an entry of the frontends' tables should lead.
     pub fn frontend(&self, key: &FrontendKey) -> Option<BalancerKey> {
         let (addr, scope) = encode::frontend_addr(key)?;
-        let owners = self.owners.of_hash(*self.frontends.get(&addr)?);
-        let balancers = owners.flat_map(|owner| {
+        let owners = self.served.owners(&addr);
+        let mut owners = owners.flat_map(|hash| self.owners.of_hash(hash));
+        owners.find_map(|owner| {
+            let compiled = owner.compiled();
             let balancers = [false, true].into_iter();
-            let balancers = balancers.filter_map(|outside| owner.compiled.balancer(&addr, outside));
-            balancers.map(move |balancer| (owner, balancer))
-        });
-        let mut balancers = balancers.filter(|(_, balancer)| scopes(balancer).any(|of| of == scope));
-        let (owner, balancer) = balancers.next()?;
-        Some(self::key(&owner.object, balancer))
+            let mut balancers = balancers.filter_map(|outside| compiled.balancer(&addr, outside));
+            let balancer = balancers.find(|balancer| scopes(balancer).any(|of| of == scope))?;
+            Some(self::key(&owner.object, balancer))
+        })
     }
 
     pub fn services(&self) -> usize {
@@ -189,7 +270,8 @@ impl Desired {
     pub fn uses(&self, backend: &OwnedBackend) -> Option<Uses> {
         let OwnedBackend { key, owner } = backend;
         let mut found: Option<Uses> = None;
-        for Owner { compiled, .. } in self.owners.of_hash(*owner) {
+        for owner in self.owners.of_hash(*owner) {
+            let compiled = owner.compiled();
             let Some(info) = compiled.endpoints.get(key) else {
                 continue;
             };
@@ -205,7 +287,7 @@ impl Desired {
     fn add(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
         touched.backends.extend(backends(owner, compiled));
         for balancer in &compiled.balancers {
-            self.frontends.insert(balancer.frontend, encode::owner(owner));
+            self.served.insert(&balancer.frontend, encode::owner(owner));
             for scope in scopes(balancer) {
                 touched
                     .frontends
@@ -225,9 +307,7 @@ impl Desired {
     fn remove(&mut self, owner: &ObjectRef, compiled: &Compiled, touched: &mut Touched) {
         let hash = encode::owner(owner);
         for balancer in &compiled.balancers {
-            if self.frontends.get(&balancer.frontend) == Some(&hash) {
-                self.frontends.remove(&balancer.frontend);
-            }
+            self.served.remove(&balancer.frontend, hash);
             for scope in scopes(balancer) {
                 touched
                     .frontends

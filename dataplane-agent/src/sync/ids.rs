@@ -8,15 +8,16 @@ use std::{
 
 use hashbrown::HashTable;
 
-/// Which numbers are in use, and which key had the others last.
+/// Which numbers are in use, and which key had the others last. The keys stand elsewhere: `key_of` tells the one that has a
+/// number or had it last.
 ///
 /// A key that comes back before its number was reused gets the same number again: flows that remember it go on.
 #[derive(Debug)]
-pub struct Ids<K> {
+pub struct Ids {
     limit: u32,
-    /// Who has a number, or had it last, by number. Numbers beyond were never used, and 0 is not given out.
-    keys: Vec<Option<K>>,
-    /// The numbers of `keys`, by the hash of their keys.
+    /// Numbers from here on were never used, and 0 is not given out.
+    fresh: u32,
+    /// By the hash of their keys.
     by_key: HashTable<u32>,
     hasher: RandomState,
     /// Numbers that nobody uses, by the order in which they became so.
@@ -37,12 +38,12 @@ pub enum Given {
     New(u32),
 }
 
-impl<K: Clone + Eq + Hash> Ids<K> {
+impl Ids {
     /// Numbers below `limit`.
     pub fn new(limit: u32) -> Self {
         Self {
             limit,
-            keys: vec![None],
+            fresh: 1,
             by_key: HashTable::new(),
             hasher: RandomState::new(),
             retired: BTreeMap::new(),
@@ -52,59 +53,59 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         }
     }
 
-    pub fn get(&self, key: &K) -> Option<u32> {
-        self.find(key).filter(|id| !self.places.contains_key(id))
+    pub fn get<K: Eq + Hash>(&self, key: &K, key_of: impl Fn(u32) -> Option<K>) -> Option<u32> {
+        self.find(key, key_of).filter(|id| !self.places.contains_key(id))
     }
 
-    /// Numbers in use.
+    /// How many are in use.
     pub fn used(&self) -> usize {
         self.by_key.len() - self.retired.len()
     }
 
-    /// Who uses a number, by number.
-    pub fn keys(&self) -> impl Iterator<Item = &K> {
-        let keys = (0..).zip(&self.keys);
-        let in_use = keys.filter(|(id, _)| !self.places.contains_key(id));
-        in_use.filter_map(|(_, key)| key.as_ref())
+    /// Those in use.
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
+        let ids = self.by_key.iter().copied();
+        ids.filter(|id| !self.places.contains_key(id))
     }
 
-    /// Gives a key its number; `None` when all are in use.
-    pub fn give(&mut self, key: &K) -> Option<Given> {
-        if let Some(id) = self.find(key) {
+    /// Gives a key its number; `None` when all are in use. The key of a new number is to stand there before this is asked
+    /// again, or the number to be taken back.
+    pub fn give<K: Eq + Hash>(&mut self, key: &K, key_of: impl Fn(u32) -> Option<K>) -> Option<Given> {
+        if let Some(id) = self.find(key, &key_of) {
             if let Some(place) = self.places.remove(&id) {
                 self.retired.remove(&place);
             }
             return Some(Given::Same(id));
         }
-        let id = self.reuse_or_fresh()?;
-        self.enter(id, key.clone());
+        let id = self.reuse_or_fresh(&key_of)?;
+        self.enter(id, key, key_of);
         Some(Given::New(id))
     }
 
-    fn reuse_or_fresh(&mut self) -> Option<u32> {
+    fn reuse_or_fresh<K: Hash>(&mut self, key_of: impl Fn(u32) -> Option<K>) -> Option<u32> {
         if let Some(id) = self.spare.pop() {
             return Some(id);
         }
-        let fresh = self.keys.len() as u32;
-        if fresh < self.limit {
-            return Some(fresh);
+        if self.fresh < self.limit {
+            return Some(self.fresh);
         }
         let (_, id) = self.retired.pop_first()?;
         self.places.remove(&id);
-        self.leave(id);
+        if let Some(key) = key_of(id) {
+            self.leave(id, &key);
+        }
         Some(id)
     }
 
     /// Takes a new number back from a key whose entry was not written: the table still speaks of somebody else.
-    pub fn take_back(&mut self, key: &K) {
-        if self.get(key).is_some() {
-            self.forget(key);
-        }
+    pub fn take_back<K: Hash>(&mut self, id: u32, key: &K) {
+        self.leave(id, key);
+        self.spare.push(id);
     }
 
     /// Queues a key's number for reuse.
-    pub fn retire(&mut self, key: &K) {
-        if let Some(id) = self.get(key) {
+    pub fn retire<K: Eq + Hash>(&mut self, key: &K, key_of: impl Fn(u32) -> Option<K>) {
+        if let Some(id) = self.get(key, key_of) {
             self.places.insert(id, self.next_place);
             self.retired.insert(self.next_place, id);
             self.next_place += 1;
@@ -112,58 +113,40 @@ impl<K: Clone + Eq + Hash> Ids<K> {
     }
 
     /// Takes over what a table said at start. In use: `retire` it afterwards if it is not.
-    pub fn restore(&mut self, id: u32, key: K) {
+    pub fn restore<K: Eq + Hash>(&mut self, id: u32, key: &K, key_of: impl Fn(u32) -> Option<K>) {
         // Of two entries for one key, the last.
-        self.forget(&key);
-        self.enter(id, key);
-    }
-
-    /// Hands a number that is in use to another key, which has none.
-    pub fn rename(&mut self, from: &K, to: K) {
-        if let Some(id) = self.get(from) {
-            self.leave(id);
-            self.forget(&to);
-            self.enter(id, to);
-        }
+        self.forget(key, &key_of);
+        self.enter(id, key, key_of);
     }
 
     /// Makes the number that a key has or had last free.
-    fn forget(&mut self, key: &K) {
-        if let Some(id) = self.find(key) {
+    fn forget<K: Eq + Hash>(&mut self, key: &K, key_of: impl Fn(u32) -> Option<K>) {
+        if let Some(id) = self.find(key, key_of) {
             if let Some(place) = self.places.remove(&id) {
                 self.retired.remove(&place);
             }
-            self.leave(id);
+            self.leave(id, key);
             self.spare.push(id);
         }
     }
 
     /// The number that a key has or had last.
-    fn find(&self, key: &K) -> Option<u32> {
-        let is_its = |id: &u32| self.keys[*id as usize].as_ref() == Some(key);
+    fn find<K: Eq + Hash>(&self, key: &K, key_of: impl Fn(u32) -> Option<K>) -> Option<u32> {
+        let is_its = |id: &u32| key_of(*id).as_ref() == Some(key);
         self.by_key.find(self.hasher.hash_one(key), is_its).copied()
     }
 
-    fn enter(&mut self, id: u32, key: K) {
-        let Self {
-            keys, by_key, hasher, ..
-        } = self;
-        let hash = hasher.hash_one(&key);
-        let place = id as usize;
-        if keys.len() <= place {
-            keys.resize(place + 1, None);
-        }
-        keys[place] = Some(key);
-        let rehash = |id: &u32| keys[*id as usize].as_ref().map_or(0, |key| hasher.hash_one(key));
-        by_key.insert_unique(hash, id, rehash);
+    fn enter<K: Hash>(&mut self, id: u32, key: &K, key_of: impl Fn(u32) -> Option<K>) {
+        self.fresh = self.fresh.max(id + 1);
+        let hasher = &self.hasher;
+        let rehash = |id: &u32| key_of(*id).map_or(0, |key| hasher.hash_one(key));
+        self.by_key.insert_unique(hasher.hash_one(key), id, rehash);
     }
 
-    fn leave(&mut self, id: u32) {
-        if let Some(key) = self.keys[id as usize].take()
-            && let Ok(entry) = self
-                .by_key
-                .find_entry(self.hasher.hash_one(&key), |known| *known == id)
-        {
+    /// Takes a number from its key.
+    pub fn leave<K: Hash>(&mut self, id: u32, key: &K) {
+        let hash = self.hasher.hash_one(key);
+        if let Ok(entry) = self.by_key.find_entry(hash, |known| *known == id) {
             entry.remove();
         }
     }
@@ -173,17 +156,56 @@ impl<K: Clone + Eq + Hash> Ids<K> {
 mod tests {
     use super::*;
 
+    /// Keys that stand beside their numbers.
+    struct Stage {
+        ids: Ids,
+        keys: [Option<&'static str>; 4],
+    }
+
+    impl Stage {
+        fn give(&mut self, key: &'static str) -> Option<Given> {
+            let given = self.ids.give(&key, |id| self.keys[id as usize]);
+            if let Some(Given::New(id)) = given {
+                self.keys[id as usize] = Some(key);
+            }
+            given
+        }
+
+        fn retire(&mut self, key: &'static str) {
+            self.ids.retire(&key, |id| self.keys[id as usize]);
+        }
+    }
+
     #[test]
     fn numbers_are_reused_oldest_first_and_kept_for_who_comes_back() {
-        let mut ids = Ids::new(4);
+        let mut stage = Stage {
+            ids: Ids::new(4),
+            keys: [None; 4],
+        };
         for key in ["a", "b", "c"] {
-            assert!(matches!(ids.give(&key), Some(Given::New(_))));
+            assert!(matches!(stage.give(key), Some(Given::New(_))));
         }
-        assert_eq!(ids.give(&"d"), None);
-        ids.retire(&"b");
-        ids.retire(&"a");
-        assert_eq!(ids.give(&"b"), Some(Given::Same(2)));
-        assert_eq!(ids.give(&"d"), Some(Given::New(1)));
-        assert_eq!(ids.give(&"a"), None);
+        assert_eq!(stage.give("d"), None);
+        stage.retire("b");
+        stage.retire("a");
+        assert_eq!(stage.give("b"), Some(Given::Same(2)));
+        assert_eq!(stage.give("d"), Some(Given::New(1)));
+        assert_eq!(stage.give("a"), None);
+    }
+
+    #[test]
+    fn a_number_whose_entry_was_not_written_is_the_next_to_be_given() {
+        let mut stage = Stage {
+            ids: Ids::new(4),
+            keys: [None; 4],
+        };
+        assert_eq!(stage.give("a"), Some(Given::New(1)));
+        assert_eq!(
+            stage.ids.give(&"b", |id| stage.keys[id as usize]),
+            Some(Given::New(2))
+        );
+        stage.ids.take_back(2, &"b");
+        assert_eq!(stage.ids.used(), 1);
+        assert_eq!(stage.give("c"), Some(Given::New(2)));
     }
 }

@@ -9,19 +9,22 @@ mod backends;
 pub mod bound;
 mod desired;
 pub mod encode;
+mod frontends;
 mod ids;
 pub mod policy;
 mod programmed;
 mod ranges;
 mod restore;
+mod service_ids;
 mod services;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use dataplane_common::{device::Device, service::Frontend};
@@ -29,6 +32,7 @@ use dataplane_common::{device::Device, service::Frontend};
 pub use self::backends::serves;
 use self::{
     desired::{Desired, Touched},
+    frontends::Frontends,
     programmed::Programmed,
 };
 use crate::{
@@ -211,7 +215,7 @@ impl Syncer {
     }
 
     /// Changes what is desired of this machine.
-    pub fn set_host(&mut self, host: HostTables) {
+    pub fn set_host(&mut self, store: &dyn Store, host: HostTables) {
         let before = std::mem::replace(&mut self.host, host);
         let mut moved: BTreeSet<IpAddr> = BTreeSet::new();
         let host = &self.host;
@@ -227,7 +231,8 @@ impl Syncer {
         }
         if !moved.is_empty() {
             // Those without a number wait for one among the touched.
-            let numbered = self.programmed.backend_ids.keys();
+            let numbered = self.programmed.backend_ids.iter();
+            let numbered = numbered.filter_map(|id| backends::named(store, id));
             let there = numbered.filter(|backend| moved.contains(&backend.key.addr));
             let desired = there.filter(|backend| self.desired.uses(backend).is_some());
             self.touched.backends.extend(desired);
@@ -257,6 +262,9 @@ impl Syncer {
         self.delete_services(store, &mut report);
         self.demote_backends(store, &mut report);
         self.delete_host(store, &mut report);
+        if self.touched.is_empty() {
+            self.desired.pack();
+        }
         report
     }
 
@@ -269,7 +277,7 @@ impl Syncer {
     pub fn reclaim(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
         if self.has_garbage() {
             store.grace_period()?;
-            self.programmed.reclaim(&self.desired);
+            self.programmed.reclaim(store, &self.desired);
         }
         Ok(())
     }
@@ -277,14 +285,13 @@ impl Syncer {
     /// Compares the hash tables with what we believe is in them, for the case that somebody else wrote there. The
     /// next run makes good what differs; returns how much that is.
     pub fn audit(&mut self, store: &dyn Store) -> Result<usize, StoreError> {
-        let frontends: HashMap<FrontendKey, Frontend> = store.frontends()?.into_iter().collect();
+        let frontends: Frontends = store.frontends()?.into_iter().collect();
         let believed = std::mem::replace(&mut self.programmed.frontends, frontends);
         let found = &self.programmed.frontends;
         let differing: BTreeSet<FrontendKey> = believed
             .keys()
             .chain(found.keys())
             .filter(|key| believed.get(key) != found.get(key))
-            .copied()
             .collect();
         let mut count = differing.len();
         self.touched.frontends.extend(differing);
@@ -304,7 +311,7 @@ impl Syncer {
     }
 
     /// What every Service and Pod wants, in no order.
-    pub fn wanted(&self) -> impl Iterator<Item = (&ObjectRef, &Compiled)> {
+    pub fn wanted(&self) -> impl Iterator<Item = (&ObjectRef, Arc<Compiled>)> {
         self.desired.owners()
     }
 
@@ -397,7 +404,7 @@ impl Syncer {
             let Some(key) = &desired.frontend(frontend) else {
                 return true;
             };
-            let index = programmed.written_service(key).ok_or(NoRoom::NoService);
+            let index = programmed.written_service(store, key).ok_or(NoRoom::NoService);
             let index = index.and_then(|index| {
                 programmed
                     .lets_through(&key.frontend)

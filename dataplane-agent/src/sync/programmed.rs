@@ -9,28 +9,22 @@ use ipnet::IpNet;
 
 use dataplane_common::{
     device::Device,
-    service::{Frontend, PortSet, Scope, Service, port_set_index, service_flags},
+    service::{PortSet, Scope, Service, port_set_index, service_flags},
 };
 
 use super::{
     arena::{Arena, Slice},
-    backends::OwnedBackend,
+    backends::{self, OwnedBackend},
     desired::Desired,
     encode,
+    frontends::Frontends,
     ids::Ids,
+    service_ids::{ServiceId, ServiceIds},
 };
 use crate::{
     compile::{BalancerKey, FrontendAddr},
-    store::{FrontendKey, Store, StoreError},
+    store::{Store, StoreError},
 };
-
-/// Who has a service index.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ServiceId {
-    Known(BalancerKey),
-    /// Found in the table at start, by index: whose it was, its frontends say.
-    Found(u32),
-}
 
 /// An entry of `SERVICES` and its slice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,19 +48,20 @@ impl Slot {
 /// The programmed state.
 #[derive(Debug)]
 pub struct Programmed {
-    pub frontends: HashMap<FrontendKey, Frontend>,
+    pub frontends: Frontends,
     /// By service index.
     pub ranges: HashMap<u32, BTreeSet<IpNet>>,
     pub ports: Vec<PortSet>,
     pub own_addresses: BTreeMap<IpAddr, u32>,
     pub devices: BTreeMap<u32, Device>,
-    pub backend_ids: Ids<OwnedBackend>,
-    pub service_ids: Ids<ServiceId>,
+    /// Of [`OwnedBackend`]s, which the table names: it is mapped.
+    pub backend_ids: Ids,
+    pub service_ids: ServiceIds,
     /// Balancers that are gone because a policy has changed. Their entries stay for the flows that they began.
     pub kept: BTreeSet<BalancerKey>,
     pub arena: Arena,
-    /// By service index.
-    slots: Vec<Slot>,
+    /// By service index; without length where it has none.
+    slices: Vec<Slice>,
     /// Services found at start that no balancer has adopted yet.
     pub found: BTreeSet<u32>,
     /// Services whose slices an earlier process wrote, until they have been compared.
@@ -79,16 +74,16 @@ pub struct Programmed {
 impl Programmed {
     pub fn new(services: u32, backends: u32, maglev: u32) -> Self {
         Self {
-            frontends: HashMap::new(),
+            frontends: Frontends::default(),
             ranges: HashMap::new(),
             ports: Vec::new(),
             own_addresses: BTreeMap::new(),
             devices: BTreeMap::new(),
             backend_ids: Ids::new(backends),
-            service_ids: Ids::new(services),
+            service_ids: ServiceIds::new(services),
             kept: BTreeSet::new(),
             arena: Arena::new(maglev),
-            slots: Vec::new(),
+            slices: Vec::new(),
             found: BTreeSet::new(),
             unverified: HashSet::new(),
             backend_garbage: Vec::new(),
@@ -105,25 +100,36 @@ impl Programmed {
         )
     }
 
-    /// The entry of a service index; empty where nothing was ever written.
-    pub fn slot(&self, index: u32) -> Slot {
-        self.slots.get(index as usize).copied().unwrap_or_default()
+    /// The number of a backend that is in use.
+    pub fn backend_id(&self, store: &dyn Store, backend: &OwnedBackend) -> Option<u32> {
+        self.backend_ids.get(backend, |id| backends::named(store, id))
     }
 
-    pub fn set_slot(&mut self, index: u32, slot: Slot) {
-        let place = index as usize;
-        if self.slots.len() <= place {
-            self.slots.resize_with(place + 1, Slot::default);
+    /// The entry of a service index; empty where nothing was ever written.
+    pub fn slot(&self, store: &dyn Store, index: u32) -> Slot {
+        let slice = self.slices.get(index as usize).copied();
+        Slot {
+            // Only an index beyond the table's end cannot be read.
+            value: store.read_service(index).unwrap_or_default(),
+            slice: slice.filter(|slice| slice.len > 0),
         }
-        self.slots[place] = slot;
+    }
+
+    pub fn set_slice(&mut self, index: u32, slice: Option<Slice>) {
+        let place = index as usize;
+        let none = Slice { start: 0, len: 0 };
+        if self.slices.len() <= place {
+            self.slices.resize(place + 1, none);
+        }
+        self.slices[place] = slice.unwrap_or(none);
     }
 
     /// The index of a balancer whose entry is in the table.
-    pub fn written_service(&self, key: &BalancerKey) -> Option<u32> {
+    pub fn written_service(&self, store: &dyn Store, key: &BalancerKey) -> Option<u32> {
         let index = self.service_ids.get(&ServiceId::Known(key.clone()))?;
-        let slot = self.slots.get(index as usize)?;
-        let is_live = slot.value.head.flags & service_flags::DELETED == 0;
-        (is_live && encode::service_frontend(&slot.value) == Some(key.frontend)).then_some(index)
+        let Slot { value, .. } = self.slot(store, index);
+        let is_live = value.head.flags & service_flags::DELETED == 0;
+        (is_live && encode::service_frontend(&value) == Some(key.frontend)).then_some(index)
     }
 
     /// Whether the bits of `PORTS` send packets for a frontend to the frontends' table.
@@ -147,8 +153,7 @@ impl Programmed {
                 && value.owner == encode::owner(&key.owner)
                 && self.found.remove(&value.service)
             {
-                self.service_ids
-                    .rename(&ServiceId::Found(value.service), ServiceId::Known(key.clone()));
+                self.service_ids.adopt(value.service, key.clone());
                 return;
             }
         }
@@ -164,10 +169,10 @@ impl Programmed {
     }
 
     /// Whether a frontend still leads to a service that is about to be deleted.
-    pub fn leads_to(&self, index: u32, id: &ServiceId) -> bool {
+    pub fn leads_to(&self, store: &dyn Store, index: u32, id: &ServiceId) -> bool {
         let frontend = match id {
             ServiceId::Known(key) => Some(key.frontend),
-            ServiceId::Found(_) => encode::service_frontend(&self.slot(index).value),
+            ServiceId::Found(_) => encode::service_frontend(&self.slot(store, index).value),
         };
         frontend.is_some_and(|frontend| {
             [Scope::Internal, Scope::External].into_iter().any(|scope| {
@@ -190,13 +195,13 @@ impl Programmed {
     }
 
     /// Frees what was discarded, save what has come back since.
-    pub fn reclaim(&mut self, desired: &Desired) {
+    pub fn reclaim(&mut self, store: &dyn Store, desired: &Desired) {
         for slice in self.slice_garbage.drain(..) {
             self.arena.free(slice);
         }
         for key in self.backend_garbage.drain(..) {
             if desired.uses(&key).is_none() {
-                self.backend_ids.retire(&key);
+                self.backend_ids.retire(&key, |id| backends::named(store, id));
             }
         }
         for id in self.service_garbage.drain(..) {

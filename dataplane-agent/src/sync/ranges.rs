@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use ipnet::IpNet;
 
-use super::{Report, Syncer, programmed::ServiceId};
+use super::{Report, Syncer, service_ids::ServiceId};
 use crate::store::{Store, StoreError};
 
 impl Syncer {

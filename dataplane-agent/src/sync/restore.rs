@@ -2,14 +2,10 @@
 
 use dataplane_common::{
     backend::backend_state,
-    service::{PORT_SETS, service_flags},
+    service::{PORT_SETS, ServiceHead, service_flags},
 };
 
-use super::{
-    desired::Touched,
-    encode,
-    programmed::{Programmed, ServiceId, Slot},
-};
+use super::{backends, desired::Touched, encode, programmed::Programmed, service_ids::ServiceId};
 use crate::{
     compile::maglev,
     store::{Store, StoreError},
@@ -20,7 +16,7 @@ pub fn restore(store: &dyn Store, touched: &mut Touched) -> Result<Programmed, S
     let limits = store.limits();
     let mut programmed = Programmed::new(limits.services, limits.backends, limits.maglev);
     programmed.frontends = store.frontends()?.into_iter().collect();
-    touched.frontends.extend(programmed.frontends.keys().copied());
+    touched.frontends.extend(programmed.frontends.keys());
     for (service, range) in store.ranges()? {
         programmed.ranges.entry(service).or_default().insert(range);
     }
@@ -33,24 +29,25 @@ pub fn restore(store: &dyn Store, touched: &mut Touched) -> Result<Programmed, S
     }
     programmed.own_addresses = store.own_addresses()?.into_iter().collect();
     programmed.devices = store.devices()?.into_iter().collect();
-    backends(store, limits.backends, &mut programmed, touched)?;
-    services(store, limits.services, &mut programmed)?;
+    restore_backends(store, limits.backends, &mut programmed, touched)?;
+    restore_services(store, limits.services, &mut programmed)?;
     Ok(programmed)
 }
 
-fn backends(
+fn restore_backends(
     store: &dyn Store,
     limit: u32,
     programmed: &mut Programmed,
     touched: &mut Touched,
 ) -> Result<(), StoreError> {
+    let named = |id| backends::named(store, id);
     let mut idle = Vec::new();
     for id in 1..limit {
         let backend = store.read_backend(id)?;
         let Some(key) = encode::owned_backend(&backend) else {
             continue;
         };
-        programmed.backend_ids.restore(id, key);
+        programmed.backend_ids.restore(id, &key, named);
         if matches!(backend.head.state, backend_state::ACTIVE | backend_state::SERVING) {
             touched.backends.insert(key);
         } else {
@@ -60,37 +57,30 @@ fn backends(
     // When they became idle is not recorded; those that were reused least come first.
     idle.sort_unstable();
     for (_, id, key) in idle {
-        if programmed.backend_ids.get(&key) == Some(id) {
-            programmed.backend_ids.retire(&key);
+        if programmed.backend_ids.get(&key, named) == Some(id) {
+            programmed.backend_ids.retire(&key, named);
         }
     }
     Ok(())
 }
 
-fn services(store: &dyn Store, limit: u32, programmed: &mut Programmed) -> Result<(), StoreError> {
+fn restore_services(store: &dyn Store, limit: u32, programmed: &mut Programmed) -> Result<(), StoreError> {
     for index in 1..limit {
         let value = store.read_service(index)?;
         if value.head.generation == 0 && value.port_be == 0 {
             continue;
         }
-        let id = ServiceId::Found(index);
-        programmed.service_ids.restore(index, id.clone());
-        let mut slot = Slot {
-            value,
-            ..Slot::default()
-        };
+        programmed.service_ids.restore(index);
         if value.head.flags & service_flags::DELETED != 0 {
-            programmed.set_slot(index, slot);
             if programmed.ranges.contains_key(&index) {
                 // Its deletion was interrupted.
                 programmed.found.insert(index);
             } else {
-                programmed.service_ids.retire(&id);
+                programmed.service_ids.retire(&ServiceId::Found(index));
             }
             continue;
         }
-        read_slice(store, index, &mut slot, programmed)?;
-        programmed.set_slot(index, slot);
+        read_slice(store, index, value.head, programmed)?;
         programmed.found.insert(index);
     }
     Ok(())
@@ -100,10 +90,9 @@ fn services(store: &dyn Store, limit: u32, programmed: &mut Programmed) -> Resul
 fn read_slice(
     store: &dyn Store,
     index: u32,
-    slot: &mut Slot,
+    head: ServiceHead,
     programmed: &mut Programmed,
 ) -> Result<(), StoreError> {
-    let head = slot.value.head;
     if head.size_class == 0 {
         return Ok(());
     }
@@ -126,7 +115,7 @@ fn read_slice(
     if !programmed.arena.reserve(slice) {
         return Ok(());
     }
-    slot.slice = Some(slice);
+    programmed.set_slice(index, Some(slice));
     programmed.unverified.insert(index);
     Ok(())
 }

@@ -12,7 +12,7 @@ use super::{
     desired::Desired,
     encode::{self, Affinity},
     ids::Given,
-    programmed::{ServiceId, Slot},
+    service_ids::ServiceId,
 };
 use crate::{
     compile::{BackendKey, Balancer, BalancerKey, maglev},
@@ -47,7 +47,7 @@ impl Syncer {
         let touched = std::mem::take(&mut self.touched.balancers);
         let mut waiting = BTreeSet::new();
         for key in in_order(&self.desired, touched) {
-            let Some(wanted) = self.desired.balancer(&key).cloned() else {
+            let Some(wanted) = self.desired.balancer(&key) else {
                 waiting.insert(key);
                 continue;
             };
@@ -67,7 +67,9 @@ impl Syncer {
                 outcome = self.put_service(store, report, &key, &wanted, &mut last);
             }
             match outcome {
-                Ok(()) if wanted.affinity_s.is_none() || self.affinity(&key, &wanted).is_some() => continue,
+                Ok(()) if wanted.affinity_s.is_none() || self.affinity(store, &key, &wanted).is_some() => {
+                    continue;
+                }
                 // With clients of its own, until the one that it shares them with finds room.
                 Ok(()) => {}
                 Err(NotPut::NoRoom(error)) => report.not_tried(describe(&key), &error),
@@ -94,7 +96,9 @@ impl Syncer {
             source_ranges,
             ..
         } = wanted;
-        let affinity = self.affinity(key, wanted).or(affinity_s.map(Affinity::Own));
+        let affinity = self
+            .affinity(store, key, wanted)
+            .or(affinity_s.map(Affinity::Own));
         if backends.len() > maglev::MAX_BACKENDS {
             let backends = backends.len();
             return Err(NoRoom::TooMany { backends }.into());
@@ -107,7 +111,7 @@ impl Syncer {
             missing,
             wanted: backends.len(),
         };
-        if missing > 0 && !self.serves_in_part(report, key, backends, &ids) {
+        if missing > 0 && !self.serves_in_part(store, report, key, backends, &ids) {
             return Err(incomplete.into());
         }
         let backends = if missing > 0 { &active.into() } else { backends };
@@ -115,7 +119,7 @@ impl Syncer {
             Given::Same(index) => (index, false),
             Given::New(index) => (index, true),
         };
-        let before = self.programmed.slot(index);
+        let before = self.programmed.slot(store, index);
         let class = size_class(ids.len());
         let undo = |syncer: &mut Self, slice: Option<Slice>| syncer.forget_new(key, is_new, slice);
         // Written by an earlier process: perhaps by another version, so it is compared in full.
@@ -172,8 +176,7 @@ impl Syncer {
         if !keep {
             self.programmed.slice_garbage.extend(before.slice);
         }
-        let slot = Slot { value, slice };
-        self.programmed.set_slot(index, slot);
+        self.programmed.set_slice(index, slice);
         self.programmed.kept.remove(key);
         self.trim_ranges(store, report, index, source_ranges)?;
         if ranges.is_err() {
@@ -186,7 +189,7 @@ impl Syncer {
     }
 
     /// How a service's clients are to be remembered; `None` too where that needs an entry which is not written.
-    fn affinity(&self, key: &BalancerKey, wanted: &Balancer) -> Option<Affinity> {
+    fn affinity(&self, store: &dyn Store, key: &BalancerKey, wanted: &Balancer) -> Option<Affinity> {
         let seconds = wanted.affinity_s?;
         match wanted.affinity_of {
             None => Some(Affinity::Own(seconds)),
@@ -196,7 +199,7 @@ impl Syncer {
                     frontend: first,
                     outside: false,
                 };
-                let index = self.programmed.written_service(&first)?;
+                let index = self.programmed.written_service(store, &first)?;
                 Some(Affinity::Of { index })
             }
         }
@@ -206,6 +209,7 @@ impl Syncer {
     /// tried again, and a new one not without any.
     fn serves_in_part(
         &mut self,
+        store: &dyn Store,
         report: &Report,
         key: &BalancerKey,
         backends: &[BackendKey],
@@ -218,7 +222,7 @@ impl Syncer {
             return false;
         }
         self.programmed.adopt(key, &self.desired);
-        !ids.is_empty() || self.programmed.written_service(key).is_some()
+        !ids.is_empty() || self.programmed.written_service(store, key).is_some()
     }
 
     /// Takes a service's table away where its successor fits in no other place. For the moment between, new
@@ -227,7 +231,7 @@ impl Syncer {
         let Some(index) = self.programmed.service_ids.get(&ServiceId::Known(key.clone())) else {
             return false;
         };
-        let before = self.programmed.slot(index);
+        let before = self.programmed.slot(store, index);
         let arena = &self.programmed.arena;
         let Some(slice) = before.slice.filter(|slice| arena.has_room_without(*slice, len)) else {
             return false;
@@ -243,8 +247,7 @@ impl Syncer {
             return false;
         }
         self.programmed.slice_garbage.push(slice);
-        let slot = Slot { value, slice: None };
-        self.programmed.set_slot(index, slot);
+        self.programmed.set_slice(index, None);
         self.reclaim(store).is_ok()
     }
 
@@ -279,7 +282,7 @@ impl Syncer {
             .filter_map(|id| self.programmed.service_ids.get(&id));
         // Only what is beyond the table's end cannot be read.
         indexes
-            .flat_map(|index| self.programmed.slot(index).ids(store).unwrap_or_default())
+            .flat_map(|index| self.programmed.slot(store, index).ids(store).unwrap_or_default())
             .collect()
     }
 
@@ -328,10 +331,10 @@ impl Syncer {
             return true;
         };
         // A frontend that could not be deleted or moved still leads here.
-        if self.programmed.leads_to(index, id) {
+        if self.programmed.leads_to(store, index, id) {
             return false;
         }
-        let before = self.programmed.slot(index);
+        let before = self.programmed.slot(store, index);
         let head = ServiceHead {
             slots_offset: 0,
             size_class: 0,
@@ -352,8 +355,7 @@ impl Syncer {
         }
         self.programmed.slice_garbage.extend(before.slice);
         self.programmed.unverified.remove(&index);
-        let slot = Slot { value, slice: None };
-        self.programmed.set_slot(index, slot);
+        self.programmed.set_slice(index, None);
         if let Err(error) = self.trim_ranges(store, report, index, &[]) {
             report.failed(format!("service index {index}"), &error);
             return false;

@@ -97,7 +97,7 @@ fn service() -> impl Strategy<Value = Object> {
                     node_port: node_port.map(|port| 30000 + port),
                     ..plain.ports[0].clone()
                 };
-                Object::Service(Arc::new(Service {
+                Object::from(Service {
                     proxied: last != 4,
                     ports: [port].into(),
                     internal_local,
@@ -106,7 +106,7 @@ fn service() -> impl Strategy<Value = Object> {
                     source_ranges: ranges.into_iter().map(range).collect(),
                     affinity_s,
                     ..plain
-                }))
+                })
             },
         )
 }
@@ -182,7 +182,7 @@ struct Agent {
 impl Agent {
     fn new(memory: &Memory) -> Self {
         let mut syncer = Syncer::restore(memory).unwrap();
-        syncer.set_host(host());
+        syncer.set_host(memory, host());
         Self {
             index: Index::new("n1"),
             compiler: Compiler::default(),
@@ -205,9 +205,9 @@ impl Agent {
 
 fn key(object: &Object) -> ObjectRef {
     match object {
-        Object::Service(service) => ObjectRef {
+        Object::Service(name, _) => ObjectRef {
             kind: Kind::Service,
-            name: service.name.clone(),
+            name: name.clone(),
         },
         Object::EndpointSlice(slice) => ObjectRef {
             kind: Kind::EndpointSlice,
@@ -377,10 +377,7 @@ fn object(number: u8, last: u8) -> [Object; 2] {
         .collect(),
         changed_ns: None,
     };
-    [
-        Object::Service(plain(number, last).into()),
-        Object::EndpointSlice(slice.into()),
-    ]
+    [plain(number, last).into(), Object::EndpointSlice(slice.into())]
 }
 
 /// After a restart a Service keeps its number and generation, so that its flows go on; another one at its address
@@ -458,7 +455,7 @@ fn a_policy_that_changes_ends_no_flow() {
         service.ports[0].node_port = Some(30000);
         service.external_local = external_local;
         service.internal_local = internal_local;
-        [Object::Service(service.into()), object(1, 1)[1].clone()]
+        [service.into(), object(1, 1)[1].clone()]
     };
     let entries = |memory: &Memory| {
         let mut entries: Vec<(u32, u16, bool)> = memory

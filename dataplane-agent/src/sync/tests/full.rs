@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use dataplane_common::service::Scope;
 use proptest::prelude::*;
 
-use super::{Agent, LIMITS, Step, endpoints_at, inconsistency, key, name, object, range, step};
+use super::{Agent, LIMITS, Step, endpoints_at, inconsistency, key, name, object, plain, range, step};
 use crate::{
     compile::BalancerKey,
     model::{EndpointSlice, Kind, Object, ObjectRef, Service},
@@ -35,8 +35,8 @@ impl Agent {
             desired, programmed, ..
         } = &self.syncer;
         let is_whole = |key: &BalancerKey| {
-            let ids = |index| programmed.slot(index).ids(memory).unwrap().len();
-            let written = programmed.written_service(key).map(ids);
+            let ids = |index| programmed.slot(memory, index).ids(memory).unwrap().len();
+            let written = programmed.written_service(memory, key).map(ids);
             written == desired.balancer(key).map(|balancer| balancer.backends.len())
         };
         let leads_there = |key: &BalancerKey, frontend: &FrontendKey| {
@@ -44,7 +44,7 @@ impl Agent {
                 .frontends
                 .get(frontend)
                 .map(|frontend| frontend.service);
-            led.is_some() && led == programmed.written_service(key)
+            led.is_some() && led == programmed.written_service(memory, key)
         };
         let services = desired.balancers().filter(|key| !is_whole(key));
         let scopes = |key: BalancerKey| {
@@ -226,17 +226,14 @@ fn ranges_that_do_not_fit_let_nobody_in() {
     let mut memory = Memory::new(limits);
     let mut agent = Agent::new(&memory);
     let guarded = |number: u8, lengths: &[u8]| {
-        let [service, slice] = object(number, number);
-        let Object::Service(service) = service else {
-            panic!("no service");
-        };
+        let [_, slice] = object(number, number);
         let service = Service {
             cluster_ips: Box::default(),
             ingress_ips: [IpAddr::from([198, 18, 0, number])].into(),
             source_ranges: lengths.iter().map(|length| range(*length)).collect(),
-            ..(*service).clone()
+            ..plain(number, number)
         };
-        [Object::Service(service.into()), slice]
+        [service.into(), slice]
     };
     let shows = |memory: &Memory, number: u8, from: &str| {
         let line = format!("198.18.0.{number} 80/TCP external -> {from}[backend");

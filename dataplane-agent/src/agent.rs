@@ -24,6 +24,7 @@ use jiff::Timestamp;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
+    task::{self, JoinHandle},
     time,
 };
 
@@ -132,8 +133,9 @@ async fn start(config: Config) -> anyhow::Result<()> {
         })
         .ok();
     tracing::info!(node = config.node_name, source = ?config.source, "started");
+    let mut grace_period: Option<JoinHandle<io::Result<()>>> = None;
     loop {
-        let reclaim_at = agent.reclaim_at;
+        let reclaim_at = agent.reclaim_at.filter(|_| grace_period.is_none());
         let retry_at = agent.retry_at;
         let listen_at = agent.listen_at;
         tokio::select! {
@@ -154,7 +156,11 @@ async fn start(config: Config) -> anyhow::Result<()> {
             },
             () = at(retry_at), if retry_at.is_some() => agent.retry(),
             () = at(listen_at), if listen_at.is_some() => agent.listen_again(),
-            () = at(reclaim_at), if reclaim_at.is_some() => agent.reclaim(),
+            () = at(reclaim_at), if reclaim_at.is_some() => grace_period = Some(agent.wait()),
+            outcome = over(&mut grace_period), if grace_period.is_some() => {
+                grace_period = None;
+                agent.end_reclaim(outcome);
+            }
             _ = audit.tick() => agent.audit(),
             _ = alive.tick() => agent.sign_of_life(),
             _ = terminate.recv() => break,
@@ -193,6 +199,14 @@ async fn readable(verdicts: Option<&Verdicts>) -> io::Result<()> {
 async fn at(time: Option<Instant>) {
     if let Some(time) = time {
         time::sleep_until(time.into()).await;
+    }
+}
+
+/// Returns when the wait for a grace period is over.
+async fn over(grace_period: &mut Option<JoinHandle<io::Result<()>>>) -> io::Result<()> {
+    match grace_period {
+        Some(waiting) => waiting.await.map_err(io::Error::other)?,
+        None => std::future::pending().await,
     }
 }
 
@@ -496,7 +510,7 @@ impl Agent {
         let ranges = self.pod_ranges();
         self.bound_syncer.set(addrs, ranges);
         self.policy_syncer.set_pods(bound);
-        let (report, of_policies) = tokio::task::block_in_place(|| {
+        let (report, of_policies) = task::block_in_place(|| {
             let of_addresses = self.bound_syncer.run(&mut *self.store);
             if of_addresses.lost {
                 self.policy_syncer.judge_anew();
@@ -537,10 +551,7 @@ impl Agent {
             .observe(started.elapsed().as_secs_f64());
         self.retry_at = (!self.failed.is_empty()).then(|| Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(RETRY_AT_MOST);
-        let has_garbage = self.syncer.has_garbage() || self.policy_syncer.has_garbage();
-        if has_garbage && self.reclaim_at.is_none() {
-            self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
-        }
+        self.plan_reclaim();
         self.publish_unknown();
         self.answer_claims();
         self.publish_progress();
@@ -548,21 +559,47 @@ impl Agent {
         writes
     }
 
-    /// Frees what was replaced.
-    pub fn reclaim(&mut self) {
+    /// Waits for a grace period beside the loop, so that no change does.
+    fn wait(&mut self) -> JoinHandle<io::Result<()>> {
+        self.begin_reclaim();
+        task::spawn_blocking(sys::grace_period)
+    }
+
+    /// To be called before a grace period.
+    pub fn begin_reclaim(&mut self) {
         self.reclaim_at = None;
-        let outcome = tokio::task::block_in_place(|| {
-            self.syncer.reclaim(&mut *self.store)?;
-            self.policy_syncer.reclaim(&mut *self.store, &mut self.policies)
+        self.syncer.begin_reclaim();
+        self.policy_syncer.begin_reclaim();
+        if let Some(sockets) = &mut self.sockets {
+            sockets.begin_wait();
+        }
+    }
+
+    /// To be called after it: frees what was replaced before. `waited`: whether it could be waited for.
+    pub fn end_reclaim(&mut self, waited: io::Result<()>) {
+        let outcome = task::block_in_place(|| {
+            waited.context("failed to wait for a grace period")?;
+            self.syncer.end_reclaim(&*self.store);
+            self.policy_syncer
+                .end_reclaim(&mut *self.store, &mut self.policies)?;
+            Ok::<(), anyhow::Error>(())
         });
         if let Err(error) = outcome {
-            tracing::warn!("failed to free what was replaced: {error}");
+            tracing::warn!("failed to free what was replaced: {error:#}");
             self.reclaim_at = Some(Instant::now() + RETRY_AT_MOST);
         } else if self.policy_syncer.has_moves() {
             self.write(Instant::now());
         }
+        self.plan_reclaim();
         if let Some(sockets) = &mut self.sockets {
-            tokio::task::block_in_place(|| sockets.end_late_ones(&*self.store));
+            task::block_in_place(|| sockets.end_late_ones(&*self.store));
+        }
+    }
+
+    fn plan_reclaim(&mut self) {
+        let has_garbage = self.syncer.has_garbage() || self.policy_syncer.has_garbage();
+        if has_garbage && self.reclaim_at.is_none() {
+            self.reclaim_at = Some(Instant::now() + RECLAIM_AFTER);
         }
     }
 
@@ -570,7 +607,7 @@ impl Agent {
         if !self.progress.borrow().started {
             return;
         }
-        let differing = tokio::task::block_in_place(|| {
+        let differing = task::block_in_place(|| {
             let of_addresses = self.bound_syncer.audit(&*self.store)?;
             let of_policies = self.policy_syncer.audit(&*self.store)? + of_addresses;
             Ok::<usize, StoreError>(self.syncer.audit(&*self.store)? + of_policies)

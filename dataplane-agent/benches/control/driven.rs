@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use dataplane_agent::{
     agent::{Agent, Outward},
     attach::start::{prepare, start},
+    bpf::sys,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
         Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
@@ -162,6 +163,17 @@ impl Driven {
     /// Entries written so far.
     pub fn writes(&self) -> u64 {
         self.metrics.writes.get()
+    }
+
+    /// Lets go of what was replaced, as the loop does: beside the wait for a grace period. Returns what is the loop's.
+    pub fn reclaim(&mut self) -> Duration {
+        let started = Instant::now();
+        self.agent.begin_reclaim();
+        let before = started.elapsed();
+        let outcome = sys::grace_period();
+        let over = Instant::now();
+        self.agent.end_reclaim(outcome);
+        before + over.elapsed()
     }
 
     /// Hands a batch to the agent; fails when not everything is programmed behind it.

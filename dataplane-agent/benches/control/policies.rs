@@ -157,7 +157,7 @@ pub async fn measure(inside: &Inside) -> Result<Outcome> {
     let sync_s = driven.take(batch)?.as_secs_f64();
     let sync_cpu_s = on_cpu_s()? - before;
     let writes = driven.writes();
-    driven.agent.reclaim();
+    driven.reclaim();
     let full = Resident::now()?;
     let mut changes: BTreeMap<Kind, Vec<Sample>> = BTreeMap::new();
     for round in 0..inside.changes {
@@ -218,14 +218,13 @@ async fn follow(
         took += observed.elapsed();
         cpu_s += on_cpu_s()? - on_cpu;
     }
-    let let_go = Instant::now();
-    driven.agent.reclaim();
+    let let_go = driven.reclaim();
     let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
     Ok(Sample {
         from_file_ms: millis(waited),
         ms: millis(took),
         cpu_ms: cpu_s * 1000.0,
-        after_ms: millis(let_go.elapsed()),
+        after_ms: millis(let_go),
         writes: driven.writes() - writes,
     })
 }

@@ -209,7 +209,7 @@ fn change_all(driven: &mut Driven, fleet: Fleet, rounds: usize) -> Result<Vec<(S
             note(kind, driven.take(batch(vec![Change::Delete(key)]))?);
         }
         // As the loop does, off the way of an event.
-        driven.agent.reclaim();
+        driven.reclaim();
     }
     Ok(samples)
 }

@@ -24,6 +24,8 @@ pub struct HostSockets {
     netlink: RequestSocket,
     /// To be looked at again: a connect may have been under way.
     again: BTreeSet<SocketAddr>,
+    /// Those of them that were lost before the wait for a grace period began.
+    waiting: BTreeSet<SocketAddr>,
 }
 
 impl HostSockets {
@@ -35,6 +37,7 @@ impl HostSockets {
             given,
             netlink,
             again: BTreeSet::new(),
+            waiting: BTreeSet::new(),
         })
     }
 
@@ -46,9 +49,14 @@ impl HostSockets {
         }
     }
 
-    /// The same for those that were being connected meanwhile. After a grace period.
+    /// To be called before a grace period.
+    pub(super) fn begin_wait(&mut self) {
+        self.waiting.append(&mut self.again);
+    }
+
+    /// The same for those that were being connected meanwhile. After the grace period.
     pub(super) fn end_late_ones(&mut self, store: &dyn Store) {
-        let lost = std::mem::take(&mut self.again);
+        let lost = std::mem::take(&mut self.waiting);
         if !lost.is_empty() {
             self.sweep(|peer| lost.contains(&peer), store);
         }

@@ -74,7 +74,7 @@ impl Syncer {
             if !done {
                 self.touched.backends.insert(key);
             } else if wanted.is_none() {
-                self.programmed.backend_garbage.push(key);
+                self.programmed.garbage.backends.insert(key);
             }
         }
     }

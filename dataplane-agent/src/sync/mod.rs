@@ -273,11 +273,22 @@ impl Syncer {
         self.programmed.has_garbage()
     }
 
-    /// Waits until no program uses what was replaced, and makes it free. Off the critical path, and batched.
+    /// To be called before a grace period. What is replaced from then on waits for another one.
+    pub fn begin_reclaim(&mut self) {
+        self.programmed.begin_reclaim();
+    }
+
+    /// To be called after it: what was replaced before is free, for no program uses it.
+    pub fn end_reclaim(&mut self, store: &dyn Store) {
+        self.programmed.end_reclaim(store, &self.desired);
+    }
+
+    /// The same at once, where something waits for room.
     pub fn reclaim(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
         if self.has_garbage() {
+            self.begin_reclaim();
             store.grace_period()?;
-            self.programmed.reclaim(store, &self.desired);
+            self.end_reclaim(store);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    mem,
     net::IpAddr,
 };
 
@@ -66,9 +67,28 @@ pub struct Programmed {
     pub found: BTreeSet<u32>,
     /// Services whose slices an earlier process wrote, until they have been compared.
     pub unverified: HashSet<u32>,
-    pub backend_garbage: Vec<OwnedBackend>,
-    pub slice_garbage: Vec<Slice>,
-    service_garbage: Vec<ServiceId>,
+    pub garbage: Garbage,
+    /// What was garbage when the wait for a grace period began.
+    waiting: Garbage,
+}
+
+/// What programs may still use that have seen the tables of before.
+#[derive(Debug, Default)]
+pub struct Garbage {
+    pub backends: BTreeSet<OwnedBackend>,
+    pub slices: Vec<Slice>,
+    services: BTreeSet<ServiceId>,
+}
+
+impl Garbage {
+    fn is_empty(&self) -> bool {
+        let Self {
+            backends,
+            slices,
+            services,
+        } = self;
+        backends.is_empty() && slices.is_empty() && services.is_empty()
+    }
 }
 
 impl Programmed {
@@ -86,9 +106,8 @@ impl Programmed {
             slices: Vec::new(),
             found: BTreeSet::new(),
             unverified: HashSet::new(),
-            backend_garbage: Vec::new(),
-            slice_garbage: Vec::new(),
-            service_garbage: Vec::new(),
+            garbage: Garbage::default(),
+            waiting: Garbage::default(),
         }
     }
 
@@ -187,26 +206,44 @@ impl Programmed {
         if let ServiceId::Found(index) = id {
             self.found.remove(&index);
         }
-        self.service_garbage.push(id);
+        self.garbage.services.insert(id);
     }
 
     pub fn has_garbage(&self) -> bool {
-        !self.backend_garbage.is_empty() || !self.slice_garbage.is_empty() || !self.service_garbage.is_empty()
+        !self.garbage.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Frees what was discarded, save what has come back since.
-    pub fn reclaim(&mut self, store: &dyn Store, desired: &Desired) {
-        for slice in self.slice_garbage.drain(..) {
+    /// From now on, a grace period is waited for.
+    pub fn begin_reclaim(&mut self) {
+        let Garbage {
+            backends,
+            slices,
+            services,
+        } = mem::take(&mut self.garbage);
+        self.waiting.backends.extend(backends);
+        self.waiting.slices.extend(slices);
+        self.waiting.services.extend(services);
+    }
+
+    /// It is over: frees what was discarded before it began, save what has come back since, also if it was discarded
+    /// again.
+    pub fn end_reclaim(&mut self, store: &dyn Store, desired: &Desired) {
+        let Garbage {
+            backends,
+            slices,
+            services,
+        } = mem::take(&mut self.waiting);
+        for slice in slices {
             self.arena.free(slice);
         }
-        for key in self.backend_garbage.drain(..) {
-            if desired.uses(&key).is_none() {
+        for key in backends {
+            if desired.uses(&key).is_none() && !self.garbage.backends.contains(&key) {
                 self.backend_ids.retire(&key, |id| backends::named(store, id));
             }
         }
-        for id in self.service_garbage.drain(..) {
+        for id in services {
             let is_back = matches!(&id, ServiceId::Known(key) if desired.balancer(key).is_some());
-            if !is_back {
+            if !is_back && !self.garbage.services.contains(&id) {
                 self.service_ids.retire(&id);
             }
         }

@@ -174,7 +174,7 @@ impl Syncer {
             report.writes += 1;
         }
         if !keep {
-            self.programmed.slice_garbage.extend(before.slice);
+            self.programmed.garbage.slices.extend(before.slice);
         }
         self.programmed.set_slice(index, slice);
         self.programmed.kept.remove(key);
@@ -246,7 +246,7 @@ impl Syncer {
         if !report.note(|| describe(key), store.write_service(index, &value)) {
             return false;
         }
-        self.programmed.slice_garbage.push(slice);
+        self.programmed.garbage.slices.push(slice);
         self.programmed.set_slice(index, None);
         self.reclaim(store).is_ok()
     }
@@ -353,7 +353,7 @@ impl Syncer {
             }
             report.writes += 1;
         }
-        self.programmed.slice_garbage.extend(before.slice);
+        self.programmed.garbage.slices.extend(before.slice);
         self.programmed.unverified.remove(&index);
         self.programmed.set_slice(index, None);
         if let Err(error) = self.trim_ranges(store, report, index, &[]) {

@@ -1,6 +1,7 @@
 //! Histories of random changes, with writes that fail and restarts in between, end where a fresh start would.
 
 mod full;
+mod grace;
 
 use std::{net::IpAddr, sync::Arc};
 

@@ -1,6 +1,6 @@
 //! Keeps the tables of policies equal to what is compiled, in an order in which at every moment each verdict is that of
 //! before or that of after: rows of new sets, classes with their rows, addresses and ranges, pods, then the revision;
-//! what nobody refers to any more goes after a grace period ([`PolicySyncer::reclaim`]).
+//! what nobody refers to any more goes after a grace period ([`PolicySyncer::end_reclaim`]).
 //!
 //! An address has one class for all sets, those that pods are led away from among them. So where what an address is to
 //! those changes in the same run, it gets a class that is to them what it was, and to the others what it becomes: a class of
@@ -29,7 +29,10 @@ use std::{
 
 use dataplane_common::policy::{PodPolicy, PolicyRule, REVISION_NONE, SET_NONE};
 
-use self::programmed::{Programmed, SET_CLOSED, sets_of};
+use self::{
+    programmed::{Programmed, SET_CLOSED, sets_of},
+    reclaim::Waiting,
+};
 use super::{Failure, Report, Subject};
 use crate::{
     compile::policy::{
@@ -68,6 +71,7 @@ pub struct PolicySyncer {
     is_stale: bool,
     last_revision: u32,
     unused: Unused,
+    waiting: Waiting,
 }
 
 /// What the compiler may hold that no pod uses.
@@ -179,6 +183,7 @@ impl PolicySyncer {
     ) {
         if !self.is_on {
             self.is_on = true;
+            self.waiting.is_off = false;
             self.touched = self.programmed.places.keys().copied().collect();
             self.touched
                 .extend(compiler.classes().places().map(|(place, _)| place));

@@ -65,6 +65,8 @@ pub struct Programmed {
     pub classes: BTreeMap<u32, Class>,
     /// Classes without members, which nobody finds.
     pub empty: BTreeSet<u32>,
+    /// Those of them that have been so since the wait for a grace period began.
+    pub waiting: BTreeSet<u32>,
     /// By the compiler's class.
     by_label: HashMap<ClassId, BTreeSet<u32>>,
     last_class: u32,
@@ -95,6 +97,7 @@ impl Programmed {
             lengths: Default::default(),
             classes: [(CLASS_ANY, any)].into(),
             empty: BTreeSet::new(),
+            waiting: BTreeSet::new(),
             by_label: HashMap::new(),
             last_class: CLASS_ANY,
             sets: BTreeMap::new(),
@@ -283,6 +286,7 @@ impl Programmed {
         }
         self.add_class(class).members.insert(place);
         self.empty.remove(&class);
+        self.waiting.remove(&class);
     }
 
     pub fn delete_place(&mut self, store: &mut dyn Store, place: Place) -> Result<(), StoreError> {
@@ -325,6 +329,7 @@ impl Programmed {
             self.delete_row(store, set, id)?;
         }
         self.empty.remove(&id);
+        self.waiting.remove(&id);
         if let Some(Class {
             label: Some(label), ..
         }) = self.classes.remove(&id)

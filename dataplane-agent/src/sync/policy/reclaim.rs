@@ -1,5 +1,7 @@
 //! What nobody refers to any more: removed after a grace period, so that no program still looks for it.
 
+use std::mem;
+
 use dataplane_common::policy::{CLASS_ANY, REVISION_NONE};
 
 use super::{PolicySyncer, Unused};
@@ -8,13 +10,23 @@ use crate::{
     store::{Store, StoreError},
 };
 
+/// What nobody referred to when the wait for a grace period began, beside [`Programmed::waiting`].
+///
+/// [`Programmed::waiting`]: super::programmed::Programmed::waiting
+#[derive(Debug, Default)]
+pub struct Waiting {
+    sets: Vec<u32>,
+    /// The tables have been asked nothing since.
+    pub is_off: bool,
+}
+
 impl PolicySyncer {
-    /// Whether [`PolicySyncer::reclaim`] has something to do.
+    /// Whether [`PolicySyncer::end_reclaim`] has something to do.
     pub fn has_garbage(&self) -> bool {
         self.unused == Unused::Some || self.has_rows_to_remove()
     }
 
-    /// Whether [`PolicySyncer::run`] has something to do after [`PolicySyncer::reclaim`].
+    /// Whether [`PolicySyncer::run`] has something to do after [`PolicySyncer::end_reclaim`].
     pub fn has_moves(&self) -> bool {
         !self.touched.is_empty() || !self.leaving.is_empty()
     }
@@ -30,16 +42,24 @@ impl PolicySyncer {
         !self.is_on && self.programmed.revision == REVISION_NONE
     }
 
-    /// Waits until no program uses what was replaced, and removes it. Off the critical path, and batched.
-    pub fn reclaim(
+    /// To be called before a grace period. What is let go from then on waits for another one.
+    pub fn begin_reclaim(&mut self) {
+        let is_off = self.is_off();
+        let programmed = &mut self.programmed;
+        programmed.waiting = programmed.empty.clone();
+        self.waiting = Waiting {
+            sets: programmed.unused_sets(),
+            is_off,
+        };
+    }
+
+    /// To be called after it: removes what nobody has referred to since before.
+    pub fn end_reclaim(
         &mut self,
         store: &mut dyn Store,
         compiler: &mut PolicyCompiler,
     ) -> Result<(), StoreError> {
-        if self.has_rows_to_remove() {
-            store.grace_period()?;
-            self.remove(store)?;
-        }
+        self.remove(store)?;
         if self.unused == Unused::Some {
             let Dropped {
                 places,
@@ -54,9 +74,25 @@ impl PolicySyncer {
         self.merge(store)
     }
 
+    /// The same at once.
+    #[cfg(test)]
+    pub fn reclaim(
+        &mut self,
+        store: &mut dyn Store,
+        compiler: &mut PolicyCompiler,
+    ) -> Result<(), StoreError> {
+        self.begin_reclaim();
+        if self.has_rows_to_remove() {
+            store.grace_period()?;
+        }
+        self.end_reclaim(store, compiler)
+    }
+
     fn remove(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
-        if self.is_off() {
-            let programmed = &mut self.programmed;
+        let Waiting { mut sets, is_off } = mem::take(&mut self.waiting);
+        let programmed = &mut self.programmed;
+        let mut classes = mem::take(&mut programmed.waiting);
+        if is_off {
             while let Some((ifindex, _)) = programmed.pods.first_key_value() {
                 let ifindex = *ifindex;
                 programmed.delete_pod(store, ifindex)?;
@@ -65,13 +101,15 @@ impl PolicySyncer {
                 let place = *place;
                 programmed.delete_place(store, place)?;
             }
+            sets = programmed.unused_sets();
+            classes.clone_from(&programmed.empty);
         }
-        let sets = self.programmed.unused_sets();
-        for class in self.programmed.empty.clone() {
-            self.programmed.remove_class(store, class)?;
+        for class in classes {
+            programmed.remove_class(store, class)?;
         }
+        // An old set is never given to a pod again.
         for set in sets {
-            self.programmed.remove_set(store, set)?;
+            programmed.remove_set(store, set)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use dataplane_common::policy::{CLASS_ANY, PolicyRule, SET_NONE, SET_RULES};
 
 use super::{
-    PolicySyncer, Unused, Wanted, build,
+    PolicySyncer, Unused, Waiting, Wanted, build,
     programmed::{Programmed, SET_CLOSED, sets_of},
 };
 use crate::{
@@ -39,6 +39,7 @@ impl PolicySyncer {
             is_stale: false,
             last_revision,
             unused: Unused::None,
+            waiting: Waiting::default(),
         }
     }
 

@@ -364,6 +364,69 @@ fn policy_each_write_leaves_the_verdicts_of_before_or_of_after() {
     println!("{writes} writes");
 }
 
+/// What a program has read of the tables at some moment: it goes on to read the rest.
+struct Seen {
+    memory: Memory,
+    flows: Vec<Flow>,
+    /// Since then, the wait for a grace period has begun.
+    is_waiting: bool,
+}
+
+impl Seen {
+    /// With the rest as it is now, the verdicts are those of then.
+    fn assert_is_good(&self, now: &Memory, context: &str) {
+        let mut mixed = now.clone();
+        mixed.policy.pods.clone_from(&self.memory.policy.pods);
+        mixed.policy.peers.clone_from(&self.memory.policy.peers);
+        mixed.policy.cidrs.clone_from(&self.memory.policy.cidrs);
+        mixed.policy.revision = self.memory.policy.revision;
+        assert_eq!(
+            verdicts(&mixed, &self.flows),
+            verdicts(&self.memory, &self.flows),
+            "{context}"
+        );
+    }
+}
+
+#[test]
+fn policy_what_programs_may_still_use_stays_until_a_grace_period_is_over() {
+    for seed in 0..cases() {
+        let mut random = Random(seed);
+        let (mut world, mut bound) = (World::default(), Bound::new());
+        let mut agent = Agent::start(&Memory::new(LIMITS), &world);
+        let mut store = Faulty::new(Memory::new(LIMITS), |_, _: &Memory| false);
+        let mut seen: Vec<Seen> = Vec::new();
+        for step in 0..BATCHES {
+            batch(&mut random, &mut world);
+            bound = bind(&mut random, &world, &bound);
+            agent.look(&world);
+            agent.bind(&bound);
+            agent.run(&mut store);
+            seen.push(Seen {
+                memory: store.memory.clone(),
+                flows: flows(&bound.keys().copied().collect()),
+                is_waiting: false,
+            });
+            match random.below(3) {
+                0 => {
+                    agent.syncer.begin_reclaim();
+                    for seen in &mut seen {
+                        seen.is_waiting = true;
+                    }
+                }
+                1 => {
+                    agent.syncer.end_reclaim(&mut store, &mut agent.compiler).unwrap();
+                    seen.retain(|seen| !seen.is_waiting);
+                }
+                _ => {}
+            }
+            for seen in &seen {
+                seen.assert_is_good(&store.memory, &format!("seed {seed}, step {step}"));
+            }
+        }
+    }
+}
+
 /// What somebody else did to the tables is found and made good.
 #[test]
 fn policy_an_audit_finds_foreign_changes() {

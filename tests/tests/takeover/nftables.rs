@@ -23,6 +23,7 @@ pub fn ruleset(node: &str) -> String {
     text
 }
 
+#[expect(clippy::too_many_lines, reason = "a ruleset from its first line to its last")]
 fn family_rules(
     text: &mut String,
     family: &str,

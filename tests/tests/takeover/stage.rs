@@ -44,7 +44,7 @@ pub struct Stage {
     program: PathBuf,
 }
 
-fn addresses(texts: [String; 2]) -> Result<Vec<IpAddr>> {
+fn addresses(texts: &[String; 2]) -> Result<Vec<IpAddr>> {
     texts.iter().map(|text| Ok(text.parse()?)).collect()
 }
 
@@ -62,7 +62,7 @@ impl Stage {
         let node = |number: u8| -> Result<NodeShape> {
             Ok(NodeShape {
                 name: format!("node{number}"),
-                addresses: addresses([format!("192.168.77.1{number}"), format!("fd00:77::1{number}")])?,
+                addresses: addresses(&[format!("192.168.77.1{number}"), format!("fd00:77::1{number}")])?,
                 extra_addresses: Vec::new(),
                 pod_cidrs: vec![
                     parse_prefix(&format!("10.244.{number}.0/24"))?,
@@ -74,7 +74,7 @@ impl Stage {
             Ok(PodShape {
                 name: name.to_owned(),
                 node: format!("node{node}"),
-                addresses: addresses(ips)?,
+                addresses: addresses(&ips)?,
                 host_network: false,
             })
         };
@@ -88,7 +88,7 @@ impl Stage {
             pods,
             externals: vec![ExternalShape {
                 name: "ext1".to_owned(),
-                addresses: addresses(["203.0.113.10".to_owned(), "2001:db8:113::10".to_owned()])?,
+                addresses: addresses(&["203.0.113.10".to_owned(), "2001:db8:113::10".to_owned()])?,
             }],
             network: Network::Routed,
         };

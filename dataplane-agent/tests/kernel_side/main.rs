@@ -90,6 +90,53 @@ fn attaches_and_finds_pods() -> Result<()> {
 const ALL_LINKS: usize = 3 + 2 + 1 + 8;
 
 #[test]
+fn a_veth_is_left_to_tc_unless_xdp_is_asked_for() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("veth")?;
+    let eth0 = node.links.index("eth0")?;
+    for (datapath, flags) in [
+        (DatapathMode::Xdp, device_flags::ETHERNET | device_flags::XDP),
+        (DatapathMode::Auto, device_flags::ETHERNET),
+    ] {
+        let config = Config {
+            datapath,
+            ..node.config()
+        };
+        let agent = node.start(&config)?;
+        let is_so = |state: &HostState| {
+            let device = state.devices.get(&eth0);
+            device.is_some_and(|device| device.entry.flags == flags)
+        };
+        agent.wait(&format!("{datapath:?}"), is_so)?;
+        assert_eq!(node.hooks(eth0)?, [1, 1]);
+        let status = node.netns.enter(|| Ok(inspect::inspect(&config.bpffs)?))?;
+        let reasons = status
+            .xdp_fallbacks
+            .iter()
+            .map(|fallback| fallback.reason.as_str());
+        let of_veths = reasons.filter(|reason| reason.contains("veth")).count();
+        assert_eq!(
+            of_veths,
+            usize::from(datapath == DatapathMode::Auto),
+            "{status:?}"
+        );
+        let xdp = status
+            .attachments
+            .iter()
+            .filter(|one| one.ours && one.program == "xdp");
+        assert_eq!(
+            xdp.count(),
+            usize::from(datapath == DatapathMode::Xdp),
+            "{status:?}"
+        );
+        agent.stop(&node)?;
+    }
+    node.clean_up()
+}
+
+#[test]
 fn the_next_start_takes_over() -> Result<()> {
     if !ready() {
         return Ok(());

@@ -127,11 +127,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         pins: Pins::new(&config.bpffs),
         constants,
     });
-    let mut verdicts = Verdicts::open(&Pins::new(&config.bpffs))
-        .inspect_err(|error| {
-            tracing::warn!("verdicts of policies are not told: failed to open their tables ({error})");
-        })
-        .ok();
+    let mut verdicts = open_verdicts(&config);
     tracing::info!(node = config.node_name, source = ?config.source, "started");
     let mut grace_period: Option<JoinHandle<io::Result<()>>> = None;
     loop {
@@ -186,6 +182,14 @@ async fn start_source(config: &Config, metrics: &Metrics) -> anyhow::Result<Sour
             source::kube::start(settings, State::new(metrics.source.clone())).await
         }
     }
+}
+
+fn open_verdicts(config: &Config) -> Option<Verdicts> {
+    Verdicts::open(&Pins::new(&config.bpffs))
+        .inspect_err(|error| {
+            tracing::warn!("verdicts of policies are not told: failed to open their tables ({error})");
+        })
+        .ok()
 }
 
 /// Returns when verdicts of policies have been told.

@@ -152,6 +152,24 @@ pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
         }
     }
 
+    /// [`begin`], of the flow that [`decide`] has planned in the shared space.
+    #[inline(always)]
+    fn begin(&mut self, world: &W, at: &Context) -> Verdict {
+        match self.work() {
+            Some(work) => begin::<F, W>(world, at, work),
+            None => Verdict::PASS,
+        }
+    }
+
+    /// [`conclude`], with what is in the shared space.
+    #[inline(always)]
+    fn conclude(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict {
+        match self.work() {
+            Some(work) => conclude::<F, P, W>(packet, world, at, work, verdict),
+            None => Verdict::PASS,
+        }
+    }
+
     // The stages of policies, see `enforce`.
     fn enforce(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict;
     fn judge(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
@@ -225,13 +243,19 @@ pub(crate) fn settle<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     if verdict.action() == Action::Judge {
         verdict = stages.judge(packet, world, at);
     }
-    if verdict.is_pending() {
+    if matches!(verdict.action(), Action::Miss | Action::Icmp | Action::Given) {
         verdict = stages.decide(packet, world, at, verdict);
+    }
+    if verdict.action() == Action::Next {
+        verdict = stages.begin(world, at);
+    }
+    if verdict.is_pending() {
+        verdict = stages.conclude(packet, world, at, verdict);
     }
     verdict
 }
 
-/// Decides what [`glance`] has left undecided.
+/// Decides what [`glance`] has left undecided. `NEXT`: to [`begin`] the flow that is planned in `work`.
 #[inline(always)]
 pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,
@@ -249,12 +273,6 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
         if verdict.action() == Action::Next {
             verdict = begin::plan::<F, P, W>(packet, world, at, work);
         }
-        if verdict.action() == Action::Next {
-            verdict = enforce::beginning::<F, W>(world, at, work);
-        }
-        if verdict.action() == Action::Next {
-            verdict = begin::claim::<F, W>(world, work);
-        }
     } else if verdict.action() == Action::Icmp {
         verdict = icmp::echo::<F, P, W>(packet, world, at, work);
         if verdict.action() == Action::Next {
@@ -263,6 +281,27 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     } else if verdict.action() == Action::Given {
         verdict = begin::given::<F, W>(world, work);
     }
+    verdict
+}
+
+/// Begins a flow, if policies allow it, and remembers it.
+#[inline(always)]
+pub fn begin<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    match enforce::beginning::<F, W>(world, at, work) {
+        Verdict::NEXT => begin::claim::<F, W>(world, work),
+        decided => decided,
+    }
+}
+
+/// Writes what has been decided: a translation, or an answer.
+#[inline(always)]
+pub fn conclude<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    work: &mut Work<F>,
+    mut verdict: Verdict,
+) -> Verdict {
     if verdict.action() == Action::Translate {
         verdict = begin::translate::<F, P, W>(packet, world, at, work);
     }
@@ -360,8 +399,7 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
     at: &Context,
     headers: &mut Headers<F::Addr>,
 ) -> Verdict {
-    let is_gso = packet.is_gso();
-    if !is_gso && !packet.covers(at.l3 + usize::from(headers.l3_len)) {
+    if !packet.covers(at.l3 + usize::from(headers.l3_len)) && !packet.is_gso() {
         return not_understood::<F, W>(world, at, Reason::Truncated);
     }
     if let Err(reason) = parse_l4::<F, P>(packet, at.l3, headers) {

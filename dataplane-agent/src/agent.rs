@@ -3,6 +3,7 @@
 mod claims;
 mod explain;
 mod machine;
+mod node_status;
 mod pods;
 mod policies;
 mod reports;
@@ -109,6 +110,9 @@ async fn start(config: Config) -> anyhow::Result<()> {
     metrics.add(KernelSide::new(&config.bpffs))?;
     if let Some(addr) = config.metrics_addr {
         tokio::spawn(metrics.clone().serve(addr, for_metrics.clone()));
+    }
+    if let Some(told) = source.node_status {
+        node_status::spawn(&config, &progress, &host, told);
     }
     let outward = Outward {
         wanted,

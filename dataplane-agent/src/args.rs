@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Deserialize;
 
 use crate::{
-    cli::status::Output,
+    cli::output::Output,
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
         Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,

@@ -364,7 +364,7 @@ fn explain_query(uri: &Uri) -> Result<Query, String> {
 
 /// What a CNI plugin tells.
 fn claim(uri: &Uri) -> Option<(Name, Claim)> {
-    let (namespace, name) = text(uri, "pod")?.split_once('/')?;
+    let pod: Name = text(uri, "pod")?.parse().ok()?;
     let addrs = text(uri, "addrs")?.split(',').filter(|addr| !addr.is_empty());
     let claim = Claim {
         ifindex: text(uri, "ifindex")?.parse().ok()?,
@@ -372,7 +372,7 @@ fn claim(uri: &Uri) -> Option<(Name, Claim)> {
         addrs: addrs.map(|addr| addr.parse().ok()).collect::<Option<_>>()?,
         uid: text(uri, "uid")?.to_owned(),
     };
-    Some((Name::new(namespace, name), claim))
+    (!pod.namespace().is_empty()).then_some((pod, claim))
 }
 
 /// `/livez` is about this process alone, `/healthz` about what load balancers should send here.

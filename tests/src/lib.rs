@@ -13,6 +13,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod assets;
 pub mod cgroup;
 pub mod cli;
 pub mod cluster;

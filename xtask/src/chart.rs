@@ -77,7 +77,7 @@ fn generated(helm: Option<&Path>) -> Result<Vec<(String, String)>> {
         return Ok(files);
     };
     let rbac = render(helm, &["--show-only", "templates/rbac.yaml"])?;
-    let head = "# What the agent may do in the cluster, and no more: read what it serves, none of which is secret, and write Events.";
+    let head = "# What the agent may do in the cluster, and no more: read what it serves, none of which is secret, write Events, and annotate its Node.";
     files.push(("deploy/rbac.yaml".to_owned(), with_head(head, &rbac)));
     let plain = render(
         helm,
@@ -191,6 +191,7 @@ mod tests {
                 "/updateStrategy/maxUnavailable",
             ),
             ("cni.chain=perhaps", "/cni/chain"),
+            ("preflight.enabled=perhaps", "/preflight/enabled"),
             ("host.bpffs=sys", "/host/bpffs"),
             (
                 "metrics.podMonitor.enabled=true",
@@ -209,8 +210,8 @@ mod tests {
 
     #[test]
     fn the_rights_are_those_of_the_chart() {
-        let rules = read(&format!("{CHART}/files/rules.yaml")).unwrap();
-        let indented: Vec<String> = rules.lines().map(|line| format!("  {line}")).collect();
+        let rules = ["rules", "annotate"].map(|name| read(&format!("{CHART}/files/{name}.yaml")).unwrap());
+        let indented: Vec<String> = rules.concat().lines().map(|line| format!("  {line}")).collect();
         let rbac = read("deploy/rbac.yaml").unwrap();
         assert!(
             rbac.contains(&format!("rules:\n{}\n---", indented.join("\n"))),

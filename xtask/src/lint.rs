@@ -1,18 +1,20 @@
-//! `cargo xtask lint`: formatting and lints, warnings are errors; the kernel side with its own compiler.
+//! `cargo xtask lint`: formatting and lints, warnings are errors; the kernel side with its own compiler; and
+//! what may be depended on.
 
 use anyhow::{Context, Result, bail};
 
-use crate::{ebpf, paths, process, progress, setup};
+use crate::{deny, ebpf, paths, process, progress, setup};
 
 type Check = fn() -> Result<()>;
 
 /// The command: every check is made, whatever the ones before it found.
 pub fn run() -> Result<()> {
-    let checks: [(&str, Check); 4] = [
+    let checks: [(&str, Check); 5] = [
         ("formatting, user side", format_user_side),
         ("formatting, kernel side", format_kernel_side),
         ("clippy, user side", clippy_user_side),
         ("clippy, kernel side", clippy_kernel_side),
+        ("dependencies", deny::run),
     ];
     let mut failed = Vec::new();
     for (what, check) in checks {

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod chart;
 mod demo;
+mod deny;
 mod e2e;
 mod ebpf;
 mod guest;

@@ -25,10 +25,9 @@ pub struct Claims {
 impl Claims {
     /// Takes over what an earlier process was told.
     pub fn new(told: BTreeMap<String, Claim>) -> Self {
-        let by_pod = told.into_iter().filter_map(|(pod, claim)| {
-            let (namespace, name) = pod.split_once('/')?;
-            Some((Name::new(namespace, name), claim))
-        });
+        let by_pod = told
+            .into_iter()
+            .filter_map(|(pod, claim)| Some((pod.parse().ok()?, claim)));
         Self {
             by_pod: by_pod.collect(),
             ..Self::default()

@@ -21,8 +21,7 @@ impl Agent {
     /// The pods of this node whose interfaces are known, by ifindex.
     pub(super) fn bound_pods(&self, host: &HostState) -> BTreeMap<u32, BoundPod> {
         let bound = host.bound_pods.iter().filter_map(|(ifindex, pod)| {
-            let (namespace, name) = pod.split_once('/')?;
-            let name = Name::new(namespace, name);
+            let name: Name = pod.parse().ok()?;
             let pod = self.index.local_pod(&name)?;
             // The other Pod of its name is not known yet: closed.
             if self.claims.get(&name).is_some_and(|claim| !is_same(pod, claim)) {

@@ -44,18 +44,20 @@ pub enum CleanupError {
 /// Removes all that agents with this `--bpffs` have made. Must be called in the network namespace of the host.
 pub fn cleanup(bpffs: &Path) -> Result<(), CleanupError> {
     let mut state = State::lock(bpffs)?;
-    let pins = Pins::new(bpffs);
-    let links = Links::new(&pins);
     let mut objects = Objects {
         programs: Vec::new(),
-        maps: pins.map_ids(),
+        maps: Vec::new(),
     };
-    for link in pins.list_links()? {
-        objects.programs.extend(links.program_id(link));
-        links.drop(link)?;
+    for pins in Pins::all(bpffs)? {
+        let links = Links::new(&pins);
+        objects.maps.extend(pins.map_ids());
+        for link in pins.list_links()? {
+            objects.programs.extend(links.program_id(link));
+            links.drop(link)?;
+        }
+        // With the last pins go the programs and maps.
+        pins.remove()?;
     }
-    // With the last pins go the programs and maps.
-    pins.remove()?;
     remove_filters(&state, &mut objects.programs).map_err(CleanupError::Filters)?;
     nat::release().map_err(CleanupError::Nat)?;
     for switch in [sysctl::ACCEPT_LOCAL, sysctl::ROUTE_LOCALNET] {

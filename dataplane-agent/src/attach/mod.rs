@@ -101,9 +101,10 @@ impl Attacher {
             .map(|(&ifindex, reason)| (ifindex, reason.as_str()))
     }
 
-    /// Gives the links of a former run the new programs, and drops those that are dead, whose program this run does
+    /// Gives the links of a former run, or of another version's, the new programs, and drops those that are dead, whose program this run does
     /// not use, or that are at another cgroup.
     pub fn adopt(&mut self, socket: &mut RequestSocket, devices: &[Link]) -> Result<(), AttachError> {
+        self.loaded.move_links()?;
         for link in self.loaded.pins.list_links()? {
             if link.program.is_late() {
                 self.loaded.load_late()?;
@@ -121,7 +122,7 @@ impl Attacher {
         if !self.tcx {
             self.adopt_filters(socket, devices)?;
         }
-        Ok(())
+        Ok(self.loaded.finish()?)
     }
 
     fn is_in_place(&self, link: LinkName) -> bool {

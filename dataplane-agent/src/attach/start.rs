@@ -17,7 +17,7 @@ use crate::{
     bpf::{
         kernel,
         links::Cgroup,
-        loader::{self, LoadOptions},
+        loader::{self, LoadOptions, Release},
         pins::Pins,
     },
     config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb, Verdicts},
@@ -42,6 +42,19 @@ impl Prepared {
     pub fn claims(&self) -> BTreeMap<String, Claim> {
         self.state.record.claims.clone()
     }
+
+    fn options(&self, config: &Config) -> anyhow::Result<LoadOptions> {
+        let jiffies =
+            kernel::jiffies().context("failed to read the resolution of the kernel's coarse clock")?;
+        let socket_hooks = self.cgroup.is_some();
+        Ok(LoadOptions {
+            sizes: config.sizes,
+            config: datapath_config(config, self.kernel_flags, self.cookie, jiffies, socket_hooks),
+            xdp: config.datapath != DatapathMode::Tc,
+            socket_hooks,
+            debug_log: config.debug_log,
+        })
+    }
 }
 
 /// Checks everything that can be checked without changing the machine, and takes the lock. Must be called in the
@@ -55,7 +68,6 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
     let pins = Pins::new(&config.bpffs);
     loader::check_object()?;
     pins.check_bpffs()?;
-    pins.check_version()?;
     Ok(Prepared {
         kernel_flags: kernel::config_flags(kernel::version()?)
             .context("failed to try what this kernel has")?,
@@ -73,12 +85,29 @@ pub fn start(
     config: &Config,
     wanted: watch::Receiver<WantedPods>,
 ) -> anyhow::Result<Kernel> {
-    let is_first = !prepared.pins.exists();
+    let is_first = !prepared.pins.exists() && prepared.pins.others()?.is_empty();
     load_and_watch(prepared, config, wanted, is_first).inspect_err(|_| {
         if is_first && let Err(left) = cleanup(&config.bpffs) {
             tracing::warn!("failed to undo the start: {:#}", anyhow::Error::from(left));
         }
     })
+}
+
+/// Loads an object as that of a version, and gives what is attached its programs; nobody writes its tables or watches the
+/// machine. So another version leaves a machine when it is killed: for tests, which have its object alone.
+pub fn load_and_leave(
+    prepared: Prepared,
+    config: &Config,
+    release: Release,
+    schema: u32,
+) -> anyhow::Result<()> {
+    let pins = Pins::of(&config.bpffs, schema);
+    let loaded = loader::load_release(release, pins, &prepared.options(config)?)?;
+    let cgroup = prepared.cgroup.map(|path| Cgroup::open(&path)).transpose()?;
+    let mut socket = RequestSocket::open().context("failed to open a netlink socket")?;
+    let mut attacher = Attacher::new(loaded, prepared.state, cgroup, kernel::has_tcx());
+    let links = tables::dump_links(&mut socket).context("failed to list devices")?;
+    Ok(attacher.adopt(&mut socket, &links)?)
 }
 
 fn load_and_watch(
@@ -87,12 +116,12 @@ fn load_and_watch(
     wanted: watch::Receiver<WantedPods>,
     is_first: bool,
 ) -> anyhow::Result<Kernel> {
+    let options = prepared.options(config)?;
     let Prepared {
-        kernel_flags,
-        cookie,
         cgroup,
         pins,
         mut state,
+        ..
     } = prepared;
     let missing_folders = pins.missing_folders();
     state.change(|record| {
@@ -102,14 +131,6 @@ fn load_and_watch(
         record.cgroup.clone_from(&cgroup);
         record.socket = Some(config.socket.clone());
     })?;
-    let jiffies = kernel::jiffies().context("failed to read the resolution of the kernel's coarse clock")?;
-    let options = LoadOptions {
-        sizes: config.sizes,
-        config: datapath_config(config, kernel_flags, cookie, jiffies, cgroup.is_some()),
-        xdp: config.datapath != DatapathMode::Tc,
-        socket_hooks: cgroup.is_some(),
-        debug_log: config.debug_log,
-    };
     let mut loaded = loader::load(pins, &options)?;
     let store = BpfStore::open(&loaded.pins)?;
     let left_flows = LeftFlows::open(&loaded.pins).context("failed to open the tables of flows")?;

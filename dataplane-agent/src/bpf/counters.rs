@@ -70,7 +70,7 @@ fn open<V: bytemuck::Pod>(pins: &Pins, map: &str) -> io::Result<PerCpuFd<V>> {
     PerCpuFd::new(pins.open_map(map)?, possible_cpus()?)
 }
 
-fn possible_cpus() -> io::Result<usize> {
+pub(super) fn possible_cpus() -> io::Result<usize> {
     let text = fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text
         .trim()

@@ -1,5 +1,5 @@
-//! Loads the object: its maps are those pinned already, if they fit; its programs are always new. Attaching them is
-//! `attach`'s task.
+//! Loads the object: its maps are those pinned already, if they fit, or are filled with another version's entries (`upgrade`);
+//! its programs are always new. Attaching them is `attach`'s task.
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +24,8 @@ use super::{
     kernel, map_names as names,
     maps::{self, Shape},
     pins::{PinError, Pins},
+    sys,
+    upgrade::{Step, Upgrade, UpgradeError, Wanted, pinned_layouts},
 };
 use crate::config::Sizes;
 
@@ -31,11 +33,27 @@ use crate::config::Sizes;
 const RENEWED_MAPS: [&str; 4] = [".rodata", "AYA_", "WORK_", "ROUTE"];
 
 /// The name under which one of the object's maps is pinned: bpffs allows no dots.
-fn pinned_as(name: &str) -> &str {
+pub(super) fn pinned_as(name: &str) -> &str {
     match name {
         VARIABLES => names::POLICY_REVISION,
         name => name,
     }
+}
+
+/// What is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Release {
+    pub object: &'static [u8],
+    /// Is told how far a start has come.
+    pub at: fn(Step),
+}
+
+impl Release {
+    /// This agent's.
+    pub const CURRENT: Self = Self {
+        object: OBJECT,
+        at: |_| {},
+    };
 }
 
 /// How to load.
@@ -62,8 +80,14 @@ pub enum LoadError {
     Pin(#[from] PinError),
     #[error(transparent)]
     Map(#[from] maps::MapError),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    #[error("the BPF object has no type information")]
+    NoBtf,
     #[error("failed to read the BPF object")]
     Parse(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("failed to read the variables of the programs that are attached")]
+    Variables(#[source] io::Error),
     #[error("failed to make the BPF maps")]
     Maps(#[source] Box<aya::EbpfError>),
     #[error("the BPF object has no program {0}")]
@@ -109,13 +133,30 @@ pub struct Loaded {
     pub pins: Pins,
     /// The debug lines, if they were asked for.
     pub debug_log: Option<DebugLog>,
+    release: Release,
     options: LoadOptions,
+    upgrade: Upgrade,
     programs: BTreeMap<Program, OwnedFd>,
 }
 
 impl Loaded {
     pub fn program(&self, program: Program) -> Option<BorrowedFd<'_>> {
         self.programs.get(&program).map(AsFd::as_fd)
+    }
+
+    /// Moves other versions' links here, with the programs that they have.
+    pub fn move_links(&mut self) -> Result<(), LoadError> {
+        self.upgrade.move_links()?;
+        (self.release.at)(Step::Moved);
+        Ok(())
+    }
+
+    /// No link has another version's program any more: what these have left goes.
+    pub fn finish(&mut self) -> Result<(), LoadError> {
+        (self.release.at)(Step::Replaced);
+        self.upgrade.finish()?;
+        (self.release.at)(Step::Finished);
+        Ok(())
     }
 
     /// Loads those programs that are left out at first, unless they are there. With debug lines none is left out: what
@@ -127,7 +168,8 @@ impl Loaded {
         {
             return Ok(());
         }
-        let mut object = make_maps(OBJECT, &self.pins, &self.options)?;
+        let wanted = wanted(self.release.object, &self.options.sizes)?;
+        let mut object = make_maps(self.release.object, &self.pins, &wanted, &self.options)?;
         self.programs.extend(load_programs(
             &mut object,
             self.options.config.flags,
@@ -148,14 +190,20 @@ pub fn check_object() -> Result<(), LoadError> {
 
 /// Loads the embedded object.
 pub fn load(pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
-    load_object(OBJECT, pins, options)
+    load_release(Release::CURRENT, pins, options)
 }
 
-fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
+/// Loads an object, that of another version in tests.
+pub fn load_release(release: Release, pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
     check_object()?;
     kernel::check()?;
-    pins.create()?;
-    let mut object = make_maps(object, &pins, options)?;
+    pins.check_bpffs()?;
+    let wanted = wanted(release.object, &options.sizes)?;
+    let mut upgrade = Upgrade::begin(&pins, wanted.pinned(), &wanted.btf)?;
+    (release.at)(Step::Begun);
+    let mut object = make_maps(release.object, &upgrade.folder(), &wanted, options)?;
+    upgrade.fill()?;
+    (release.at)(Step::Filled);
 
     let is_wanted = |program: &Program| match program {
         Program::Xdp => options.xdp,
@@ -163,6 +211,9 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
         program => options.socket_hooks || !program.is_cgroup(),
     };
     let programs = load_programs(&mut object, options.config.flags, is_wanted)?;
+    (release.at)(Step::Loaded);
+    upgrade.commit()?;
+    (release.at)(Step::Committed);
     let debug_log = options
         .debug_log
         .then(|| DebugLog::of(&mut object))
@@ -171,7 +222,9 @@ fn load_object(object: &[u8], pins: Pins, options: &LoadOptions) -> Result<Loade
     Ok(Loaded {
         pins,
         debug_log,
+        release,
         options: options.clone(),
+        upgrade,
         programs,
     })
 }
@@ -211,16 +264,24 @@ pub fn rehearse(options: &LoadOptions) -> Result<BTreeMap<Program, Result<(), St
 }
 
 /// The object with its maps, those that are pinned already among them.
-fn make_maps(object: &[u8], pins: &Pins, options: &LoadOptions) -> Result<aya::Ebpf, LoadError> {
-    let shapes = wanted_shapes(object, &options.sizes)?;
-    for (name, shape) in &shapes {
-        maps::check_pinned(pins, pinned_as(name), shape)?;
-    }
-
+fn make_maps(
+    object: &[u8],
+    pins: &Pins,
+    wanted: &WantedMaps,
+    options: &LoadOptions,
+) -> Result<aya::Ebpf, LoadError> {
+    // Loading writes the object's variables, also those of a map that is in use.
+    let revision = pins
+        .find_map(names::POLICY_REVISION)
+        .and_then(|map| map.map_or(Ok(None), |map| sys::RawMap::new(map, 1)?.first()))
+        .map_err(LoadError::Variables)?;
     let mut loader = EbpfLoader::new();
     loader.override_global(config::SYMBOL, bytemuck::bytes_of(&options.config), true);
-    for (name, shape) in &shapes {
-        loader.map_max_entries(name, shape.max_entries);
+    if let Some(revision) = &revision {
+        loader.override_global(names::POLICY_REVISION, revision.as_slice(), true);
+    }
+    for (name, map) in &wanted.maps {
+        loader.map_max_entries(name, map.shape.max_entries);
         loader.map_pin_path(name, pins.map(pinned_as(name)));
     }
     let level = debug_log::level(options.debug_log);
@@ -233,11 +294,27 @@ fn make_maps(object: &[u8], pins: &Pins, options: &LoadOptions) -> Result<aya::E
         .map_err(|error| LoadError::Maps(Box::new(error)))
 }
 
-/// What each map that is kept between starts should look like.
-fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>, LoadError> {
+/// What the maps that are kept between starts should look like, by their names in the object, and its BTF.
+struct WantedMaps {
+    maps: BTreeMap<String, Wanted>,
+    btf: Vec<u8>,
+}
+
+impl WantedMaps {
+    /// By the names under which they are pinned.
+    fn pinned(&self) -> BTreeMap<String, Wanted> {
+        let maps = self.maps.iter();
+        maps.map(|(name, map)| (pinned_as(name).to_owned(), map.clone()))
+            .collect()
+    }
+}
+
+fn wanted(object: &[u8], sizes: &Sizes) -> Result<WantedMaps, LoadError> {
     let object = aya_obj::Object::parse(object).map_err(|error| LoadError::Parse(Box::new(error)))?;
+    let btf = object.btf.as_ref().ok_or(LoadError::NoBtf)?.to_bytes();
+    let layouts = pinned_layouts(&btf).map_err(UpgradeError::from)?;
     let sizes: BTreeMap<&str, u32> = maps::sizes_by_name(sizes).into_iter().collect();
-    Ok(object
+    let maps = object
         .maps
         .iter()
         .filter(|(name, _)| !RENEWED_MAPS.iter().any(|prefix| name.starts_with(prefix)))
@@ -252,9 +329,11 @@ fn wanted_shapes(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, Shape>
                     .unwrap_or_else(|| map.max_entries()),
                 flags: map.map_flags(),
             };
-            (name.clone(), shape)
+            let layout = layouts.0.get(pinned_as(name)).cloned();
+            (name.clone(), Wanted { shape, layout })
         })
-        .collect())
+        .collect();
+    Ok(WantedMaps { maps, btf })
 }
 
 /// The program that a symbol of the object is, on a kernel with these [`config_flags`].
@@ -332,5 +411,33 @@ fn program_error(program: &'static str, error: ProgramError) -> LoadError {
             program,
             source: Box::new(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Cli;
+
+    #[test]
+    fn a_layout_that_changes_gets_a_number() {
+        use dataplane_tests::assets::{RELEASED, object};
+        if OBJECT.is_empty() || RELEASED.1 != super::super::pins::SCHEMA_VERSION {
+            println!("nothing of this layout has been released, or there is no object");
+            return;
+        }
+        let run = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
+        let sizes = Cli::config_of(run).unwrap().sizes;
+        let maps = |object| wanted(object, &sizes).unwrap().maps;
+        let (now, then) = (maps(OBJECT), maps(object(RELEASED.0).unwrap()));
+        for (name, now) in &now {
+            let then = then.get(name);
+            assert!(
+                then.is_some_and(|then| then.shape == now.shape && then.layout == now.layout),
+                "{name} is not what was released as layout {}: raise SCHEMA_VERSION (CONTRIBUTING.md)",
+                RELEASED.1
+            );
+        }
+        assert_eq!(now.len(), then.len());
     }
 }

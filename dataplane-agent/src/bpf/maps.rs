@@ -2,7 +2,11 @@
 
 use std::{io, os::fd::AsFd};
 
-use super::{map_names, pins::Pins, sys};
+use super::{
+    map_names,
+    pins::{Pins, SCHEMA_VERSION},
+    sys,
+};
 use crate::{
     config::Sizes,
     store::{Limits, policy::PolicyLimits},
@@ -91,7 +95,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn of(info: &sys::MapInfo) -> Self {
+    pub fn of(info: &sys::MapInfo) -> Self {
         Self {
             map_type: info.map_type,
             key_size: info.key_size,
@@ -134,6 +138,11 @@ pub enum MapError {
         found: u32,
         wanted: u32,
     },
+    /// A change that its developer has not given a number.
+    #[error(
+        "pinned table {0} has another layout, although both are of table layout {SCHEMA_VERSION}: run `dataplane-agent cleanup` first (connections through Services are interrupted)"
+    )]
+    OtherLayout(String),
     #[error("failed to open pinned table {name}")]
     Open {
         name: String,

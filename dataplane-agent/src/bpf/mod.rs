@@ -9,6 +9,7 @@ pub mod loader;
 pub mod maps;
 pub mod pins;
 pub mod sys;
+pub mod upgrade;
 pub mod verdicts;
 pub mod world;
 

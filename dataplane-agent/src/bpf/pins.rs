@@ -1,5 +1,6 @@
 //! The folder in the BPF filesystem: `<bpffs>/dataplane-v…/` with `maps/` and `links/`. The number is that of the
-//! maps' layout; a folder of another number belongs to another version of the agent and is never touched.
+//! maps' layout; what a folder of another number holds was made by another version of the agent, and is taken over
+//! (`bpf/upgrade`). A folder that is being made has a name of its own until it is complete.
 
 use std::{
     fs, io,
@@ -14,6 +15,8 @@ use crate::path_error::PathError;
 pub const SCHEMA_VERSION: u32 = 6;
 
 const FOLDER_PREFIX: &str = "dataplane-v";
+/// Ends the name of a folder that is not complete. In bpffs names have no dots.
+const UNFINISHED: &str = "-new";
 /// `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
@@ -24,10 +27,6 @@ pub enum PinError {
         "no BPF filesystem is mounted at {path}: mount it with `mount -t bpf bpf {mount}`, or name another with --bpffs"
     )]
     NoBpffs { path: PathBuf, mount: PathBuf },
-    #[error(
-        "{path} was made by another version of the agent (table layout {found}, this one has {SCHEMA_VERSION}): run that version's `dataplane-agent cleanup` first, or run that version"
-    )]
-    OtherVersion { path: PathBuf, found: String },
     #[error(transparent)]
     Path(#[from] PathError),
 }
@@ -36,13 +35,34 @@ pub enum PinError {
 #[derive(Clone, Debug)]
 pub struct Pins {
     bpffs: PathBuf,
+    folder: String,
 }
 
 impl Pins {
     pub fn new(bpffs: &Path) -> Self {
+        Self::of(bpffs, SCHEMA_VERSION)
+    }
+
+    /// Those of a version.
+    pub fn of(bpffs: &Path, schema: u32) -> Self {
         Self {
             bpffs: bpffs.to_owned(),
+            folder: format!("{FOLDER_PREFIX}{schema}"),
         }
+    }
+
+    /// The folder in which these are made before they are complete.
+    #[must_use]
+    pub fn unfinished(&self) -> Self {
+        Self {
+            bpffs: self.bpffs.clone(),
+            folder: format!("{}{UNFINISHED}", self.folder),
+        }
+    }
+
+    /// The folder's name.
+    pub fn folder(&self) -> &str {
+        &self.folder
     }
 
     pub fn bpffs(&self) -> &Path {
@@ -50,7 +70,7 @@ impl Pins {
     }
 
     pub fn root(&self) -> PathBuf {
-        self.bpffs.join(format!("{FOLDER_PREFIX}{SCHEMA_VERSION}"))
+        self.bpffs.join(&self.folder)
     }
 
     pub fn maps(&self) -> PathBuf {
@@ -72,6 +92,26 @@ impl Pins {
     /// Opens the pinned map `name`; `NotFound` when it is not there.
     pub fn open_map(&self, name: &str) -> io::Result<OwnedFd> {
         sys::open_pin(&self.map(name))
+    }
+
+    /// The pinned map `name`, if it is there.
+    pub fn find_map(&self, name: &str) -> io::Result<Option<OwnedFd>> {
+        match self.open_map(name) {
+            Ok(map) => Ok(Some(map)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The names of the pinned maps.
+    pub fn list_maps(&self) -> io::Result<Vec<String>> {
+        match fs::read_dir(self.maps()) {
+            Ok(entries) => entries
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The ids of the pinned maps, as far as they can be opened.
@@ -103,31 +143,53 @@ impl Pins {
         })
     }
 
-    /// Fails when another version's folder stands there.
-    pub fn check_version(&self) -> Result<(), PinError> {
-        let Some(path) = self.other_versions()?.into_iter().next() else {
-            return Ok(());
-        };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let found = name.trim_start_matches(FOLDER_PREFIX).to_owned();
-        Err(PinError::OtherVersion { path, found })
-    }
-
-    fn other_versions(&self) -> Result<Vec<PathBuf>, PinError> {
-        let entries = match fs::read_dir(&self.bpffs) {
+    /// Every folder of any version, complete or not, by name.
+    pub fn all(bpffs: &Path) -> Result<Vec<Self>, PinError> {
+        let entries = match fs::read_dir(bpffs) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(PathError::new("list", &self.bpffs)(error).into()),
+            Err(error) => return Err(PathError::new("list", bpffs)(error).into()),
         };
-        let own = self.root();
-        Ok(entries
+        let mut folders: Vec<String> = entries
             .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name.starts_with(FOLDER_PREFIX) && *path != own
-            })
-            .collect())
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.starts_with(FOLDER_PREFIX))
+            .collect();
+        folders.sort_unstable();
+        let pins = |folder| Self {
+            bpffs: bpffs.to_owned(),
+            folder,
+        };
+        Ok(folders.into_iter().map(pins).collect())
+    }
+
+    /// The complete folders of other versions.
+    pub fn others(&self) -> Result<Vec<Self>, PinError> {
+        let mut all = Self::all(&self.bpffs)?;
+        all.retain(|other| other.folder != self.folder && other.is_complete());
+        Ok(all)
+    }
+
+    pub fn is_complete(&self) -> bool {
+        !self.folder.ends_with(UNFINISHED)
+    }
+
+    /// Gives a folder that is complete its name. `self` must not exist.
+    pub fn complete(&self) -> Result<(), PinError> {
+        let (from, to) = (self.unfinished().root(), self.root());
+        Ok(fs::rename(from, &to).map_err(PathError::new("make", &to))?)
+    }
+
+    /// Moves a version's pinned links here, each in one step. Those of programs that are not known here stay, and so do
+    /// those that are here already.
+    pub fn move_links(&self, from: &Self) -> Result<(), PinError> {
+        for link in from.list_links()? {
+            let (old, new) = (from.link(link), self.link(link));
+            if !new.exists() {
+                fs::rename(old, &new).map_err(PathError::new("make", &new))?;
+            }
+        }
+        Ok(())
     }
 
     /// Those folders of `--bpffs` that do not exist, outermost first.
@@ -145,7 +207,6 @@ impl Pins {
     /// Makes the folders.
     pub fn create(&self) -> Result<(), PinError> {
         self.check_bpffs()?;
-        self.check_version()?;
         for folder in [self.maps(), self.links()] {
             fs::create_dir_all(&folder).map_err(PathError::new("make", &folder))?;
         }

@@ -10,6 +10,9 @@ use std::{
 use anyhow::Context;
 use serde::de::DeserializeOwned;
 
+/// How long an agent may be silent.
+const WITHIN: Duration = Duration::from_secs(10);
+
 /// What an agent said.
 #[derive(Debug)]
 pub struct Answer {
@@ -24,6 +27,13 @@ impl Answer {
         anyhow::ensure!(status == 200, "the agent answered with status {status}");
         serde_json::from_str(&self.body).context("failed to read the agent's answer")
     }
+}
+
+/// What the agent at `socket` says of a path.
+pub fn value<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    ask(socket, path, WITHIN)
+        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?
+        .value()
 }
 
 /// Asks for a path. `within`: how long the agent may be silent.

@@ -1,10 +1,13 @@
 //! `explain`: what policies say of a flow, by the tables of a running agent or by a folder of manifests.
 
-use std::{fmt::Write as _, io::Write, path::Path, process::ExitCode, time::Duration};
+use std::{fmt::Write as _, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 
-use super::{ask::ask, status::Output};
+use super::{
+    ask::ask,
+    output::{Output, print},
+};
 use crate::{
     explain::{Answered, Explained, Place, explain, tables::Query},
     model::{Index, Kind, Rejected},
@@ -32,9 +35,7 @@ pub fn run(
         }
         Output::Table => render(&explained, &problems),
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("failed to print")?;
+    print(&text)?;
     let allowed = explained.iter().all(|flow| flow.allowed);
     Ok(if allowed {
         ExitCode::SUCCESS

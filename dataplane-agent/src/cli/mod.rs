@@ -4,6 +4,7 @@ pub mod ask;
 pub mod check;
 pub mod cleanup;
 pub mod explain;
+pub mod output;
 pub mod policies;
 pub mod preflight;
 pub mod services;

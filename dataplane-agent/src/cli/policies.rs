@@ -1,29 +1,17 @@
 //! `policies`: what policies do on a node, rule by rule.
 
-use std::{io::Write, path::Path, time::Duration};
-
-use anyhow::Context;
+use std::path::Path;
 
 use super::{
-    ask::ask,
-    status::{Output, table},
+    ask,
+    output::{self, Output, table},
 };
 use crate::enforced::{Enforced, EnforcedPolicy, EnforcedRule};
 
-const WITHIN: Duration = Duration::from_secs(10);
-
 /// Prints what the agent at `socket` says.
 pub fn run(socket: &Path, output: Output) -> anyhow::Result<()> {
-    let answer = ask(socket, "/policies", WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-    let enforced: Enforced = answer.value()?;
-    let text = match output {
-        Output::Json => serde_json::to_string_pretty(&enforced)? + "\n",
-        Output::Table => render(&enforced),
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("failed to print")
+    let enforced: Enforced = ask::value(socket, "/policies")?;
+    output.print(&enforced, render)
 }
 
 fn render(enforced: &Enforced) -> String {
@@ -41,15 +29,7 @@ fn render(enforced: &Enforced) -> String {
         "DRY RUN",
     ];
     let policies = table(&header, rows);
-    let rows = problems.iter().map(|problem| {
-        vec![
-            problem.object.clone(),
-            problem.field.clone(),
-            problem.reason.clone(),
-            problem.file.clone().unwrap_or_default(),
-        ]
-    });
-    let problems = table(&["OBJECT", "FIELD", "NOT HONOURED BECAUSE", "IN"], rows);
+    let problems = output::problems(problems, "NOT HONOURED BECAUSE");
     format!("{}{problems}", policies.trim_start_matches('\n'))
 }
 

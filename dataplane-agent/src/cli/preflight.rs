@@ -1,10 +1,8 @@
 //! `preflight`: what this machine has and lacks, before the agent starts.
 
-use std::{io::Write, path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode};
 
-use anyhow::Context;
-
-use super::status::{Output, table};
+use super::output::{Output, table};
 use crate::{
     config::Config,
     preflight::{self, Report},
@@ -13,13 +11,7 @@ use crate::{
 /// Prints what was found; fails where the agent would not start.
 pub fn run(config: &Config, cni: &Path, output: Output) -> anyhow::Result<ExitCode> {
     let report = preflight::look(config, cni);
-    let text = match output {
-        Output::Json => serde_json::to_string_pretty(&report)? + "\n",
-        Output::Table => render(&report),
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("failed to print")?;
+    output.print(&report, render)?;
     Ok(if report.can_start {
         ExitCode::SUCCESS
     } else {

@@ -1,50 +1,35 @@
 //! `services`: what a running agent serves, and what it does not.
 
-use std::{io::Write, path::Path, time::Duration};
-
-use anyhow::Context;
+use std::path::Path;
 
 use super::{
-    ask::ask,
-    status::{Output, table},
+    ask,
+    output::{self, Output, table},
 };
-use crate::served::Served;
-
-const WITHIN: Duration = Duration::from_secs(10);
+use crate::served::{Problem, Served};
 
 /// Prints the Services of the agent at `socket`, or only what is wrong with them.
 pub fn run(socket: &Path, problems: bool, output: Output) -> anyhow::Result<()> {
-    let answer = ask(socket, "/services", WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-    let served: Served = answer.value()?;
-    let text = match (output, problems) {
-        (Output::Json, false) => serde_json::to_string_pretty(&served)? + "\n",
-        (Output::Json, true) => serde_json::to_string_pretty(&served.problems)? + "\n",
-        (Output::Table, problems) => render(&served, problems),
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("failed to print")
+    let served: Served = ask::value(socket, "/services")?;
+    if problems {
+        output.print(&served.problems, |problems| of_problems(problems))
+    } else {
+        output.print(&served, render)
+    }
 }
 
-fn render(served: &Served, only_problems: bool) -> String {
+fn of_problems(problems: &[Problem]) -> String {
+    let problems = output::problems(problems, "NOT SERVED BECAUSE");
+    problems.trim_start_matches('\n').to_owned()
+}
+
+fn render(served: &Served) -> String {
     let Served {
         objects,
         problems,
         conditions: _,
     } = served;
-    let rows = problems.iter().map(|problem| {
-        vec![
-            problem.object.clone(),
-            problem.field.clone(),
-            problem.reason.clone(),
-            problem.file.clone().unwrap_or_default(),
-        ]
-    });
-    let problems = table(&["OBJECT", "FIELD", "NOT SERVED BECAUSE", "IN"], rows);
-    if only_problems {
-        return problems.trim_start_matches('\n').to_owned();
-    }
+    let problems = output::problems(problems, "NOT SERVED BECAUSE");
     let rows = objects.iter().flat_map(|object| {
         object.frontends.iter().map(|frontend| {
             vec![
@@ -62,7 +47,7 @@ fn render(served: &Served, only_problems: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::served::{Clients, Problem, ServedFrontend, ServedObject};
+    use crate::served::{Clients, ServedFrontend, ServedObject};
 
     #[test]
     fn problems_stand_alone_or_below_the_services() {
@@ -84,11 +69,11 @@ mod tests {
             }],
             conditions: Vec::new(),
         };
-        let problems = render(&served, true);
+        let problems = of_problems(&served.problems);
         assert!(problems.starts_with(" OBJECT"), "{problems}");
         assert!(problems.contains("Service ns/b"), "{problems}");
         assert!(!problems.contains("10.96.0.1"), "{problems}");
-        let all = render(&served, false);
+        let all = render(&served);
         assert!(all.starts_with(" OBJECT"), "{all}");
         assert!(all.contains("10.96.0.1:80/TCP"), "{all}");
         assert!(all.contains("missing"), "{all}");

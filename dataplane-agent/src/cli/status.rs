@@ -1,55 +1,35 @@
 //! `status`: what is attached, by the kernel's own queries, and how full the tables are.
 
-use std::{io::Write, path::Path, time::Duration};
+use std::path::Path;
 
 use anyhow::Context;
-use comfy_table::{Table, presets};
-use serde::de::DeserializeOwned;
+use jiff::Timestamp;
 
-use super::ask::ask;
+use super::{
+    ask,
+    output::{Output, table},
+};
 use crate::{
     attach::inspect::{self, Status},
     bpf::kernel,
     source::kube::state::KindState,
 };
 
-/// How long the agent may be silent.
-const WITHIN: Duration = Duration::from_secs(10);
-
-/// How to print.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Output {
-    Table,
-    Json,
-}
-
 /// Prints the status of the datapath under `bpffs`.
 pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     kernel::check_capabilities()?;
     let mut status = inspect::inspect(bpffs).context("failed to query what is attached")?;
     if let Some(socket) = status.socket.as_ref().filter(|_| status.agent_running) {
-        match told(socket, "/conditions") {
+        match ask::value(socket, "/conditions") {
             Ok(conditions) => status.conditions = conditions,
             Err(error) => status.warnings.push(format!("{error:#}")),
         }
-        match told(socket, "/source") {
+        match ask::value(socket, "/source") {
             Ok(report) => status.source = report,
             Err(error) => status.warnings.push(format!("{error:#}")),
         }
     }
-    let text = match output {
-        Output::Json => serde_json::to_string_pretty(&status)? + "\n",
-        Output::Table => render(&status),
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("failed to print")
-}
-
-fn told<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    ask(socket, path, WITHIN)
-        .with_context(|| format!("failed to ask the agent at {}", socket.display()))?
-        .value()
+    output.print(&status, render)
 }
 
 fn render(status: &Status) -> String {
@@ -94,7 +74,10 @@ fn render(status: &Status) -> String {
                 "ERRORS",
                 "FAILING",
             ],
-            source.kinds.iter().map(|(kind, state)| kind_row(kind, state)),
+            source
+                .kinds
+                .iter()
+                .map(|(kind, state)| kind_row(kind, state, Timestamp::now())),
         );
     }
 
@@ -153,8 +136,10 @@ fn render(status: &Status) -> String {
     text
 }
 
-fn kind_row(kind: &str, state: &KindState) -> Vec<String> {
-    let last_event = state.last_event.map_or_else(String::new, |time| time.to_string());
+fn kind_row(kind: &str, state: &KindState, now: Timestamp) -> Vec<String> {
+    let last_event = state
+        .last_event
+        .map_or_else(String::new, |time| age(now.as_second() - time.as_second()));
     vec![
         kind.to_owned(),
         state.phase.as_str().to_owned(),
@@ -166,20 +151,40 @@ fn kind_row(kind: &str, state: &KindState) -> Vec<String> {
     ]
 }
 
-/// Nothing when there are no rows, else an empty line first.
-pub fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    for row in rows {
-        table.add_row(row);
+/// For people; JSON has the time itself.
+fn age(seconds: i64) -> String {
+    match seconds.max(0) {
+        seconds @ ..=119 => format!("{seconds} s ago"),
+        seconds @ 120..=7199 => format!("{} min ago", seconds / 60),
+        seconds => format!("{} h ago", seconds / 3600),
     }
-    if table.row_count() == 0 {
-        return String::new();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_age_of_what_is_known_of_a_kind_is_shown() {
+        let now = Timestamp::now();
+        for (seconds, expected) in [
+            // A clock that was set back.
+            (-5, "0 s ago"),
+            (0, "0 s ago"),
+            (119, "119 s ago"),
+            (150, "2 min ago"),
+            (8000, "2 h ago"),
+        ] {
+            let state = KindState {
+                last_event: Some(now - jiff::SignedDuration::from_secs(seconds)),
+                failing: Some("the API server is gone".to_owned()),
+                ..KindState::default()
+            };
+            let row = kind_row("Service", &state, now);
+            assert!(row.iter().any(|cell| cell == expected), "{row:?}");
+            assert!(row.iter().any(|cell| cell == "the API server is gone"), "{row:?}");
+        }
+        let row = kind_row("Service", &KindState::default(), now);
+        assert!(!row.iter().any(|cell| cell.contains("ago")), "nothing has come");
     }
-    let mut text = String::from("\n");
-    for line in table.lines() {
-        text += line.trim_end();
-        text += "\n";
-    }
-    text
 }

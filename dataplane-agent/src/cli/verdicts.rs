@@ -1,17 +1,14 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::{io::Write, path::Path, thread, time::Duration};
-
-use anyhow::Context;
+use std::{path::Path, thread, time::Duration};
 
 use super::{
-    ask::ask,
-    status::{Output, table},
+    ask,
+    output::{Output, print, table},
 };
 use crate::told::Told;
 
-const WITHIN: Duration = Duration::from_secs(10);
 /// Between two questions of `--follow`.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -20,18 +17,14 @@ pub fn run(socket: &Path, follow: bool, output: Output) -> anyhow::Result<()> {
     let mut last = 0;
     let mut is_first = true;
     loop {
-        let answer = ask(socket, &format!("/verdicts?after={last}"), WITHIN)
-            .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-        let told: Vec<Told> = answer.value()?;
+        let told: Vec<Told> = ask::value(socket, &format!("/verdicts?after={last}"))?;
         last = told.last().map_or(last, |told| told.number);
         if is_first || !told.is_empty() {
             let text = match output {
                 Output::Json => lines(&told)?,
                 Output::Table => render(&told),
             };
-            let mut out = std::io::stdout();
-            out.write_all(text.as_bytes()).context("failed to print")?;
-            out.flush().context("failed to print")?;
+            print(&text)?;
         }
         if !follow {
             return Ok(());

@@ -58,6 +58,20 @@ impl Name {
     }
 }
 
+impl FromStr for Name {
+    type Err = ();
+
+    /// Reads what `Display` writes.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.split_once('/') {
+            Some(("", _) | (_, "")) => Err(()),
+            Some((namespace, name)) => Ok(Self::new(namespace, name)),
+            None if text.is_empty() => Err(()),
+            None => Ok(Self::new("", text)),
+        }
+    }
+}
+
 impl Default for Name {
     fn default() -> Self {
         Self::FIRST
@@ -179,10 +193,7 @@ impl FromStr for ObjectRef {
     fn from_str(text: &str) -> Result<Self, ()> {
         let (kind, name) = text.split_once(' ').ok_or(())?;
         let kind = Kind::parse(kind).ok_or(())?;
-        let name = match name.split_once('/') {
-            Some((namespace, name)) => Name::new(namespace, name),
-            None => Name::new("", name),
-        };
+        let name = name.parse()?;
         Ok(Self { kind, name })
     }
 }
@@ -358,5 +369,21 @@ impl fmt::Display for Rejected {
             }
         }
         f.write_str(reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for (namespace, name) in [("shop", "db-0"), ("", "node1")] {
+            let name = Name::new(namespace, name);
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        for wrong in ["", "/a", "a/"] {
+            assert_eq!(wrong.parse::<Name>(), Err(()), "{wrong}");
+        }
     }
 }

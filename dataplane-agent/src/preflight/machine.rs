@@ -18,14 +18,16 @@ pub(super) fn mounts(rows: &mut Rows<'_>, config: &Config) {
         Ok(()) => rows.ok("BPF file system", config.bpffs.display().to_string()),
         Err(error) => rows.problem("BPF file system", error),
     }
-    match pins.check_version() {
-        Ok(()) if State::is_running(&config.bpffs) => rows.note(
+    match pins.others() {
+        Ok(_) if State::is_running(&config.bpffs) => rows.note(
             "earlier agent",
             "runs",
             "another one with this --bpffs waits for it to end",
         ),
-        Ok(()) if pins.exists() => rows.ok("earlier agent", "its datapath is taken over"),
-        Ok(()) => rows.ok("earlier agent", "none"),
+        Ok(others) if pins.exists() || !others.is_empty() => {
+            rows.ok("earlier agent", "its datapath is taken over");
+        }
+        Ok(_) => rows.ok("earlier agent", "none"),
         Err(error) => rows.problem("earlier agent", error),
     }
     if config.socket_lb != SocketLb::Off {

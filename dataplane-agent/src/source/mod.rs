@@ -5,7 +5,7 @@ pub mod manifests;
 
 use std::collections::BTreeMap;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     events::Event,
@@ -47,6 +47,8 @@ pub struct Source {
     pub state: Option<kube::state::State>,
     /// Takes Kubernetes Events; `None` where there is nobody to send them to.
     pub events: Option<mpsc::Sender<Event>>,
+    /// Takes what this node's Node object should say; `None` where there is nobody to say it to.
+    pub node_status: Option<watch::Sender<Option<String>>>,
 }
 
 /// Asks a source to look again.

@@ -8,6 +8,7 @@ mod node;
 mod preflight;
 mod starting;
 mod unknown;
+mod upgrading;
 
 use std::{
     collections::BTreeSet,
@@ -457,21 +458,12 @@ fn clean_up_copes_with_half_of_the_pins_and_refuses_beside_a_running_agent() -> 
 }
 
 #[test]
-fn a_folder_of_another_version_or_filesystem_is_refused() -> Result<()> {
+fn a_folder_of_another_filesystem_is_refused() -> Result<()> {
     if !ready() {
         return Ok(());
     }
     let node = Node::build("refuse")?;
     let config = node.config();
-    let other = config.bpffs.join("dataplane-v999");
-    fs::create_dir(&other)?;
-    let error = node.start(&config).err().context("accepted")?.to_string();
-    assert!(
-        error.contains("dataplane-v999 was made by another version"),
-        "{error}"
-    );
-    fs::remove_dir(&other)?;
-
     let error = node.start(&Config {
         bpffs: node.places.work.join("bpf"),
         ..config.clone()

@@ -172,6 +172,12 @@ impl Seen {
         events.try_send(event.clone()).unwrap();
     }
 
+    /// Has the source say something of its Node.
+    pub fn say(&self, text: &str) {
+        let status = self.source.node_status.as_ref().unwrap();
+        status.send_replace(Some(text.to_owned()));
+    }
+
     pub fn has(&self, object: &str) -> bool {
         self.objects.contains_key(object)
     }

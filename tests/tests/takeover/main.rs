@@ -97,6 +97,7 @@ fn take_over(stage: &Stage, proxies: &mut Proxies) -> Result<()> {
             condition["status"] == false,
             "{node} does not see kube-proxy: {condition}"
         );
+        stage.wait_for_node_to_say(node, "OnlyProxy", false)?;
     }
 
     proxies.end(&agents)?;
@@ -121,6 +122,7 @@ fn take_over(stage: &Stage, proxies: &mut Proxies) -> Result<()> {
     );
     for node in ["node1", "node2"] {
         agents.wait_for_condition(node, "OnlyProxy", true)?;
+        stage.wait_for_node_to_say(node, "OnlyProxy", true)?;
     }
 
     // An agent that comes later changes nothing.

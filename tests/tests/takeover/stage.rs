@@ -37,6 +37,10 @@ pub const CLIENTS: [(&str, &str); 6] = [
 const EXCHANGE_MS: u64 = 20_000;
 const CALL: Duration = Duration::from_mins(4);
 const PATIENCE: Duration = Duration::from_secs(40);
+/// The annotation by which a Node says how its datapath is.
+const STATUS: &str = "dataplane/status";
+/// What a Node says is written some 15 s apart.
+const SAID_WITHIN: Duration = Duration::from_mins(1);
 
 pub struct Stage {
     pub cluster: Cluster,
@@ -199,6 +203,30 @@ impl Stage {
         }
     }
 
+    /// Waits until a Node's annotation says that its datapath is ready, how its uplink is handled, and whether a condition holds.
+    /// Objects of a folder are nobody's to annotate.
+    pub fn wait_for_node_to_say(&self, node: &str, condition: &str, holds: bool) -> Result<()> {
+        let Some(served) = self.folder.served() else {
+            return Ok(());
+        };
+        let end = Instant::now() + patient(SAID_WITHIN);
+        loop {
+            let object = served.client.get(&format!("/api/v1/nodes/{node}"))?.done()?;
+            let text = object["metadata"]["annotations"][STATUS]
+                .as_str()
+                .unwrap_or("null");
+            let said: Value = serde_json::from_str(text).context("the annotation is no JSON")?;
+            let unmet = said["unmet"].as_array();
+            let is_met = unmet.is_some_and(|unmet| !unmet.iter().any(|one| one == condition));
+            let has_uplink = said["devices"]["eth0"]["tc"].is_string();
+            if said["ready"] == true && has_uplink && is_met == holds {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "{node} says {said}");
+            sleep(Duration::from_millis(200));
+        }
+    }
+
     /// The agents, none of which runs.
     pub fn agents(&self) -> Takers {
         Takers {
@@ -252,12 +280,16 @@ impl Takers {
 
     /// Kills and starts them.
     pub fn restart(&mut self) -> Result<()> {
-        let agents = self.agents.as_mut().context("no agent runs")?;
+        let agents = self.running_mut()?;
         agents.kill_all();
         agents.start_all()?;
         let problems = agents.settle();
         ensure!(problems.is_empty(), "{}", problems.join("; "));
         Ok(())
+    }
+
+    pub fn running_mut(&mut self) -> Result<&mut Agents> {
+        self.agents.as_mut().context("no agent runs")
     }
 
     pub fn running(&self) -> Result<&Agents> {

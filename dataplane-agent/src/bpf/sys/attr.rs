@@ -110,6 +110,38 @@ pub struct MapInfo {
     pub max_entries: u32,
     pub map_flags: u32,
     name: [u8; 16],
+    ifindex: u32,
+    btf_vmlinux_value_type_id: u32,
+    netns_dev: u64,
+    netns_ino: u64,
+    /// Of the BTF that the map was made with; 0: none.
+    pub btf_id: u32,
+    btf_key_type_id: u32,
+    btf_value_type_id: u32,
+    btf_vmlinux_id: u32,
+}
+
+/// Numbers of `enum bpf_map_type` in `linux/bpf.h`.
+pub mod map_type {
+    pub const HASH: u32 = 1;
+    pub const ARRAY: u32 = 2;
+    pub const PER_CPU_HASH: u32 = 5;
+    pub const PER_CPU_ARRAY: u32 = 6;
+    pub const LRU_HASH: u32 = 9;
+    pub const LRU_PER_CPU_HASH: u32 = 10;
+    /// Has no batches before 5.14.
+    pub const LPM_TRIE: u32 = 11;
+    pub const RING_BUFFER: u32 = 27;
+}
+
+/// What the kernel says of a BTF object (the first fields of `struct bpf_btf_info`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub(super) struct BtfInfo {
+    /// Where it is to be copied to.
+    pub btf: u64,
+    pub btf_size: u32,
+    pub id: u32,
 }
 
 /// What the kernel says of a program (the first fields of `struct bpf_prog_info`).

@@ -12,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{
     Command, address, address_mut,
-    attr::{BatchAttr, ElementAttr, MapInfo},
+    attr::{BatchAttr, ElementAttr, MapInfo, map_type},
     bpf, map_info, raw,
 };
 
@@ -26,19 +26,17 @@ pub struct MapFd<K, V> {
 }
 
 /// Bytes of a batch cursor: at least as many as any key has.
-const CURSOR_LEN: usize = 64;
+pub(super) const CURSOR_LEN: usize = 64;
 
 /// `CONFIG_NR_CPUS` is at most this.
-const MAX_CPUS: usize = 8192;
-
-/// `BPF_MAP_TYPE_LPM_TRIE`, which has no batches before 5.14.
-const LPM_TRIE: u32 = 11;
-
-/// `BPF_MAP_TYPE_PERCPU_ARRAY`.
-const PER_CPU_ARRAY: u32 = 6;
+pub(super) const MAX_CPUS: usize = 8192;
 
 /// Types of maps whose value is one element for each possible CPU.
-const PER_CPU_TYPES: [u32; 3] = [5, PER_CPU_ARRAY, 10];
+pub(super) const PER_CPU_TYPES: [u32; 3] = [
+    map_type::PER_CPU_HASH,
+    map_type::PER_CPU_ARRAY,
+    map_type::LRU_PER_CPU_HASH,
+];
 
 impl<K: Pod, V: Pod> MapFd<K, V> {
     /// Fails with `InvalidData` when the map's sizes are not those of `K` and `V`, or the map is per CPU.
@@ -130,7 +128,7 @@ impl<K: Pod, V: Pod> MapFd<K, V> {
 
     /// Calls `each` with every entry of a hash or array, in batches; entries that change meanwhile may be missed.
     pub fn for_each(&self, mut each: impl FnMut(&K, &V)) -> io::Result<()> {
-        if self.info.map_type == LPM_TRIE {
+        if self.info.map_type == map_type::LPM_TRIE {
             return self.walk(each);
         }
         batches(self.fd.as_fd(), &self.info, |keys, values| {
@@ -152,7 +150,7 @@ pub fn count_entries(fd: BorrowedFd<'_>) -> io::Result<usize> {
         return Err(io::Error::from(io::ErrorKind::InvalidData));
     }
     let mut count = 0;
-    if info.map_type == LPM_TRIE {
+    if info.map_type == map_type::LPM_TRIE {
         let mut keys = [[0u64; CURSOR_LEN / 8]; 2];
         let [key, next] = &mut keys;
         while next_key(fd, (count > 0).then(|| address(key)), address_mut(next))? {
@@ -167,7 +165,7 @@ pub fn count_entries(fd: BorrowedFd<'_>) -> io::Result<usize> {
 
 /// Writes the key behind `from`, or the first one; false: there is none. `from` and `to` are the addresses of keys of
 /// the map's size, or more.
-fn next_key(fd: BorrowedFd<'_>, from: Option<u64>, to: u64) -> io::Result<bool> {
+pub(super) fn next_key(fd: BorrowedFd<'_>, from: Option<u64>, to: u64) -> io::Result<bool> {
     let mut attr = ElementAttr {
         map_fd: raw(fd),
         pad: 0,
@@ -185,7 +183,11 @@ fn next_key(fd: BorrowedFd<'_>, from: Option<u64>, to: u64) -> io::Result<bool> 
 
 /// Calls `each` with the keys and the values of each batch. `info` must be the map's own, its values not per CPU, its
 /// keys no longer than [`CURSOR_LEN`].
-fn batches(fd: BorrowedFd<'_>, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+pub(super) fn batches(
+    fd: BorrowedFd<'_>,
+    info: &MapInfo,
+    mut each: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
     let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
     let mut capacity = 4096.min(info.max_entries.max(1)) as usize;
     let mut keys = vec![0; capacity * key_size];
@@ -245,7 +247,7 @@ impl<V: Pod> PerCpuFd<V> {
     /// other sizes.
     pub fn new(fd: OwnedFd, cpus: usize) -> io::Result<Self> {
         let info = map_info(fd.as_fd())?;
-        if info.map_type != PER_CPU_ARRAY
+        if info.map_type != map_type::PER_CPU_ARRAY
             || info.key_size != 4
             || info.value_size as usize != size_of::<V>()
             || !size_of::<V>().is_multiple_of(8)

@@ -5,6 +5,7 @@ mod attr;
 mod maps;
 mod objects;
 mod process;
+mod raw_map;
 
 use std::{
     ffi::CString,
@@ -18,16 +19,17 @@ use std::{
 
 use bytemuck::Pod;
 
-pub use attr::{LinkInfo, MapInfo, ProgInfo};
+pub use attr::{LinkInfo, MapInfo, ProgInfo, map_type};
 pub use maps::{MapFd, MappedArray, PerCpuFd, count_entries};
 pub use objects::{
-    link_create, link_detach, link_info, link_update, map_by_id, map_in_map_update, map_info, open_pin, pin,
-    prog_by_id, prog_info, prog_query, try_map,
+    btf_by_id, link_create, link_detach, link_info, link_update, map_by_id, map_in_map_update, map_info,
+    map_of_bytes, open_pin, pin, prog_by_id, prog_info, prog_query, try_map,
 };
 pub use process::{
     coarse_resolution, filesystem_magic, give_memory_back, grace_period, legacy_filter_rules, monotonic,
     netns_cookie, raise_memlock_limit, watch_readable,
 };
+pub use raw_map::RawMap;
 
 /// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.
 #[repr(i64)]
@@ -44,6 +46,7 @@ enum Command {
     MapGetFdById = 14,
     ObjGetInfo = 15,
     ProgQuery = 16,
+    BtfGetFdById = 19,
     MapLookupBatch = 24,
     LinkCreate = 28,
     LinkUpdate = 29,

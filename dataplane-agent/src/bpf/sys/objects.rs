@@ -11,8 +11,8 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Command, address, address_mut,
     attr::{
-        ElementAttr, IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapCreateAttr, MapInfo,
-        ObjAttr, ProgInfo, QueryAttr,
+        BtfInfo, ElementAttr, IdAttr, InfoAttr, LinkCreateAttr, LinkInfo, LinkUpdateAttr, MapCreateAttr,
+        MapInfo, ObjAttr, ProgInfo, QueryAttr, map_type,
     },
     bpf, bpf_fd, path_string, raw,
 };
@@ -57,7 +57,7 @@ pub fn map_in_map_update() -> io::Result<()> {
 }
 
 const SMALL_ARRAY: MapCreateAttr = MapCreateAttr {
-    map_type: 2,
+    map_type: map_type::ARRAY,
     key_size: 4,
     value_size: 8,
     max_entries: 1,
@@ -72,6 +72,46 @@ fn small_array() -> io::Result<OwnedFd> {
 fn create_map(attr: &MapCreateAttr) -> io::Result<OwnedFd> {
     // SAFETY: no addresses; the command returns a descriptor.
     unsafe { bpf_fd(Command::MapCreate, &mut attr.clone()) }
+}
+
+/// A map that holds these bytes: an array of one element.
+pub fn map_of_bytes(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let value_size = u32::try_from(bytes.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let map = create_map(&MapCreateAttr {
+        value_size,
+        ..SMALL_ARRAY
+    })?;
+    let key = 0_u32;
+    let mut attr = ElementAttr {
+        map_fd: raw(map.as_fd()),
+        pad: 0,
+        key: address(&key),
+        value: bytes.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: `key` and `bytes` live across the call and have the sizes that the map was made with.
+    unsafe { bpf(Command::MapUpdate, &mut attr) }?;
+    Ok(map)
+}
+
+/// The BTF that the kernel keeps under an id. Needs `CAP_SYS_ADMIN`.
+pub fn btf_by_id(id: u32) -> io::Result<Vec<u8>> {
+    let fd = by_id(Command::BtfGetFdById, id)?;
+    let size = object_info::<BtfInfo>(fd.as_fd())?.btf_size;
+    let mut bytes = vec![0; size as usize];
+    let mut info = BtfInfo {
+        btf: bytes.as_mut_ptr() as u64,
+        btf_size: size,
+        id: 0,
+    };
+    let mut attr = InfoAttr {
+        fd: raw(fd.as_fd()),
+        len: size_of::<BtfInfo>() as u32,
+        info: address_mut(&mut info),
+    };
+    // SAFETY: `info` lives across the call and `len` is its size; `bytes` holds as many as it says, and lives as long.
+    unsafe { bpf(Command::ObjGetInfo, &mut attr) }?;
+    Ok(bytes)
 }
 
 pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
@@ -102,7 +142,7 @@ fn by_id(command: Command, id: u32) -> io::Result<OwnedFd> {
         next_id: 0,
         open_flags: 0,
     };
-    // SAFETY: no addresses; both commands return a descriptor.
+    // SAFETY: no addresses; these commands return a descriptor.
     unsafe { bpf_fd(command, &mut attr) }
 }
 

@@ -174,7 +174,7 @@ impl Api {
         self.open(Method::GET, path, accept, None).await?.whole().await
     }
 
-    /// Sends a document of a type; the answer is of no interest.
+    /// Sends a document of a type; the answer is of no interest, so what can be left out of it is.
     pub async fn send(
         &self,
         method: Method,
@@ -183,7 +183,11 @@ impl Api {
         document: &serde_json::Value,
     ) -> Result<(), ApiError> {
         let body = Some((content_type, document.to_string()));
-        self.open(method, path, JSON, body).await?.whole().await.map(drop)
+        self.open(method, path, METADATA, body)
+            .await?
+            .whole()
+            .await
+            .map(drop)
     }
 
     /// Begins to read a path, which may never end.
@@ -285,6 +289,10 @@ impl Api {
 
 /// The type of ordinary answers.
 pub const JSON: &str = "application/json";
+/// The type of an object without its contents, where the server knows it.
+const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
+/// The type of documents that name what changes.
+pub const MERGE_PATCH: &str = "application/merge-patch+json";
 /// The type of lists without the objects' contents.
 pub const NAMES: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
 

@@ -66,6 +66,8 @@ pub struct Collector {
     failing: BTreeMap<Kind, ApiError>,
     /// Asks for all Nodes, once a policy looks at them.
     all_nodes: watch::Sender<bool>,
+    /// How often this node's own object has come.
+    node_came: watch::Sender<u64>,
     /// This node's own object has been there.
     has_node: bool,
     changes: Vec<Change>,
@@ -80,7 +82,12 @@ pub struct Collector {
 }
 
 impl Collector {
-    pub fn new(node: Arc<str>, state: State, all_nodes: watch::Sender<bool>) -> Self {
+    pub fn new(
+        node: Arc<str>,
+        state: State,
+        all_nodes: watch::Sender<bool>,
+        node_came: watch::Sender<u64>,
+    ) -> Self {
         Self {
             node,
             state,
@@ -90,6 +97,7 @@ impl Collector {
                 .collect(),
             failing: BTreeMap::new(),
             all_nodes,
+            node_came,
             has_node: false,
             changes: Vec::new(),
             held_back: Vec::new(),
@@ -171,7 +179,7 @@ impl Collector {
         } = item;
         let held = self.kinds.entry(key.kind).or_default();
         let name = key.name.clone();
-        held.versions.insert(name.clone(), version);
+        let is_new = held.versions.insert(name.clone(), version).is_none();
         held.latest = held.latest.max(version);
         let known = held.problems.get(&name);
         if known.map_or(&[][..], Vec::as_slice) != problems.as_slice() {
@@ -185,6 +193,9 @@ impl Collector {
         if key.kind == Kind::Node && key.name.name() == &*self.node {
             self.is_rejected_stale |= !self.has_node;
             self.has_node = true;
+            if is_new {
+                self.node_came.send_modify(|times| *times += 1);
+            }
         }
         // Of what cannot be understood the last version that could stays in force.
         let Some(object) = object else { return };
@@ -374,7 +385,8 @@ mod tests {
     fn collector() -> (Collector, watch::Receiver<bool>) {
         let (all_nodes, seen) = watch::channel(false);
         let state = State::new(SourceMetrics::new(&Registry::new()).unwrap());
-        (Collector::new("a".into(), state, all_nodes), seen)
+        let (node_came, _) = watch::channel(0);
+        (Collector::new("a".into(), state, all_nodes, node_came), seen)
     }
 
     /// All kinds but these are listed, and empty.

@@ -20,12 +20,11 @@ use tokio::{
 use super::{
     api::{Api, ApiError, JSON, NAMES, Refusal},
     item::{Item, read_item},
+    pages::{PAGE, page, pages, version},
     resources,
 };
 use crate::model::Kind;
 
-/// Objects of one page of a list.
-const PAGE: usize = 500;
 /// A watch lasts so long and up to twice as long, in seconds; then the server ends it in good order.
 const WATCH_S: u64 = 300;
 /// Bookmarks come every minute, so a watch that is silent for longer is dead, or the server's version is one without (before
@@ -34,6 +33,8 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// The first pause after a failure; it doubles up to [`PAUSE_AT_MOST`].
 const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_AT_MOST: Duration = Duration::from_secs(30);
+/// A server that asks for more patience is not taken at its word.
+const RETRY_AFTER_AT_MOST: Duration = Duration::from_mins(5);
 /// A watch that ends sooner did not work.
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -93,22 +94,6 @@ impl From<ApiError> for End {
             error => End::Failed(error),
         }
     }
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Page<'a> {
-    metadata: PageMetadata,
-    #[serde(borrow, default)]
-    items: Option<Vec<&'a RawValue>>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PageMetadata {
-    resource_version: String,
-    #[serde(rename = "continue", default)]
-    next: String,
 }
 
 #[derive(Deserialize)]
@@ -207,23 +192,11 @@ impl Follower {
 
     /// Reads a list, in pages of so many objects or in one; returns its version.
     async fn list(&self, page: Option<usize>, items: &mut Vec<Item>) -> Result<u64, ApiError> {
-        let limit = page.map_or_else(String::new, |page| format!("limit={page}"));
-        let mut next = String::new();
-        loop {
-            let text = self
-                .api
-                .get(&format!("{}{limit}{next}", self.collection()), JSON)
-                .await?;
-            let page: Page<'_> =
-                serde_json::from_slice(&text).map_err(|error| ApiError::unreadable(&error))?;
-            for raw in page.items.into_iter().flatten() {
-                items.extend(read_item(self.kind, raw)?);
-            }
-            if page.metadata.next.is_empty() {
-                return version(&page.metadata.resource_version);
-            }
-            next = format!("&continue={}", resources::encoded(&page.metadata.next));
-        }
+        let take = |raw: &RawValue| {
+            items.extend(read_item(self.kind, raw)?);
+            Ok(())
+        };
+        pages(&self.api, &self.collection(), page, JSON, take).await
     }
 
     /// Follows changes after a version.
@@ -308,9 +281,8 @@ impl Follower {
     /// The server's present version.
     async fn present_version(&self) -> Result<u64, ApiError> {
         let path = format!("{}limit=1", self.collection());
-        let text = self.api.get(&path, NAMES).await?;
-        let page: Page<'_> = serde_json::from_slice(&text).map_err(|error| ApiError::unreadable(&error))?;
-        version(&page.metadata.resource_version)
+        let metadata = page(&self.api, &path, NAMES, |_| Ok(())).await?;
+        version(&metadata.resource_version)
     }
 
     /// Whether an error means that the cluster has no such kind. A server that is about to start does not know its
@@ -356,49 +328,6 @@ fn has_resource(text: &[u8], plural: &str) -> Option<bool> {
     }
     let found: Resources = serde_json::from_slice(text).ok()?;
     Some(found.resources.iter().any(|resource| resource.name == plural))
-}
-
-/// Versions are opaque to clients by the letter of the API, but numbers that grow by the word of KEP-5504.
-fn version(text: &str) -> Result<u64, ApiError> {
-    text.parse().map_err(|_| ApiError::Unreadable {
-        reason: format!("`{text}` is no version of an object"),
-    })
-}
-
-/// Names and versions of all objects of a kind, as the server has them now, and the version of the list.
-pub async fn names(api: &Api, collection: &str) -> Result<(u64, Vec<(crate::model::Name, u64)>), ApiError> {
-    #[derive(Deserialize)]
-    struct Names {
-        metadata: PageMetadata,
-        #[serde(default)]
-        items: Option<Vec<Named>>,
-    }
-    #[derive(Deserialize)]
-    struct Named {
-        metadata: Metadata,
-    }
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Metadata {
-        name: String,
-        #[serde(default)]
-        namespace: String,
-        resource_version: String,
-    }
-    let mut found = Vec::new();
-    let mut next = String::new();
-    loop {
-        let text = api.get(&format!("{collection}limit={PAGE}{next}"), NAMES).await?;
-        let page: Names = serde_json::from_slice(&text).map_err(|error| ApiError::unreadable(&error))?;
-        for Named { metadata } in page.items.into_iter().flatten() {
-            let name = crate::model::Name::new(&metadata.namespace, &metadata.name);
-            found.push((name, version(&metadata.resource_version)?));
-        }
-        if page.metadata.next.is_empty() {
-            return Ok((version(&page.metadata.resource_version)?, found));
-        }
-        next = format!("&continue={}", resources::encoded(&page.metadata.next));
-    }
 }
 
 /// Lines of a text that comes in parts.
@@ -449,12 +378,18 @@ struct Pause {
 impl Pause {
     /// Waits for at least as long as the server asks. No two nodes come back at the same time.
     async fn wait(&mut self, at_least: Option<Duration>) {
+        time::sleep(self.next(at_least)).await;
+    }
+
+    fn next(&mut self, at_least: Option<Duration>) -> Duration {
         let pause = PAUSE
             .saturating_mul(1 << self.failures.min(10))
             .min(PAUSE_AT_MOST);
         self.failures += 1;
-        let pause = pause.max(at_least.unwrap_or_default().min(10 * PAUSE_AT_MOST));
-        time::sleep(jittered(pause)).await;
+        match at_least {
+            Some(at_least) => at_least.min(RETRY_AFTER_AT_MOST) + jittered(pause),
+            None => jittered(pause),
+        }
     }
 }
 
@@ -497,6 +432,18 @@ mod tests {
         assert_eq!(has_resource(text, "adminnetworkpolicies"), Some(true));
         assert_eq!(has_resource(text, "clusternetworkpolicies"), Some(false));
         assert_eq!(has_resource(b"<html>", "clusternetworkpolicies"), None);
+    }
+
+    #[test]
+    fn no_pause_is_shorter_than_the_server_asks() {
+        let mut pause = Pause::default();
+        let asked = Duration::from_secs(7);
+        for _ in 0..20 {
+            assert!(pause.next(Some(asked)) >= asked);
+        }
+        assert!(pause.next(None) <= PAUSE_AT_MOST * 3 / 2);
+        let longest = RETRY_AFTER_AT_MOST + PAUSE_AT_MOST * 3 / 2;
+        assert!(pause.next(Some(Duration::from_hours(9))) <= longest);
     }
 
     #[test]

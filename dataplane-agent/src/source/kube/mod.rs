@@ -1,12 +1,15 @@
-//! The Kubernetes API as a source: [`follow`] lists and watches each kind, [`collect`] makes batches of what comes,
-//! [`api`] talks to the server, [`item`] decodes, [`state`] is what `status` shows, [`tell`] sends Events.
+//! The Kubernetes API as a source: [`follow`] lists ([`pages`]) and watches each kind, [`collect`] makes batches of what comes,
+//! [`api`] talks to the server, [`item`] decodes, [`state`] is what `status` shows, [`tell`] sends Events, [`annotate`] writes
+//! what this node's Node object says.
 //!
 //! All of it runs in a thread of its own, so that a long write of tables keeps no watch waiting.
 
+mod annotate;
 mod api;
 mod collect;
 mod follow;
 mod item;
+mod pages;
 mod resources;
 pub mod state;
 mod tell;
@@ -19,6 +22,8 @@ use tokio::{
     time,
 };
 
+use annotate::Annotator;
+pub use annotate::STATUS;
 pub use api::Address;
 use api::{Api, ApiError, JSON};
 use collect::{Collector, Held, Target};
@@ -49,6 +54,7 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
     let (batches, outbox) = mpsc::unbounded_channel();
     let (asks, asked) = mpsc::unbounded_channel();
     let (events, to_tell) = mpsc::channel(EVENTS_AT_MOST);
+    let (status, status_seen) = watch::channel(None);
     let (started, outcome) = oneshot::channel();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -62,6 +68,7 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
                 batches,
                 asked,
                 to_tell,
+                status: status_seen,
                 started,
             };
             runtime.block_on(run(settings, of_thread, outside));
@@ -73,6 +80,7 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
         rescan: Rescan::Api(asks),
         state: Some(state),
         events: Some(events),
+        node_status: Some(status),
     })
 }
 
@@ -81,6 +89,7 @@ struct Outside {
     batches: mpsc::UnboundedSender<Batch>,
     asked: mpsc::UnboundedReceiver<oneshot::Sender<u64>>,
     to_tell: mpsc::Receiver<Event>,
+    status: watch::Receiver<Option<String>>,
     started: oneshot::Sender<anyhow::Result<()>>,
 }
 
@@ -90,6 +99,7 @@ async fn run(settings: Settings, state: State, outside: Outside) {
         batches,
         mut asked,
         to_tell,
+        status,
         started,
     } = outside;
     let Settings { address, node_name } = settings;
@@ -105,6 +115,7 @@ async fn run(settings: Settings, state: State, outside: Outside) {
     let (news, mut inbox) = mpsc::unbounded_channel();
     let (all_nodes, all_nodes_seen) = watch::channel(false);
     let (kinds_came, kinds_came_seen) = watch::channel(0);
+    let (node_came, node_came_seen) = watch::channel(0);
     let kinds_came = Arc::new(kinds_came);
     for kind in Kind::ALL {
         let follower = Follower {
@@ -118,8 +129,15 @@ async fn run(settings: Settings, state: State, outside: Outside) {
         tokio::spawn(follower.run());
     }
     tokio::spawn(Teller::new(api.clone(), node.clone()).run(to_tell));
+    let annotator = Annotator {
+        api: api.clone(),
+        node: node.clone(),
+        text: status,
+        node_came: node_came_seen,
+    };
+    tokio::spawn(annotator.run());
     tokio::spawn(look_for_kinds(api.clone(), kinds_came.clone()));
-    let mut collector = Collector::new(node.clone(), state, all_nodes);
+    let mut collector = Collector::new(node.clone(), state, all_nodes, node_came);
     let (found, mut targets) = mpsc::unbounded_channel();
     loop {
         tokio::select! {
@@ -162,7 +180,7 @@ async fn look(
     let mut kinds = Vec::new();
     for kind in Kind::ALL {
         let collection = resources::collection(kind, (!all_nodes).then_some(&*node));
-        match follow::names(&api, &collection).await {
+        match pages::names(&api, &collection).await {
             Ok((version, names)) => kinds.push((kind, Some(Held { version, names }))),
             Err(ApiError::NotFound { .. } | ApiError::Forbidden { .. }) if resources::is_optional(kind) => {
                 kinds.push((kind, None));

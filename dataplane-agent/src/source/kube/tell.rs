@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, ApiError, JSON, NAMES},
+    api::{Api, ApiError, JSON, MERGE_PATCH, NAMES},
     follow::jittered,
     resources,
 };
@@ -37,7 +37,6 @@ const REFUSED: Duration = Duration::from_mins(10);
 const REMEMBERED: usize = 1000;
 /// The API's limit, in bytes.
 const NOTE_AT_MOST: usize = 1024;
-const MERGE_PATCH: &str = "application/merge-patch+json";
 
 /// Sends Events.
 #[derive(Debug)]

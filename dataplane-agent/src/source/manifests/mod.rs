@@ -68,6 +68,7 @@ pub fn start(root: &Path) -> notify::Result<Source> {
         rescan: Rescan::Folder(requests),
         state: None,
         events: None,
+        node_status: None,
     })
 }
 

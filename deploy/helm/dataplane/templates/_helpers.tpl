@@ -54,3 +54,61 @@ periodSeconds: {{ .times.periodSeconds }}
 failureThreshold: {{ .times.failureThreshold }}
 timeoutSeconds: 3
 {{- end }}
+
+{{- /* The preflight looks with the eyes of the agent: the same settings, rights and folders. */ -}}
+{{- define "dataplane.agentEnv" -}}
+- name: DATAPLANE_NODE_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+- name: DATAPLANE_SOURCE
+  value: kube
+- name: DATAPLANE_CONFIG
+  value: /etc/dataplane/config.yaml
+{{- with .Values.apiServer.addresses }}
+- name: DATAPLANE_APISERVER
+  value: {{ join "," . | quote }}
+{{- end }}
+- name: DATAPLANE_BPFFS
+  value: /sys/fs/bpf
+{{- if .Values.host.cgroup2 }}
+- name: DATAPLANE_CGROUP
+  value: /host/cgroup2
+{{- end }}
+- name: DATAPLANE_SOCKET
+  value: /run/dataplane/agent.sock
+- name: DATAPLANE_HEALTH_ADDR
+  value: "{{ .Values.health.address }}:{{ .Values.health.port }}"
+- name: DATAPLANE_METRICS_BIND_ADDRESS
+  value: {{ if .Values.metrics.enabled }}"{{ .Values.metrics.address }}:{{ .Values.metrics.port }}"{{ else }}"off"{{ end }}
+{{- with .Values.extraEnv }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{- define "dataplane.agentSecurity" -}}
+runAsUser: 0
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+  add: {{- concat (list "BPF" "NET_ADMIN" "PERFMON") .Values.securityContext.extraCapabilities | uniq | toYaml | nindent 4 }}
+seccompProfile:
+  type: {{ .Values.securityContext.seccompProfile }}
+{{- end }}
+
+{{- define "dataplane.agentMounts" -}}
+- name: config
+  mountPath: /etc/dataplane
+  readOnly: true
+- name: run
+  mountPath: /run/dataplane
+- name: bpffs
+  mountPath: /sys/fs/bpf
+{{- if .Values.host.cgroup2 }}
+- name: cgroup2
+  mountPath: /host/cgroup2
+  readOnly: true
+{{- end }}
+{{- end }}

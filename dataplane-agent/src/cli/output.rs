@@ -1,0 +1,65 @@
+//! How commands print: tables for people, JSON for programs.
+
+use std::io::Write;
+
+use anyhow::Context;
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use crate::served::Problem;
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+impl Output {
+    /// Prints a value, which `render` makes a table of.
+    pub fn print<T: Serialize>(self, value: &T, render: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+        match self {
+            Output::Json => print(&(serde_json::to_string_pretty(value)? + "\n")),
+            Output::Table => print(&render(value)),
+        }
+    }
+}
+
+/// Prints a text at once.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .context("failed to print")
+}
+
+/// Nothing when there are no rows, else an empty line first.
+pub fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    if table.row_count() == 0 {
+        return String::new();
+    }
+    let mut text = String::from("\n");
+    for line in table.lines() {
+        text += line.trim_end();
+        text += "\n";
+    }
+    text
+}
+
+/// A table of problems, whose reasons stand below `because`.
+pub fn problems(problems: &[Problem], because: &str) -> String {
+    let rows = problems.iter().map(|problem| {
+        vec![
+            problem.object.clone(),
+            problem.field.clone(),
+            problem.reason.clone(),
+            problem.file.clone().unwrap_or_default(),
+        ]
+    });
+    table(&["OBJECT", "FIELD", because, "IN"], rows)
+}

@@ -46,7 +46,7 @@ pub fn toolchain() -> Result<Toolchain> {
         Err(lack) => lack,
     };
     progress::note(&format!("building the kernel side lacks something: {lack}"));
-    if toolchain::compilers().is_empty() {
+    if !toolchain::compilers().iter().any(has_linker) {
         install_compiler()?;
     }
     install_linker()?;
@@ -123,13 +123,29 @@ fn report_missing(missing: &[&Need]) {
     }
 }
 
-/// A compiler that can build `core` for BPF: the distribution's, else rustup's nightly.
+/// Whether a linker can be had for the compiler: a prebuilt one, or one made for its LLVM.
+fn has_linker(compiler: &Compiler) -> bool {
+    paths::program("cargo-binstall").is_some() || linkable_llvm(compiler).is_some()
+}
+
+/// The compiler's LLVM, if the linker can be made for it.
+fn linkable_llvm(compiler: &Compiler) -> Option<u32> {
+    compiler.llvm().filter(|major| LINKER_LLVM.contains(major))
+}
+
+/// A compiler that can build `core` for BPF: the distribution's, else rustup's nightly. One that is too old is upgraded.
 fn install_compiler() -> Result<()> {
     let debian = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy"];
     if can_use_apt() {
         let installed = progress::step(
             "installing the distribution's Rust compiler with its library source",
-            || apt_install(&debian),
+            || {
+                // Lists from before the distribution's last compiler still name one that no linker can be had for.
+                if let Err(error) = apt(&["update"]) {
+                    progress::note(&format!("the package lists stay as they are: {error:#}"));
+                }
+                apt_install(&debian)
+            },
         );
         match installed {
             Ok(()) => return Ok(()),
@@ -174,7 +190,7 @@ fn install_linker() -> Result<()> {
 
 /// Where the development files of the compiler's LLVM are, installed if they can be.
 fn llvm_for(compiler: &Compiler) -> Option<PathBuf> {
-    let major = compiler.llvm().filter(|major| LINKER_LLVM.contains(major))?;
+    let major = linkable_llvm(compiler)?;
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{major}"));
     let complete = || prefix.join("bin/llvm-config").is_file() && prefix.join("include/llvm-c").is_dir();
     if !complete() && can_use_apt() {
@@ -217,14 +233,6 @@ fn can_use_apt() -> bool {
 
 /// Installs packages; the package lists are fetched only when the first try fails (none yet, or too old).
 fn apt_install(packages: &[&str]) -> Result<()> {
-    let apt = |args: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["-o", "DPkg::Lock::Timeout=300"])
-            .args(args)
-            .env("DEBIAN_FRONTEND", "noninteractive");
-        process::run_captured(&mut command)
-    };
     let mut install = vec!["install", "-y", "--no-install-recommends"];
     install.extend(packages);
     if apt(&install).is_ok() {
@@ -232,6 +240,15 @@ fn apt_install(packages: &[&str]) -> Result<()> {
     }
     apt(&["update"])?;
     apt(&install)
+}
+
+fn apt(args: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command
+        .args(["-o", "DPkg::Lock::Timeout=300"])
+        .args(args)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    process::run_captured(&mut command)
 }
 
 /// One set-up at a time: terminals and CI may share the tools directory.

@@ -4,7 +4,7 @@ use crate::{
     addr::{Family, Tuple, proto},
     backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
-    flow::{FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
+    flow::{Exit, FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
     half_open::{enter_both, side_of, turn_around},
     packet::Packet,
     parse::tcp,
@@ -95,6 +95,30 @@ pub(crate) fn plan<F: RewriteIp, P: Packet, W: World<F>>(
     };
     work.reply = F::flow(&tuple.reversed(), reply);
     F::set_rewrite(&mut work.forward, &new);
+    turn_around(F::meta(&work.reply), F::meta_mut(&mut work.forward));
+    Verdict::NEXT
+}
+
+/// A packet from a port of the range for translation that is for no service. `NEXT`: it is the first one of a flow of this
+/// node's own, which is to claim the port as those do that we translate: it keeps it, or gets another one.
+#[inline(always)]
+pub(crate) fn direct<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    let tuple = &work.headers.tuple;
+    let begins = work.headers.proto == proto::UDP || work.headers.is_syn();
+    if !begins || world.own_address(tuple.src) == 0 {
+        return Verdict::PASS;
+    }
+    let reply = FlowMeta {
+        backend: NO_BACKEND,
+        service: NO_SERVICE,
+        flags: flow_flags::REPLY | flow_flags::DIRECT | flow_flags::OTHER_EGRESS,
+        exit: Exit::Pass as u8 | (Exit::Pass as u8) << 4,
+        seen_ticks: world.now_ticks(),
+        ifindex: at.ifindex,
+        ..FlowMeta::default()
+    };
+    work.reply = F::flow(&tuple.reversed(), reply);
+    F::set_rewrite(&mut work.forward, tuple);
     turn_around(F::meta(&work.reply), F::meta_mut(&mut work.forward));
     Verdict::NEXT
 }

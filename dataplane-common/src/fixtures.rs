@@ -3,6 +3,7 @@
 extern crate std;
 
 mod datagrams;
+mod direct;
 mod endings;
 mod left;
 mod policies;

@@ -60,6 +60,9 @@ pub mod flow_flags {
     /// Netfilter translates the flow, as it did before there was anything of ours: here its packets pass as they are. The
     /// entry's rewrite is what they have already; the backend says what policies judge.
     pub const LEFT: u8 = 16;
+    /// Of no service: this node's own flow, from a port of the range for translation. Its source is the one that the kernel
+    /// gave it (netfilter masquerades from any port), unless a translated flow had the port before.
+    pub const DIRECT: u8 = 32;
 }
 
 /// Values of [`FlowMeta::state`].

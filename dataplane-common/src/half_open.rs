@@ -265,7 +265,7 @@ pub(crate) fn enter_both<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) 
 #[inline(always)]
 pub(crate) fn turn_around(this: &FlowMeta, other: &mut FlowMeta) {
     *other = *this;
-    let mut flags = this.flags & flow_flags::SNAT;
+    let mut flags = this.flags & (flow_flags::SNAT | flow_flags::DIRECT);
     if this.flags & flow_flags::REPLY == 0 {
         flags |= flow_flags::REPLY;
     }

@@ -125,6 +125,8 @@ pub struct Work<F: Family> {
 
 /// In [`Work::service`]: an index that no table is large enough for.
 pub(crate) const NO_SERVICE: u32 = u32::MAX;
+/// In [`Work::service`]: for none, but from a port that a translated flow may have.
+pub(crate) const DIRECT: u32 = NO_SERVICE - 1;
 
 /// The stages of [`process`] that a kernel program calls apart, and the space that they share.
 ///
@@ -267,6 +269,9 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     if verdict.action() == Action::Miss {
         work.service = verdict.value();
         verdict = half_open::find::<F, P, W>(packet, world, at, work);
+        if verdict.action() == Action::Next && work.service == DIRECT {
+            return begin::direct::<F, W>(world, at, work);
+        }
         if verdict.action() == Action::Next {
             verdict = begin::select::<F, W>(world, at, work);
         }
@@ -436,6 +441,9 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
     } else {
         service = service_of::<F, W>(world, at, headers);
     }
+    if service == NO_SERVICE && may_be_direct(world, at, headers) {
+        return Verdict::to(Action::Miss, DIRECT);
+    }
     if service != NO_SERVICE || may_be_first_answer(world, headers) && world.half_open(&key).is_some() {
         return Verdict::to(Action::Miss, service);
     }
@@ -468,9 +476,21 @@ fn is_foreign<F: RewriteIp, P: Packet, W: World<F>>(packet: &P, world: &W, l3: u
         return false;
     };
     let port = u16::from_be(dport_be);
-    let is_translated =
-        port >= world.config(|c| &c.snat_port_min) && port <= world.config(|c| &c.snat_port_max);
-    !is_translated && world.ports(port_set_index(l4_proto, port)).any & 1u64 << (port & 63) == 0
+    !is_for_translation(world, port)
+        && world.ports(port_set_index(l4_proto, port)).any & 1u64 << (port & 63) == 0
+}
+
+/// Whether sources are translated to a port.
+#[inline(always)]
+fn is_for_translation<W: Env>(world: &W, port: u16) -> bool {
+    port >= world.config(|c| &c.snat_port_min) && port <= world.config(|c| &c.snat_port_max)
+}
+
+/// Whether the kernel's stack sends a packet from a port that a translated flow may have: without an entry of its own,
+/// its answers would be taken for the other's.
+#[inline(always)]
+fn may_be_direct<A, W: Env>(world: &W, at: &Context, headers: &Headers<A>) -> bool {
+    at.hook as u8 == Hook::ToNetdev as u8 && is_for_translation(world, u16::from_be(headers.tuple.sport_be))
 }
 
 /// XDP finishes only what leaves by a route; all else passes unchanged to TC.
@@ -528,6 +548,14 @@ pub(crate) fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<
     }
     if meta.flags & flow_flags::REPLY != 0 {
         return Liveness::Live;
+    }
+    if meta.flags & flow_flags::DIRECT != 0 {
+        // One that begins anew asks for its port anew.
+        return if headers.is_syn() {
+            Liveness::Dead
+        } else {
+            Liveness::Live
+        };
     }
     // One by one: together, what is not there would be read from the stack (refused before 6.3).
     let Some(backend) = world.backend_head(meta.backend) else {

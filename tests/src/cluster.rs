@@ -239,7 +239,8 @@ impl Cluster {
         let netns = NetNs::create(&self.places.0.netns(&shape.name))?;
         netns.enter(|| {
             set_sysctls(&COMMON)?;
-            set_sysctls(&FORWARD)
+            set_sysctls(&FORWARD)?;
+            pod_network::own_ports(&self.shape, 0)
         })?;
         let mut links = Links::open(&netns)?;
         links.set_up("lo")?;

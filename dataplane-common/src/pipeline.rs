@@ -442,7 +442,7 @@ pub(crate) fn established<F: RewriteIp, P: Packet, W: World<F>>(
         service = service_of::<F, W>(world, at, headers);
     }
     if service == NO_SERVICE && may_be_direct(world, at, headers) {
-        return Verdict::to(Action::Miss, DIRECT);
+        service = DIRECT;
     }
     if service != NO_SERVICE || may_be_first_answer(world, headers) && world.half_open(&key).is_some() {
         return Verdict::to(Action::Miss, service);

@@ -281,6 +281,11 @@ impl Agents {
         self.nodes.iter_mut().filter_map(ended).collect()
     }
 
+    /// The nodes' names.
+    pub fn nodes(&self) -> impl Iterator<Item = &str> {
+        self.nodes.iter().map(|agent| agent.node.as_str())
+    }
+
     /// Log files by node.
     pub fn logs(&self) -> impl Iterator<Item = (&str, &Path)> {
         self.nodes

@@ -137,13 +137,13 @@ impl Agent {
 
     pub(super) fn served(&self) -> Served {
         let mut wanted: Vec<_> = self.syncer.wanted().collect();
-        wanted.sort_unstable_by_key(|(object, _)| *object);
+        wanted.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let problems = self.problems();
         Served {
             conditions: served::conditions(&problems),
             objects: wanted
                 .into_iter()
-                .filter_map(|(object, compiled)| ServedObject::of(object, &compiled))
+                .filter_map(|(object, compiled)| ServedObject::of(&object, &compiled))
                 .collect(),
             problems,
         }

@@ -19,6 +19,7 @@ use crate::{
         links::Cgroup,
         loader::{self, LoadOptions, Release},
         pins::Pins,
+        sys,
     },
     config::{Config, DatapathMode, FastPath, PolicyChanges, PortRange, SocketLb, Verdicts},
     host::{Claim, HostState, Kernel, WantedPods},
@@ -60,6 +61,7 @@ impl Prepared {
 /// Checks everything that can be checked without changing the machine, and takes the lock. Must be called in the
 /// network namespace of the host.
 pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
+    sys::keep_heap_small();
     kernel::check()?;
     warn_of_local_ports(config.snat_ports);
     let cookie = netns_cookie(config);

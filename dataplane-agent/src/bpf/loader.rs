@@ -190,7 +190,9 @@ pub fn check_object() -> Result<(), LoadError> {
 
 /// Loads the embedded object.
 pub fn load(pins: Pins, options: &LoadOptions) -> Result<Loaded, LoadError> {
-    load_release(Release::CURRENT, pins, options)
+    let loaded = load_release(Release::CURRENT, pins, options)?;
+    sys::forget_read(OBJECT);
+    Ok(loaded)
 }
 
 /// Loads an object, that of another version in tests.

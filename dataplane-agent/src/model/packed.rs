@@ -18,7 +18,8 @@ impl<T: Serialize + DeserializeOwned> Packed<T> {
     pub fn new(value: &T) -> Self {
         let bytes = postcard::to_allocvec(value).expect("plain data can be packed");
         Self {
-            bytes: bytes.into(),
+            // A copy of its final size: what a list leaves that grows and shrinks, others seldom fit into.
+            bytes: bytes.as_slice().into(),
             value: PhantomData,
         }
     }

@@ -158,13 +158,16 @@ impl Endpoints {
 
 impl FromIterator<Endpoint> for Endpoints {
     fn from_iter<T: IntoIterator<Item = Endpoint>>(endpoints: T) -> Self {
-        let any: Box<[Endpoint]> = endpoints.into_iter().collect();
-        let v4 = any.iter().map(|endpoint| match endpoint.addr {
-            IpAddr::V4(addr) => Some(endpoint.at(addr)),
-            IpAddr::V6(_) => None,
-        });
-        v4.collect::<Option<_>>()
-            .map_or(Endpoints::Any(any), Endpoints::V4)
+        let any: Vec<Endpoint> = endpoints.into_iter().collect();
+        // Of their final size from the start: what a list leaves that grows and shrinks, others seldom fit into.
+        let mut v4 = Vec::with_capacity(any.len());
+        for endpoint in &any {
+            let IpAddr::V4(addr) = endpoint.addr else {
+                return Endpoints::Any(any.into());
+            };
+            v4.push(endpoint.at(addr));
+        }
+        Endpoints::V4(v4.into())
     }
 }
 

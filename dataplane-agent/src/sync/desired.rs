@@ -15,7 +15,7 @@ use dataplane_common::service::{PORT_SETS, PortSet, Scope, port_set_index};
 use super::{backends::OwnedBackend, encode};
 use crate::{
     compile::{Balancer, BalancerKey, Compiled, FrontendAddr, Parts},
-    model::{ObjectRef, Packed},
+    model::{Kind, Name, ObjectRef, Packed},
     store::FrontendKey,
 };
 
@@ -33,11 +33,26 @@ pub struct Uses {
 struct Owner {
     /// [`encode::owner`] of its name.
     hash: u32,
-    object: ObjectRef,
+    // Of its [`ObjectRef`], which would take eight bytes more here.
+    kind: Kind,
+    name: Name,
     compiled: Kept,
 }
 
+const _: () = assert!(size_of::<Owner>() == 32);
+
 impl Owner {
+    fn is(&self, object: &ObjectRef) -> bool {
+        (self.kind, &self.name) == (object.kind, &object.name)
+    }
+
+    fn object(&self) -> ObjectRef {
+        ObjectRef {
+            kind: self.kind,
+            name: self.name.clone(),
+        }
+    }
+
     fn compiled(&self) -> Arc<Compiled> {
         match &self.compiled {
             Kept::Open(compiled) => compiled.clone(),
@@ -65,7 +80,7 @@ impl Owners {
 
     fn get(&self, object: &ObjectRef) -> Option<Arc<Compiled>> {
         let of_object = self.of_hash(encode::owner(object));
-        let mut of_object = of_object.filter(|owner| owner.object == *object);
+        let mut of_object = of_object.filter(|owner| owner.is(object));
         of_object.next().map(Owner::compiled)
     }
 
@@ -78,9 +93,11 @@ impl Owners {
     /// An object that is not there yet.
     fn insert(&mut self, object: ObjectRef, compiled: Arc<Compiled>) {
         let hash = encode::owner(&object);
+        let ObjectRef { kind, name } = object;
         let owner = Owner {
             hash,
-            object,
+            kind,
+            name,
             compiled: Kept::Open(compiled),
         };
         let spread = |owner: &Owner| Self::spread(owner.hash);
@@ -89,14 +106,14 @@ impl Owners {
 
     fn remove(&mut self, object: &ObjectRef) {
         let hash = Self::spread(encode::owner(object));
-        if let Ok(found) = self.0.find_entry(hash, |owner| owner.object == *object) {
+        if let Ok(found) = self.0.find_entry(hash, |owner| owner.is(object)) {
             found.remove();
         }
     }
 
     fn pack(&mut self, object: &ObjectRef, packed: Packed<Parts>) {
         let hash = Self::spread(encode::owner(object));
-        if let Some(owner) = self.0.find_mut(hash, |owner| owner.object == *object) {
+        if let Some(owner) = self.0.find_mut(hash, |owner| owner.is(object)) {
             owner.compiled = Kept::Packed(packed);
         }
     }
@@ -225,9 +242,9 @@ impl Desired {
         }
     }
 
-    pub fn owners(&self) -> impl Iterator<Item = (&ObjectRef, Arc<Compiled>)> {
+    pub fn owners(&self) -> impl Iterator<Item = (ObjectRef, Arc<Compiled>)> {
         let owners = self.owners.0.iter();
-        owners.map(|owner| (&owner.object, owner.compiled()))
+        owners.map(|owner| (owner.object(), owner.compiled()))
     }
 
     pub fn balancer(&self, key: &BalancerKey) -> Option<Balancer> {
@@ -241,8 +258,8 @@ impl Desired {
 
     /// Every balancer, in no order.
     pub fn balancers(&self) -> impl Iterator<Item = BalancerKey> {
-        let of_owner = |(owner, compiled): (&ObjectRef, Arc<Compiled>)| {
-            let keys: Vec<BalancerKey> = compiled.balancers.iter().map(|one| key(owner, one)).collect();
+        let of_owner = |(owner, compiled): (ObjectRef, Arc<Compiled>)| {
+            let keys: Vec<BalancerKey> = compiled.balancers.iter().map(|one| key(&owner, one)).collect();
             keys
         };
         self.owners().flat_map(of_owner)
@@ -258,7 +275,7 @@ impl Desired {
             let balancers = [false, true].into_iter();
             let mut balancers = balancers.filter_map(|outside| compiled.balancer(&addr, outside));
             let balancer = balancers.find(|balancer| scopes(balancer).any(|of| of == scope))?;
-            Some(self::key(&owner.object, balancer))
+            Some(self::key(&owner.object(), balancer))
         })
     }
 

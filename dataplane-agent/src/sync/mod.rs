@@ -322,7 +322,7 @@ impl Syncer {
     }
 
     /// What every Service and Pod wants, in no order.
-    pub fn wanted(&self) -> impl Iterator<Item = (&ObjectRef, Arc<Compiled>)> {
+    pub fn wanted(&self) -> impl Iterator<Item = (ObjectRef, Arc<Compiled>)> {
         self.desired.owners()
     }
 

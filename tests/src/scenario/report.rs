@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::judge::Status;
+use super::netpol::drops::Drops;
 
 /// So many failures of a scenario are written out; the JSON document has them all.
 const TOLD: usize = 20;
@@ -38,13 +39,14 @@ pub struct ScenarioReport {
 }
 
 /// How much of a policy scenario's tables was probed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Cells {
     pub probed: usize,
     /// Of these, SCTP by crafted packets: the kernel has none of its own.
     pub crafted: usize,
     /// Cells about which the agents were asked.
     pub explained: usize,
+    pub drops: Drops,
 }
 
 /// The whole run.
@@ -86,13 +88,17 @@ impl ScenarioReport {
             probed,
             crafted,
             explained,
-        }) = self.cells
+            drops: Drops { denied, others },
+        }) = &self.cells
         {
-            let _ = write!(text, "  {probed} cells");
-            if explained > 0 {
+            let _ = write!(text, "  {probed} cells, {denied} drops by policies");
+            for (reason, count) in others {
+                let _ = write!(text, ", {count} {reason}");
+            }
+            if *explained > 0 {
                 let _ = write!(text, ", {explained} explained");
             }
-            if crafted > 0 {
+            if *crafted > 0 {
                 let _ = write!(
                     text,
                     ", {crafted} of SCTP by crafted packets: the kernel lacks it"

@@ -26,8 +26,8 @@ pub use objects::{
     map_of_bytes, open_pin, pin, prog_by_id, prog_info, prog_query, try_map,
 };
 pub use process::{
-    coarse_resolution, filesystem_magic, give_memory_back, grace_period, legacy_filter_rules, monotonic,
-    netns_cookie, raise_memlock_limit, watch_readable,
+    coarse_resolution, filesystem_magic, forget_read, give_memory_back, grace_period, keep_heap_small,
+    legacy_filter_rules, monotonic, netns_cookie, raise_memlock_limit, watch_readable,
 };
 pub use raw_map::RawMap;
 

@@ -49,12 +49,40 @@ pub fn coarse_resolution() -> io::Result<Duration> {
     }
 }
 
+/// Keeps glibc from holding more memory than is used: one heap for all threads, of which one does nearly all work, and large
+/// pieces apart, which go back to the system when they are freed. Left alone, it keeps ever larger ones.
+pub fn keep_heap_small() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the allocator locks itself. What it does not know, it ignores.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
+}
+
 /// Gives memory that was freed back to the system; glibc keeps it otherwise.
 pub fn give_memory_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the allocator locks itself.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Gives back the memory of a part of the program that was read and will hardly be read again: where it is, it is read from its
+/// file anew.
+pub fn forget_read(bytes: &'static [u8]) {
+    // SAFETY: asks for a number.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let range = bytes.as_ptr_range();
+    // Pages that are nobody else's.
+    let (first, end) = (
+        (range.start as usize).next_multiple_of(page),
+        range.end as usize / page * page,
+    );
+    if first < end {
+        // SAFETY: the pages are mapped from the program's file and constant, so what is read from them stays the same.
+        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_DONTNEED) };
     }
 }
 

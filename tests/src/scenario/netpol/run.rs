@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 
 use super::bed::{Arrivals, Bed, Tries};
+use super::drops::Counted;
 use super::file::{Action, Case, Cell, Step};
 use super::layout::{Layout, Needs, member};
 use super::objects::{Change, Objects};
@@ -123,7 +124,9 @@ impl Run<'_> {
         if bed.explains() {
             self.explain(bed, number, &cells, objects)?;
         }
+        let before = Counted::before(bed.agents())?;
         let (swept, arrivals) = bed.sweep(&tries)?;
+        self.cells.drops.add(before.drops(bed.agents())?);
         for (index, swept) in &swept {
             let cell = &cells[*index];
             if let Some(seen) = fault(cell, swept, &arrivals) {

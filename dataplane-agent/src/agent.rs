@@ -375,6 +375,11 @@ impl Agent {
         if self.complete {
             let dirty = std::mem::take(&mut self.dirty);
             let updates = self.compiler.update(&self.index, &dirty);
+            if is_first {
+                // Before these are packed: that fills the room which the trees leave.
+                self.index.pack_trees();
+                self.compiler.pack_trees();
+            }
             self.syncer.update(updates);
             let changes = self.policies.update(&self.index, &dirty.policy);
             self.policy_syncer.update(changes);

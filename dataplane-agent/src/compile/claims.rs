@@ -4,7 +4,7 @@
 //! The owner is the oldest Service, of equally old ones the first by name: the same on every node and after every
 //! order of events. A Pod's host port comes after all Services, as its rules do behind kube-proxy's.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, mem, net::IpAddr};
 
 use super::FrontendAddr;
 use crate::model::{Kind, Name, ObjectRef};
@@ -79,6 +79,11 @@ impl Default for Claims {
 }
 
 impl Claims {
+    /// See [`Compiler::pack_trees`](super::Compiler::pack_trees).
+    pub(super) fn pack_tree(&mut self) {
+        self.by_frontend = mem::take(&mut self.by_frontend).into_iter().collect();
+    }
+
     /// Replaces what an object claims; returns the others that gain or lose by it.
     pub fn replace(&mut self, owner: &ObjectRef, before: &Claim, after: &Claim) -> BTreeSet<ObjectRef> {
         let mut affected = BTreeSet::new();

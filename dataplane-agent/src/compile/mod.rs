@@ -310,6 +310,11 @@ impl Compiler {
         self.claims.has_address(addr)
     }
 
+    /// Once there is much: leaves of trees that came to be entry by entry are full to two thirds.
+    pub fn pack_trees(&mut self) {
+        self.claims.pack_tree();
+    }
+
     /// Enters what a Service claims; returns the others that gain or lose by it.
     fn claim_of_service(&mut self, index: &Index, name: &Name, previous: &Previous) -> BTreeSet<ObjectRef> {
         let before = match previous {

@@ -288,7 +288,7 @@ impl Stage {
         pod_network::connect_pod(self.cluster.shape(), device, &shape, &mut links, &netns)?;
 
         let added = with_plugin
-            .then(|| self.call("ADD", &name, address, device, &netns))
+            .then(|| self.add(&name, address, device, &netns))
             .transpose()?;
         let before_begin = arrived(&stranger);
         // Its process, whose first packets are no answers.
@@ -353,6 +353,18 @@ impl Stage {
         Links::open(self.cluster.node_netns(NODE)?)?.delete(&pod_network::port(device))?;
         netns.remove();
         self.folder.delete(object)
+    }
+
+    /// As a runtime does it: what is to be tried again later (code 11 of the CNI specification) is tried again.
+    fn add(&self, name: &str, address: IpAddr, device: usize, netns: &NetNs) -> Result<Duration> {
+        const AGAIN: usize = 2;
+        for _ in 0..AGAIN {
+            match self.call("ADD", name, address, device, netns) {
+                Err(error) if error.to_string().contains("\"code\":11") => println!("{name}: {error:#}"),
+                result => return result,
+            }
+        }
+        self.call("ADD", name, address, device, netns)
     }
 
     /// Calls the plugin as a runtime does, behind one that has made the interface.

@@ -13,7 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Command, address, address_mut,
     attr::{BatchAttr, ElementAttr, MapInfo, map_type},
-    bpf, map_info, raw,
+    bpf, map_info, page_size, raw,
 };
 
 /// A map whose key and value sizes have been compared with `K` and `V`, so that the kernel reads and writes no more
@@ -309,9 +309,7 @@ impl MappedArray {
         let info = map_info(fd)?;
         let element = (info.value_size as usize).next_multiple_of(8);
         let words = element / 8 * info.max_entries as usize;
-        // SAFETY: sysconf has no preconditions.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.cast_unsigned() as usize;
-        let bytes = (words * 8).next_multiple_of(page);
+        let bytes = (words * 8).next_multiple_of(page_size());
         // SAFETY: a fresh shared mapping at an address of the kernel's choice; the result is checked.
         let start = unsafe {
             libc::mmap(

@@ -69,11 +69,16 @@ pub fn give_memory_back() {
     }
 }
 
+/// Bytes of a page of memory.
+pub fn page_size() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.cast_unsigned() as usize
+}
+
 /// Gives back the memory of a part of the program that was read and will hardly be read again: where it is, it is read from its
 /// file anew.
 pub fn forget_read(bytes: &'static [u8]) {
-    // SAFETY: asks for a number.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let page = page_size();
     let range = bytes.as_ptr_range();
     // Pages that are nobody else's.
     let (first, end) = (

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::agent::Agents;
 
@@ -100,7 +101,8 @@ impl Counted {
     }
 
     fn at_policies(&mut self, agents: &Agents, node: &str) -> Result<()> {
-        let enforced = agents.ask(node, "/policies")?;
+        let output = agents.command(node, &["policies"])?;
+        let enforced: Value = serde_json::from_slice(&output.stdout).context("`policies` printed no JSON")?;
         let policies = enforced["policies"].as_array().context("no policies")?;
         let rules = policies
             .iter()

@@ -11,14 +11,21 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-/// Opens what looks like its socket and stays. It has counted nothing.
-const IDLE_AGENT: &str = r#"#!/bin/sh
-[ "$1" = run ] || { echo '{"counters": [], "policies": []}'; exit 0; }
+/// Opens what looks like its socket and stays.
+const STAY: &str = r#"
 for arg; do
     [ "$last" = --socket ] && : > "$arg"
     last=$arg
 done
 exec sleep 600
+"#;
+/// It has counted nothing.
+const IDLE: &str = r#"echo '{"counters": [], "policies": []}'"#;
+/// Each time, policies have denied one packet more, and there are none.
+const DROPPING: &str = r#"
+    echo >> "$0.asked"
+    denied=$(wc -l < "$0.asked")
+    echo '{"counters": [{"reason": "policy-denied", "meaning": "Dropped", "count": '"$denied"'}], "policies": []}'
 "#;
 
 struct Folder(PathBuf);
@@ -35,8 +42,14 @@ impl Folder {
     }
 
     fn idle_agent(&self) -> Result<PathBuf> {
+        self.agent(IDLE)
+    }
+
+    /// An agent that does nothing, and says this whatever it is asked.
+    fn agent(&self, says: &str) -> Result<PathBuf> {
         let path = self.0.join("agent.sh");
-        fs::write(&path, IDLE_AGENT)?;
+        let script = format!("#!/bin/sh\n[ \"$1\" = run ] || {{ {says}\n exit 0; }}{STAY}");
+        fs::write(&path, script)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         Ok(path)
     }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::Folder;
+use super::{DROPPING, Folder};
 
 /// Two pods, of which `x/b` alone answers, and an address outside that answers at every port of the case.
 fn case(id: &str, family: &str, rows: &Value) -> Value {
@@ -64,5 +64,22 @@ fn a_wrong_cell_fails_its_case_and_no_other() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_drop_that_no_policy_accounts_for_fails_its_case() -> Result<()> {
+    let folder = Folder::create("drops")?;
+    folder.write(
+        "right.json",
+        &case("right", "IPv4", &json!(["s..", "Xs.", "X.-"])),
+    )?;
+    let agent = folder.agent(DROPPING)?;
+    let (report, status) = folder.report(&agent)?;
+    let reason = report["scenarios"][0]["reason"].as_str().unwrap_or_default();
+    ensure!(
+        status == Some(1) && reason.contains("policies, which account for 0"),
+        "{report:#}"
+    );
     Ok(())
 }

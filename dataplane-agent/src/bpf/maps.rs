@@ -105,6 +105,15 @@ impl Shape {
         }
     }
 
+    /// The same with another number of entries.
+    pub fn is_resized(&self, other: &Shape) -> bool {
+        let resized = Shape {
+            max_entries: other.max_entries,
+            ..*self
+        };
+        self.max_entries != other.max_entries && resized == *other
+    }
+
     /// The first property in which two shapes differ: its name, here, there.
     fn difference(&self, other: &Shape) -> Option<(&'static str, u32, u32)> {
         let Self {
@@ -130,7 +139,7 @@ impl Shape {
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     #[error(
-        "pinned table {name} has {property} {found}, this agent wants {wanted}: start with the former settings, or run `dataplane-agent cleanup` first (connections through Services are interrupted)"
+        "pinned table {name} has {property} {found}, this agent wants {wanted}, although both are of table layout {SCHEMA_VERSION}: run `dataplane-agent cleanup` first (connections through Services are interrupted)"
     )]
     Differs {
         name: String,

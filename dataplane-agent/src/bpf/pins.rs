@@ -17,6 +17,8 @@ pub const SCHEMA_VERSION: u32 = 6;
 const FOLDER_PREFIX: &str = "dataplane-v";
 /// Ends the name of a folder that is not complete. In bpffs names have no dots.
 const UNFINISHED: &str = "-new";
+/// Ends, with a number behind, the name of a complete folder whose tables have other sizes.
+const FORMER: &str = "-former";
 /// `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
@@ -176,8 +178,25 @@ impl Pins {
 
     /// Gives a folder that is complete its name. `self` must not exist.
     pub fn complete(&self) -> Result<(), PinError> {
-        let (from, to) = (self.unfinished().root(), self.root());
-        Ok(fs::rename(from, &to).map_err(PathError::new("make", &to))?)
+        self.take_name_of(&self.unfinished())
+    }
+
+    /// Gives the folder another name, by which it is that of another version; says which.
+    pub fn give_way(&self) -> Result<Self, PinError> {
+        let mut former = self.clone();
+        let mut number = 1;
+        while former.exists() {
+            former.folder = format!("{}{FORMER}{number}", self.folder);
+            number += 1;
+        }
+        former.take_name_of(self)?;
+        Ok(former)
+    }
+
+    /// Renames the folder of `from`. `self` must not exist.
+    pub fn take_name_of(&self, from: &Self) -> Result<(), PinError> {
+        let root = self.root();
+        Ok(fs::rename(from.root(), &root).map_err(PathError::new("make", &root))?)
     }
 
     /// Moves a version's pinned links here, each in one step. Those of programs that are not known here stay, and so do

@@ -13,8 +13,8 @@ use dataplane_agent::{
         sys::{self, MapFd, RawMap},
         upgrade::{LAYOUTS, Step},
     },
-    config::{Config, DatapathMode, SocketLb},
-    store::FrontendKey,
+    config::{Config, DatapathMode, Sizes, SocketLb},
+    store::{FrontendKey, Limits},
 };
 use dataplane_common::{
     addr::Mac,
@@ -26,7 +26,7 @@ use dataplane_tests::assets;
 
 use crate::{
     needs::ready,
-    node::{Node, ip},
+    node::{Node, SIZES, ip},
 };
 
 /// A number that is not this version's.
@@ -309,5 +309,79 @@ fn what_cannot_be_carried_over_starts_empty_and_keeps_nothing_else() -> Result<(
     assert_eq!(folders(&config)?, [node.pins().folder()]);
     assert_eq!(entries(&node.pins(), names::FLOWS_V4)?, 0);
     agent.stop(&node)?;
+    node.clean_up()
+}
+
+#[test]
+fn tables_get_other_sizes_and_keep_what_they_hold() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut node = Node::build("sizes")?;
+    node.add_pod()?;
+    let config = Config {
+        datapath: DatapathMode::Tc,
+        socket_lb: SocketLb::Off,
+        ..node.config()
+    };
+    let mut agent = node.start(&config)?;
+    agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
+    agent.kernel.store.write_backend(7, &BACKEND)?;
+    agent.stop(&node)?;
+    put_flows(&node.pins(), 0..50)?;
+    let links = node.pins().list_links()?;
+    let maglev = id(&node.pins(), names::MAGLEV)?;
+    let of = |flows, backends| Config {
+        sizes: Sizes {
+            flows,
+            limits: Limits {
+                backends,
+                ..SIZES.limits
+            },
+            ..SIZES
+        },
+        ..config.clone()
+    };
+    let limit = |name| -> Result<u32> {
+        Ok(sys::map_info(std::os::fd::AsFd::as_fd(&node.pins().open_map(name)?))?.max_entries)
+    };
+
+    // One that fails, larger, smaller, and as it was.
+    let error = node.start(&of(u32::MAX, SIZES.limits.backends)).err();
+    let text = format!("{:#}", error.context("started")?);
+    assert!(text.contains("FLOWS_V"), "{text}");
+    assert_eq!(folders(&config)?, [node.pins().folder()]);
+    check_flows(&node.pins(), 0..50)?;
+    for (flows, backends) in [(16384, 4096), (2048, 8), (SIZES.flows, SIZES.limits.backends)] {
+        let agent = node.start(&of(flows, backends))?;
+        agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
+        assert_eq!(folders(&config)?, [node.pins().folder()]);
+        assert_eq!(limit(names::FLOWS_V4)?, flows);
+        assert_eq!(limit(names::BACKENDS)?, backends);
+        check_flows(&node.pins(), 0..50)?;
+        assert_eq!(agent.kernel.store.read_backend(7)?, BACKEND);
+        assert_eq!(node.pins().list_links()?, links);
+        assert_eq!(id(&node.pins(), names::MAGLEV)?, maglev);
+        agent.stop(&node)?;
+    }
+
+    // Killed on the way to another size, and then started with the former one, or a third.
+    for (step, end) in Step::ALL.into_iter().zip(END_AT) {
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            leave(&node, &of(16384, SIZES.limits.backends), SCHEMA_VERSION, end)
+        }));
+        ensure!(!matches!(killed, Ok(Ok(()))), "{step:?} did not happen");
+        let flows = if (step as usize).is_multiple_of(2) {
+            SIZES.flows
+        } else {
+            8192
+        };
+        leave(&node, &of(flows, SIZES.limits.backends), SCHEMA_VERSION, |_| {})
+            .with_context(|| format!("{flows} after {step:?}"))?;
+        assert_eq!(folders(&config)?, [node.pins().folder()], "after {step:?}");
+        assert_eq!(limit(names::FLOWS_V4)?, flows, "after {step:?}");
+        check_flows(&node.pins(), 0..50)?;
+        assert_eq!(node.pins().list_links()?, links, "after {step:?}");
+    }
     node.clean_up()
 }

@@ -10,6 +10,8 @@
 //!    folders, each in one step. Their programs are then replaced in place.
 //! 4. [`Upgrade::finish`]: what the last packets of the old programs have entered is carried over, and the other folder goes.
 //!
+//! Tables of other sizes are those of another version: their folder gets another name before all this.
+//!
 //! An agent of either version that finds both folders goes on from there: its own maps are complete, for the agent
 //! writes none before the other folder is gone, and packets' entries are carried over from the other one's.
 
@@ -114,6 +116,8 @@ pub struct Upgrade {
     pins: Pins,
     /// Whether the folder is still to get its name.
     is_unfinished: bool,
+    /// The name that a folder with tables of other sizes has got.
+    former: Option<Pins>,
     others: Vec<Other>,
     wanted: BTreeMap<String, Wanted>,
     cpus: usize,
@@ -135,6 +139,10 @@ impl Drop for Upgrade {
         if self.is_unfinished && !std::thread::panicking() {
             // Whoever starts next does it otherwise.
             let _removed = self.pins.unfinished().remove();
+            if let Some(former) = &self.former {
+                // By the other name it is found too.
+                let _renamed = self.pins.take_name_of(former);
+            }
         }
     }
 }
@@ -148,10 +156,16 @@ impl Upgrade {
                 left.remove()?;
             }
         }
+        let former = if is_resized(pins, &wanted)? {
+            Some(pins.give_way()?)
+        } else {
+            None
+        };
         let others = pins.others()?.into_iter().map(Other::read).collect();
         let mut upgrade = Self {
             pins: pins.clone(),
-            is_unfinished: false,
+            is_unfinished: former.is_some(),
+            former,
             others,
             wanted,
             cpus: counters::possible_cpus().map_err(UpgradeError::Cpus)?,
@@ -247,7 +261,8 @@ impl Upgrade {
             }
             // An earlier start has not come to where its programs could run.
             let is_unused = self.pins.list_links()?.is_empty() && !other.pins.list_links()?.is_empty();
-            let pass = if self.is_unfinished || is_unused {
+            // Where there are several, the first one's entries count.
+            let pass = if place == 0 && (self.is_unfinished || is_unused) {
                 Pass::Before
             } else {
                 Pass::After
@@ -326,6 +341,26 @@ impl Other {
         }
         Ok(())
     }
+}
+
+/// Whether a pinned table has another size than is wanted.
+fn is_resized(pins: &Pins, wanted: &BTreeMap<String, Wanted>) -> Result<bool, UpgradeError> {
+    for (name, wanted) in wanted {
+        let error = |source| UpgradeError::table(name, pins, source);
+        let Some(map) = pins.find_map(name).map_err(error)? else {
+            continue;
+        };
+        let found = Shape::of(&sys::map_info(map.as_fd()).map_err(error)?);
+        if wanted.shape.is_resized(&found) {
+            tracing::info!(
+                "table {name} has room for {} entries, and gets {}",
+                found.max_entries,
+                wanted.shape.max_entries
+            );
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn is_of_connections(table: &str) -> bool {

@@ -66,6 +66,17 @@ pub struct BalancerKey {
     pub outside: bool,
 }
 
+impl BalancerKey {
+    /// The other one that its frontend may have.
+    #[must_use]
+    pub fn twin(&self) -> Self {
+        Self {
+            outside: !self.outside,
+            ..self.clone()
+        }
+    }
+}
+
 /// One entry of `SERVICES` and the frontends that lead to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "each is asked by somebody else")]

@@ -317,6 +317,8 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     fn put(&self, key: &K, value: &V) -> Result<(), StoreError> {
+        let (key_bytes, value_bytes) = (bytemuck::bytes_of(key), bytemuck::bytes_of(value));
+        tracing::trace!(table = self.name, key = ?key_bytes, value = ?value_bytes, "put");
         self.map
             .update(key, value)
             .map_err(|source| match source.raw_os_error() {
@@ -329,6 +331,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     fn delete(&self, key: &K) -> Result<(), StoreError> {
+        tracing::trace!(table = self.name, key = ?bytemuck::bytes_of(key), "delete");
         self.map
             .delete(key)
             .map_err(|source| io_error("delete", self.name, source))
@@ -381,6 +384,7 @@ impl<T: Pod> Array<T> {
     /// Body first, then the head with a release store, so that who sees the new head sees the new body.
     fn write(&self, index: u32, value: &T) -> Result<(), StoreError> {
         let target = self.range(index, 1)?;
+        tracing::trace!(table = self.name, index, value = ?bytemuck::bytes_of(value), "write");
         let mut words = [0u64; WORDS_AT_MOST];
         let words = &mut words[..Self::WORDS];
         bytemuck::cast_slice_mut::<u64, u8>(words).copy_from_slice(bytemuck::bytes_of(value));

@@ -252,6 +252,10 @@ impl Syncer {
     /// Writes what differs. Never call it before the source is complete: what nobody desires is deleted.
     pub fn run(&mut self, store: &mut dyn Store) -> Report {
         let mut report = Report::default();
+        if self.programmed.has_orphans() {
+            let kept = self.programmed.adopt_found(store, &self.desired);
+            self.touched.balancers.extend(kept);
+        }
         self.put_host(store, &mut report);
         self.put_backends(store, &mut report);
         self.put_services(store, &mut report);

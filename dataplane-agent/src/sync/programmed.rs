@@ -178,6 +178,44 @@ impl Programmed {
         }
     }
 
+    /// Gives services found at start the names that they had: those behind their frontends, and those that a policy's change
+    /// has left for the flows which they began. Says which these are. Before frontends are written.
+    pub fn adopt_found(&mut self, store: &dyn Store, desired: &Desired) -> Vec<BalancerKey> {
+        let mut kept = Vec::new();
+        for index in self.found.clone() {
+            let Some(frontend) = encode::service_frontend(&self.slot(store, index).value) else {
+                continue;
+            };
+            for scope in [Scope::Internal, Scope::External] {
+                let at = encode::frontend_key(&frontend, scope);
+                let Some(key) = desired.frontend(&at) else {
+                    continue;
+                };
+                let owner = encode::owner(&key.owner);
+                if self.frontends.get(&at).is_none_or(|value| value.owner != owner) {
+                    continue;
+                }
+                // What the frontend leads to, then what it led to under another policy.
+                self.adopt(&key, desired);
+                let has_index = |key: &BalancerKey| {
+                    let id = ServiceId::Known(key.clone());
+                    self.service_ids.get(&id).is_some()
+                };
+                let twin = key.twin();
+                let Some(by) = [key, twin].into_iter().find(|key| !has_index(key)) else {
+                    continue;
+                };
+                if self.found.remove(&index) {
+                    self.service_ids.adopt(index, by.clone());
+                    if desired.balancer(&by).is_none() {
+                        kept.push(by);
+                    }
+                }
+            }
+        }
+        kept
+    }
+
     /// Services found at start that nobody has adopted.
     pub fn orphans(&self) -> Vec<ServiceId> {
         self.found.iter().copied().map(ServiceId::Found).collect()

@@ -293,7 +293,7 @@ impl Syncer {
             if self.desired.balancer(key).is_some() {
                 continue;
             }
-            let twin = twin(key);
+            let twin = key.twin();
             if self.programmed.kept.contains(&twin) {
                 gone.push(ServiceId::Known(twin));
             }
@@ -301,7 +301,7 @@ impl Syncer {
         }
         for id in gone {
             // Where the owner still has the frontend, only a policy has changed: that ends no flow.
-            let keep = matches!(&id, ServiceId::Known(key) if self.desired.balancer(&twin(key)).is_some());
+            let keep = matches!(&id, ServiceId::Known(key) if self.desired.balancer(&key.twin()).is_some());
             if self.delete_service(store, report, &id, keep)
                 && let ServiceId::Known(key) = &id
             {
@@ -394,14 +394,6 @@ impl From<NoRoom> for NotPut {
 impl From<StoreError> for NotPut {
     fn from(error: StoreError) -> Self {
         NotPut::Store(error)
-    }
-}
-
-/// The other balancer that a frontend may have.
-fn twin(key: &BalancerKey) -> BalancerKey {
-    BalancerKey {
-        outside: !key.outside,
-        ..key.clone()
     }
 }
 

@@ -448,7 +448,7 @@ fn an_endpoint_leaves_each_service_by_itself() {
     assert_eq!(memory.backends, before);
 }
 
-/// Traffic policies come and go; the flows that a service began stay its own until it is gone.
+/// Traffic policies come and go, and agents with them; the flows that a service began stay its own until it is gone.
 #[test]
 fn a_policy_that_changes_ends_no_flow() {
     let with = |external_local, internal_local| {
@@ -483,6 +483,22 @@ fn a_policy_that_changes_ends_no_flow() {
         assert_eq!(entries(&memory), first);
         let usage = agent.syncer.usage().0;
         assert_eq!(usage, if external_local { 3 } else { 2 });
+        // A restart finds everything as it should be,
+        agent = Agent::new(&memory);
+        agent.take(with(external_local, internal_local));
+        assert_eq!(
+            agent.syncer.run(&mut memory).writes,
+            0,
+            "{external_local} {internal_local}"
+        );
+        assert_eq!(entries(&memory), first);
+        // and one that finds another policy ends no flow either.
+        let mut other = memory.clone();
+        let mut meanwhile = Agent::new(&other);
+        meanwhile.take(with(!external_local, internal_local));
+        meanwhile.syncer.run(&mut other);
+        assert_eq!(entries(&other), first);
+        assert!(meanwhile.syncer.is_settled());
     }
     agent.take(with(false, false));
     agent.syncer.run(&mut memory);

@@ -75,6 +75,7 @@ impl SourceMetrics {
         Ok(metrics)
     }
 
+    #[expect(clippy::disallowed_methods, reason = "Prometheus reads it")]
     pub fn heard(&self, kind: Kind) {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         self.last_event

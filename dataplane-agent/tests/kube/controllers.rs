@@ -13,7 +13,7 @@ use super::seen::{Bed, NODE, Seen};
 
 #[test]
 fn what_kubectl_writes_and_controllers_make_of_it_is_followed() {
-    let Some(mut bed) = Bed::start() else { return };
+    let Some(bed) = Bed::start() else { return };
     if !bed.server.run_controllers().unwrap() {
         println!("skipped: there is no kube-controller-manager beside kube-apiserver");
         return;

@@ -152,6 +152,18 @@ fn without_answers(mood: Mood) {
     bed.after(&mut seen);
 }
 
+/// As behind a router that has forgotten the connection: a server says something once a minute, if only how far it is.
+#[test]
+fn a_watch_that_says_nothing_any_more_is_begun_anew() {
+    let bed = Bed::start();
+    let mut seen = bed.follow();
+    seen.until("the first list", |seen| seen.is_complete);
+    bed.server.be(Mood::Hushed);
+    bed.during(&mut seen, Duration::from_mins(2));
+    bed.server.be(Mood::Well);
+    bed.after(&mut seen);
+}
+
 #[test]
 fn a_list_that_comes_slowly_comes_and_a_half_is_none() {
     let bed = Bed::start();

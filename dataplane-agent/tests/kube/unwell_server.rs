@@ -24,7 +24,7 @@ const PREFIXES: [&str; 3] = [
     "/apis/networking.k8s.io/v1/",
 ];
 
-/// How requests are answered. What is being answered goes on.
+/// How requests are answered. What is being answered goes on, but for [`Mood::Hushed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mood {
     Well,
@@ -36,6 +36,8 @@ pub enum Mood {
     Silent,
     /// To the middle of the body, and no further.
     Stuck,
+    /// Watches that are there tell nothing any more, whatever comes later. All else is well.
+    Hushed,
 }
 
 /// One request.
@@ -270,11 +272,13 @@ fn watch(
     mut from: u64,
 ) -> std::io::Result<()> {
     write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+    let mut is_hushed = false;
     loop {
+        is_hushed |= lock(shared).mood == Mood::Hushed;
         let news: Vec<(u64, String)> = lock(shared)
             .changes
             .iter()
-            .filter(|(version, of, _)| *version > from && of == collection)
+            .filter(|(version, of, _)| *version > from && of == collection && !is_hushed)
             .map(|(version, _, event)| (*version, format!("{event}\n")))
             .collect();
         for (version, line) in news {

@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytemuck::Pod;
@@ -79,10 +79,7 @@ fn agree(share: usize, debug_lines: bool) -> Result<()> {
         return Ok(());
     }
     let packets: usize = number("DATAPLANE_EQUIVALENCE_PACKETS")?.unwrap_or(1_000_000) as usize / share;
-    let seed = number("DATAPLANE_EQUIVALENCE_SEED")?.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        now.as_nanos() as u64
-    });
+    let seed = number("DATAPLANE_EQUIVALENCE_SEED")?.unwrap_or_else(|| fastrand::u64(..));
     println!("{packets} packets, DATAPLANE_EQUIVALENCE_SEED={seed}");
     let started = Instant::now();
 

@@ -380,6 +380,10 @@ impl Stamp {
         }
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "files have the time of day; one that is written once more than needed does no harm"
+    )]
     fn is_racy(self) -> bool {
         let changed = Duration::new(
             self.changed.0.unsigned_abs(),

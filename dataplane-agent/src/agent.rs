@@ -466,6 +466,10 @@ impl Agent {
             Ask::Explain(query, reply) => {
                 let _gone = reply.send(self.explain(&query));
             }
+            Ask::Names(addrs, reply) => {
+                let name = |addr| Some((addr, self.policies.pod_at(addr)?.to_string()));
+                let _gone = reply.send(addrs.into_iter().filter_map(name).collect());
+            }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());
             }

@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Deserialize;
 
 use crate::{
-    cli::output::Output,
+    cli::{flows::Filter, output::Output, services::Listing},
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
         Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
@@ -111,16 +111,23 @@ pub enum Command {
         #[arg(long, default_value = "60", value_parser = seconds)]
         timeout: Duration,
     },
-    /// Say what a running agent serves, and which objects it refuses, wholly or in part.
+    /// Say what is served and where it leads, and which objects are refused, wholly or in part. Without a running agent: what the
+    /// pinned tables serve, without names.
     Services {
+        /// Only this Service: namespace/name.
+        service: Option<String>,
         /// The agent's socket.
         #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
         socket: PathBuf,
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
         /// Only what is not served, and why.
         #[arg(long)]
         problems: bool,
+        /// `wide`: each endpoint with its state, its share of new connections and its flows.
         #[arg(short, long, value_enum, default_value = "table")]
-        output: Output,
+        output: Listing,
     },
     /// Say what policies have denied lately and by which rule, and what dry runs would have changed; with `--verdicts all` of
     /// `run`, what they have allowed too.
@@ -150,6 +157,37 @@ pub enum Command {
         bpffs: PathBuf,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
+    },
+    /// Show the flows of the pinned tables, with the names that a running agent knows; without one, by addresses.
+    Flows {
+        #[command(flatten)]
+        filter: Filter,
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Say what each pinned table is for, how full it is and what memory it takes; with or without a running agent.
+    Maps {
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Print what a shell needs to complete this command line: `source <(dataplane-agent completions bash)`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual, a page for each command.
+    Man {
+        /// The folder for the pages; made if absent.
+        folder: PathBuf,
     },
     /// Remove everything that agents have made on this node.
     Cleanup {

@@ -5,7 +5,8 @@ pub mod http;
 pub mod node_ports;
 
 use std::{
-    net::SocketAddr,
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
     path::Path,
     time::{Duration, Instant},
 };
@@ -107,6 +108,8 @@ pub enum Ask {
     Served(oneshot::Sender<Served>),
     /// What the tables say of a flow.
     Explain(Query, oneshot::Sender<Answered>),
+    /// Whose these addresses are.
+    Names(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
     /// What a CNI plugin tells of a pod; answered when its policies are in force.
@@ -219,6 +222,7 @@ impl Health {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
+            "/names" => self.names(uri).await,
             "/explain" => self.explain(uri).await,
             "/policies" => match self.enforced().await {
                 Some(enforced) => Answer::of_health(true, to_json(&enforced)),
@@ -247,6 +251,16 @@ impl Health {
         };
         match answered {
             Some(answered) => Answer::of_health(true, to_json(&answered)),
+            None => Answer::of_health(false, "{}\n".to_owned()),
+        }
+    }
+
+    /// Which of the addresses in a path are Pods', and of which.
+    async fn names(&self, uri: &Uri) -> Answer {
+        let list = text(uri, "of").unwrap_or_default().split(',');
+        let addrs = list.filter_map(|addr| addr.parse().ok()).collect();
+        match self.ask(|reply| Ask::Names(addrs, reply)).await {
+            Some(names) => Answer::of_health(true, to_json(&names)),
             None => Answer::of_health(false, "{}\n".to_owned()),
         }
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    compile::{Balancer, Compiled, services::describe},
+    compile::{Balancer, Compiled, FrontendAddr, services::describe},
     model::{Cause, ObjectRef, Rejected},
     sync::{Failure, Subject},
 };
@@ -178,19 +178,27 @@ impl ServedObject {
     }
 }
 
+/// A frontend's address in words.
+pub fn at(frontend: &FrontendAddr) -> String {
+    let mut at = describe(frontend);
+    if frontend.addr.is_unspecified() {
+        at += if frontend.addr.is_ipv4() {
+            " (IPv4)"
+        } else {
+            " (IPv6)"
+        };
+    }
+    at
+}
+
 fn frontend(balancer: &Balancer) -> ServedFrontend {
     let clients = match (balancer.internal, balancer.external) {
         (true, false) => Clients::Internal,
         (false, true) => Clients::External,
         _ => Clients::All,
     };
-    let addr = balancer.frontend.addr;
-    let mut at = describe(&balancer.frontend);
-    if addr.is_unspecified() {
-        at += if addr.is_ipv4() { " (IPv4)" } else { " (IPv6)" };
-    }
     ServedFrontend {
-        at,
+        at: at(&balancer.frontend),
         clients,
         endpoints: balancer.backends.len(),
     }

@@ -3,12 +3,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
-    os::fd::AsFd,
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
-use dataplane_common::service::ServiceHead;
+use dataplane_common::{backend::backend_state, service::ServiceHead};
 use serde::Serialize;
 
 use super::state::State;
@@ -18,6 +18,7 @@ use crate::{
         links::{Cgroup, Links},
         map_names as names,
         pins::Pins,
+        purposes::purpose,
         sys,
     },
     netlink::{
@@ -90,6 +91,23 @@ pub struct TableUse {
     pub name: &'static str,
     pub entries: usize,
     pub limit: u32,
+}
+
+/// One pinned table.
+#[derive(Clone, Debug, Serialize)]
+pub struct TableInfo {
+    pub name: String,
+    /// As bpftool calls it.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub purpose: &'static str,
+    /// Where entries come and go.
+    pub entries: Option<usize>,
+    pub limit: u32,
+    pub key_bytes: u32,
+    pub value_bytes: u32,
+    /// Of the kernel's memory; `None`: it does not say.
+    pub bytes: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -350,6 +368,38 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
     warnings
 }
 
+/// Every pinned table, by name.
+pub fn tables(pins: &Pins) -> io::Result<Vec<TableInfo>> {
+    let uses = table_use(pins);
+    let mut names = pins.list_maps()?;
+    names.sort_unstable();
+    names
+        .into_iter()
+        .map(|name| {
+            let fd = pins.open_map(&name)?;
+            let info = sys::map_info(fd.as_fd())?;
+            let counted = uses.iter().find(|one| one.name == name);
+            Ok(TableInfo {
+                kind: sys::map_type::name(info.map_type),
+                purpose: purpose(&name).unwrap_or_default(),
+                entries: counted.map(|one| one.entries),
+                limit: info.max_entries,
+                key_bytes: info.key_size,
+                value_bytes: info.value_size,
+                bytes: memory(fd.as_fd()),
+                name,
+            })
+        })
+        .collect()
+}
+
+/// What the kernel says that a map takes.
+fn memory(map: BorrowedFd<'_>) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd())).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("memlock:"))?;
+    line.trim().parse().ok()
+}
+
 /// How full the tables are.
 pub fn table_use(pins: &Pins) -> Vec<TableUse> {
     let mut uses = Vec::new();
@@ -374,6 +424,17 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
         names::OWN_ADDRS_V4,
         names::OWN_ADDRS_V6,
         names::DEVICES,
+        names::BOUND_V4,
+        names::BOUND_V6,
+        names::POD_POLICY,
+        names::PEERS_V4,
+        names::PEERS_V6,
+        names::CIDRS_V4,
+        names::CIDRS_V6,
+        names::PEER_RULES,
+        names::PORT_RULES,
+        names::POLICY_FLOWS_V4,
+        names::POLICY_FLOWS_V6,
     ] {
         let Ok(fd) = pins.open_map(name) else { continue };
         if let (Ok(info), Ok(entries)) = (sys::map_info(fd.as_fd()), sys::count_entries(fd.as_fd())) {
@@ -386,15 +447,16 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
     }
     if let Ok(store) = BpfStore::open(pins) {
         let limits = store.limits();
-        let mut services = 0;
-        let mut elements = 0;
-        for service in (0..limits.services).filter_map(|index| store.read_service(index).ok()) {
-            services += usize::from(service.family != 0);
-            elements += slice_len(&store, service.head);
-        }
+        // Those that no frontend leads to are gone, or stay for their flows: others may get their places.
+        let frontends = store.frontends().unwrap_or_default();
+        let services: BTreeSet<u32> = frontends.iter().map(|(_, value)| value.service).collect();
+        let heads = services
+            .iter()
+            .filter_map(|&index| store.read_service(index).ok());
+        let elements = heads.map(|service| slice_len(&store, service.head)).sum();
         uses.push(TableUse {
             name: names::SERVICES,
-            entries: services,
+            entries: services.len(),
             limit: limits.services,
         });
         uses.push(TableUse {
@@ -403,9 +465,10 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
             limit: limits.maglev,
         });
         let backends = (0..limits.backends).filter(|&id| {
-            store
-                .read_backend(id)
-                .is_ok_and(|backend| backend.head.state != 0)
+            // Those that leave or have left keep their places, for their connections, until others get them.
+            store.read_backend(id).is_ok_and(|backend| {
+                matches!(backend.head.state, backend_state::ACTIVE | backend_state::SERVING)
+            })
         });
         uses.push(TableUse {
             name: names::BACKENDS,

@@ -422,6 +422,19 @@ mod tests {
     use crate::args::Cli;
 
     #[test]
+    fn every_table_says_what_it_is_for() {
+        if OBJECT.is_empty() {
+            println!("there is no object");
+            return;
+        }
+        let run = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
+        let sizes = Cli::config_of(run).unwrap().sizes;
+        for name in wanted(OBJECT, &sizes).unwrap().pinned().keys() {
+            assert!(super::super::purposes::purpose(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
     fn a_layout_that_changes_gets_a_number() {
         use dataplane_tests::assets::{RELEASED, object};
         if OBJECT.is_empty() || RELEASED.1 != super::super::pins::SCHEMA_VERSION {

@@ -8,6 +8,7 @@ pub mod links;
 pub mod loader;
 pub mod maps;
 pub mod pins;
+pub mod purposes;
 pub mod sys;
 pub mod upgrade;
 pub mod verdicts;

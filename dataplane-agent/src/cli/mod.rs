@@ -4,6 +4,9 @@ pub mod ask;
 pub mod check;
 pub mod cleanup;
 pub mod explain;
+pub mod flows;
+pub mod manual;
+pub mod maps;
 pub mod output;
 pub mod policies;
 pub mod preflight;
@@ -63,17 +66,39 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
         Command::Services {
+            service,
             socket,
+            bpffs,
             problems,
             output,
-        } => services::run(&socket, problems, output)?,
+        } => {
+            let service = service.as_deref();
+            services::run(
+                &services::Asked {
+                    service,
+                    socket: &socket,
+                    bpffs: &bpffs,
+                    problems,
+                },
+                output,
+            )?;
+        }
         Command::Policies { socket, output } => policies::run(&socket, output)?,
         Command::Verdicts {
             socket,
             follow,
             output,
         } => verdicts::run(&socket, follow, output)?,
+        Command::Completions { shell } => manual::completions(shell)?,
+        Command::Man { folder } => manual::write_pages(&folder)?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
+        Command::Flows {
+            filter,
+            bpffs,
+            socket,
+            output,
+        } => flows::run(&bpffs, &socket, &filter, output)?,
+        Command::Maps { bpffs, output } => maps::run(&bpffs, output)?,
         Command::Cleanup {
             kube_proxy_rules: true,
             ..

@@ -1,20 +1,254 @@
-//! `services`: what a running agent serves, and what it does not.
+//! `services`: what is served, by what a running agent says and by what the pinned tables hold, and what is not.
 
-use std::path::Path;
+use std::{collections::HashMap, io::Write, net::SocketAddr, path::Path};
+
+use anyhow::Context;
+use serde::Serialize;
 
 use super::{
     ask,
     output::{self, Output, table},
 };
-use crate::served::{Problem, Served};
+use crate::{
+    bpf::{kernel, pins::Pins},
+    compile::FrontendAddr,
+    model::Protocol,
+    served::{self, Clients, Condition, Problem, Served},
+    store::{
+        bpf::BpfStore,
+        flows::{self, Flow, FlowState},
+        served::{TableFrontend, read},
+    },
+};
 
-/// Prints the Services of the agent at `socket`, or only what is wrong with them.
-pub fn run(socket: &Path, problems: bool, output: Output) -> anyhow::Result<()> {
-    let served: Served = ask::value(socket, "/services")?;
-    if problems {
-        output.print(&served.problems, |problems| of_problems(problems))
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Listing {
+    Table,
+    Wide,
+    Json,
+}
+
+/// What to print.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// `namespace/name`.
+    pub service: Option<&'a str>,
+    pub socket: &'a Path,
+    pub bpffs: &'a Path,
+    /// Only what is wrong.
+    pub problems: bool,
+}
+
+/// Everything that is printed.
+#[derive(Debug, Default, Serialize)]
+struct Shown {
+    objects: Vec<ShownObject>,
+    problems: Vec<Problem>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct ShownObject {
+    /// `kind namespace/name`; empty where no agent knows it.
+    object: String,
+    frontends: Vec<ShownFrontend>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct ShownFrontend {
+    at: String,
+    clients: Clients,
+    /// Endpoints that get new connections.
+    endpoints: usize,
+    /// Where the tables could be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backends: Option<Vec<ShownBackend>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct ShownBackend {
+    at: SocketAddr,
+    state: &'static str,
+    /// On this node.
+    local: bool,
+    /// Of new connections, from 0 to 1.
+    share: f64,
+    /// Flows that go there now, half-open ones left out.
+    flows: usize,
+}
+
+/// Prints the Services of an agent and its tables, or only what is wrong with them.
+pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
+    let of_agent: anyhow::Result<Served> = ask::value(asked.socket, "/services");
+    let format = if output == Listing::Json {
+        Output::Json
     } else {
-        output.print(&served, render)
+        Output::Table
+    };
+    if asked.problems {
+        return format.print(&of_agent?.problems, |problems| of_problems(problems));
+    }
+    let tables = match (&of_agent, output) {
+        (Ok(_), Listing::Table) => None,
+        // Who may only ask the agent gets what it says.
+        (Ok(_), Listing::Json) => Tables::read(asked.bpffs).ok(),
+        (Ok(_), Listing::Wide) => Some(Tables::read(asked.bpffs)?),
+        (Err(error), _) => Some(Tables::read(asked.bpffs).with_context(|| format!("{error:#}"))?),
+    };
+    let mut shown = match (of_agent, tables) {
+        (Ok(served), tables) => Shown::of_agent(served, tables.as_ref()),
+        (Err(_), None) => Shown::default(),
+        (Err(error), Some(tables)) => {
+            anyhow::ensure!(
+                asked.service.is_none(),
+                "{error:#}; names are known to a running agent alone"
+            );
+            // Nothing is left to report to when stderr is closed.
+            let _closed = writeln!(
+                std::io::stderr(),
+                "{error:#}: this is what the pinned tables serve, without names"
+            );
+            Shown::of_tables(&tables)
+        }
+    };
+    if let Some(service) = asked.service {
+        shown.narrow(service)?;
+    }
+    let is_wide = output == Listing::Wide;
+    format.print(&shown, |shown| render(shown, is_wide))
+}
+
+/// What the pinned tables hold.
+struct Tables {
+    frontends: Vec<TableFrontend>,
+    flows: Vec<Flow>,
+}
+
+impl Tables {
+    fn read(bpffs: &Path) -> anyhow::Result<Self> {
+        kernel::check_capabilities()?;
+        let pins = Pins::new(bpffs);
+        anyhow::ensure!(
+            pins.exists(),
+            "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
+            bpffs.display()
+        );
+        let store = BpfStore::open(&pins)?;
+        Ok(Self {
+            frontends: read(&store).context("failed to read the pinned tables")?,
+            flows: flows::read(&pins).context("failed to read the tables of flows")?,
+        })
+    }
+
+    /// Frontends in words, with the same key as the agent's.
+    fn shown(&self) -> Vec<((String, bool), Vec<ShownBackend>)> {
+        let mut of_backend: HashMap<(u8, SocketAddr), Vec<&Flow>> = HashMap::new();
+        for flow in self.flows.iter().filter(|flow| flow.state != FlowState::HalfOpen) {
+            of_backend
+                .entry((flow.proto, flow.backend))
+                .or_default()
+                .push(flow);
+        }
+        let shown = self.frontends.iter().filter_map(|frontend| {
+            let proto = Protocol::ALL
+                .into_iter()
+                .find(|proto| proto.number() == frontend.proto)?;
+            let is_here = |flow: &&&Flow| {
+                flow.asked.port() == frontend.port
+                    && flow.asked.is_ipv4() == frontend.addr.is_ipv4()
+                    && (frontend.addr.is_unspecified() || flow.asked.ip() == frontend.addr)
+            };
+            let backends = frontend.backends.iter().map(|backend| ShownBackend {
+                at: backend.addr,
+                state: backend.state(),
+                local: backend.local,
+                share: f64::from(backend.slots) / f64::from(backend.of.max(1)),
+                flows: of_backend
+                    .get(&(frontend.proto, backend.addr))
+                    .map_or(0, |flows| flows.iter().filter(is_here).count()),
+            });
+            let at = served::at(&FrontendAddr {
+                addr: frontend.addr,
+                port: frontend.port,
+                proto,
+            });
+            Some(((at, frontend.external), backends.collect()))
+        });
+        shown.collect()
+    }
+}
+
+impl Shown {
+    fn of_agent(served: Served, tables: Option<&Tables>) -> Self {
+        let backends: Option<HashMap<_, _>> = tables.map(|tables| tables.shown().into_iter().collect());
+        let objects = served.objects.into_iter().map(|object| ShownObject {
+            object: object.object,
+            frontends: object
+                .frontends
+                .into_iter()
+                .map(|frontend| {
+                    let key = (frontend.at.clone(), frontend.clients == Clients::External);
+                    ShownFrontend {
+                        at: frontend.at,
+                        clients: frontend.clients,
+                        endpoints: frontend.endpoints,
+                        // What is not there yet, or has no room, leads nowhere.
+                        backends: backends
+                            .as_ref()
+                            .map(|backends| backends.get(&key).cloned().unwrap_or_default()),
+                    }
+                })
+                .collect(),
+        });
+        Self {
+            objects: objects.collect(),
+            problems: served.problems,
+            conditions: served.conditions,
+        }
+    }
+
+    fn of_tables(tables: &Tables) -> Self {
+        let mut frontends: Vec<ShownFrontend> = Vec::new();
+        for ((at, external), backends) in tables.shown() {
+            let same =
+                frontends.iter_mut().rev().take(1).find(|before| {
+                    external && before.at == at && before.backends.as_deref() == Some(&backends)
+                });
+            if let Some(same) = same {
+                same.clients = Clients::All;
+                continue;
+            }
+            frontends.push(ShownFrontend {
+                at,
+                clients: if external {
+                    Clients::External
+                } else {
+                    Clients::Internal
+                },
+                endpoints: backends.iter().filter(|backend| backend.share > 0.0).count(),
+                backends: Some(backends),
+            });
+        }
+        Self {
+            objects: vec![ShownObject {
+                object: String::new(),
+                frontends,
+            }],
+            ..Self::default()
+        }
+    }
+
+    /// Leaves what is about one Service.
+    fn narrow(&mut self, service: &str) -> anyhow::Result<()> {
+        let object = format!("Service {service}");
+        self.objects.retain(|one| one.object == object);
+        self.problems.retain(|one| one.object == object);
+        anyhow::ensure!(
+            !self.objects.is_empty() || !self.problems.is_empty(),
+            "no Service {service} is served here, and none is refused: `kubectl get service` says whether there is one"
+        );
+        Ok(())
     }
 }
 
@@ -23,41 +257,61 @@ fn of_problems(problems: &[Problem]) -> String {
     problems.trim_start_matches('\n').to_owned()
 }
 
-fn render(served: &Served) -> String {
-    let Served {
-        objects,
-        problems,
-        conditions: _,
-    } = served;
-    let problems = output::problems(problems, "NOT SERVED BECAUSE");
-    let rows = objects.iter().flat_map(|object| {
-        object.frontends.iter().map(|frontend| {
-            vec![
-                object.object.clone(),
-                frontend.at.clone(),
-                frontend.clients.as_str().to_owned(),
-                frontend.endpoints.to_string(),
-            ]
-        })
+fn render(shown: &Shown, is_wide: bool) -> String {
+    let problems = output::problems(&shown.problems, "NOT SERVED BECAUSE");
+    let rows = shown.objects.iter().flat_map(|object| {
+        object
+            .frontends
+            .iter()
+            .flat_map(|frontend| rows(&object.object, frontend, is_wide))
     });
-    let services = table(&["OBJECT", "AT", "CLIENTS", "ENDPOINTS"], rows);
+    let header = ["OBJECT", "AT", "CLIENTS", "ENDPOINTS", "STATE", "SHARE", "FLOWS"];
+    let header = if is_wide { &header[..] } else { &header[..4] };
+    let services = table(header, rows);
     format!("{}{problems}", services.trim_start_matches('\n'))
+}
+
+/// The line of a frontend, and in wide lists one for each backend below it.
+fn rows(object: &str, frontend: &ShownFrontend, is_wide: bool) -> Vec<Vec<String>> {
+    let mut rows = vec![vec![
+        object.to_owned(),
+        frontend.at.clone(),
+        frontend.clients.as_str().to_owned(),
+        frontend.endpoints.to_string(),
+    ]];
+    let backends = frontend.backends.iter().flatten().filter(|_| is_wide);
+    rows.extend(backends.map(|backend| {
+        vec![
+            String::new(),
+            String::new(),
+            if backend.local { "here" } else { "" }.to_owned(),
+            backend.at.to_string(),
+            backend.state.to_owned(),
+            format!("{:.1} %", backend.share * 100.0),
+            backend.flows.to_string(),
+        ]
+    }));
+    rows
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::served::{Clients, ServedFrontend, ServedObject};
+    use std::time::Duration;
 
-    #[test]
-    fn problems_stand_alone_or_below_the_services() {
-        let served = Served {
+    use super::*;
+    use crate::{
+        served::{ServedFrontend, ServedObject},
+        store::served::TableBackend,
+    };
+
+    fn served() -> Served {
+        Served {
             objects: vec![ServedObject {
                 object: "Service ns/a".to_owned(),
                 frontends: vec![ServedFrontend {
                     at: "10.96.0.1:80/TCP".to_owned(),
                     clients: Clients::All,
-                    endpoints: 3,
+                    endpoints: 2,
                 }],
             }],
             problems: vec![Problem {
@@ -68,14 +322,89 @@ mod tests {
                 file: None,
             }],
             conditions: Vec::new(),
+        }
+    }
+
+    fn tables() -> Tables {
+        let backend = |last: u8, slots| TableBackend {
+            addr: SocketAddr::from(([10, 244, 1, last], 8080)),
+            state: 1,
+            local: last == 1,
+            slots,
+            of: 4,
         };
-        let problems = of_problems(&served.problems);
+        let frontend = |external| TableFrontend {
+            addr: [10, 96, 0, 1].into(),
+            port: 80,
+            proto: 6,
+            external,
+            drops: false,
+            affinity: false,
+            ranges: false,
+            backends: vec![backend(1, 1), backend(2, 3)],
+        };
+        let flow = |last: u8, state| Flow {
+            proto: 6,
+            client: "10.244.1.9:4000".parse().unwrap(),
+            asked: "10.96.0.1:80".parse().unwrap(),
+            backend: SocketAddr::from(([10, 244, 1, last], 8080)),
+            seen_as: None,
+            state,
+            idle: Duration::ZERO,
+        };
+        Tables {
+            frontends: vec![frontend(false), frontend(true)],
+            flows: vec![flow(2, FlowState::Established), flow(2, FlowState::HalfOpen)],
+        }
+    }
+
+    #[test]
+    fn problems_stand_alone_or_below_the_services() {
+        let problems = of_problems(&served().problems);
         assert!(problems.starts_with(" OBJECT"), "{problems}");
         assert!(problems.contains("Service ns/b"), "{problems}");
         assert!(!problems.contains("10.96.0.1"), "{problems}");
-        let all = render(&served);
+        let all = render(&Shown::of_agent(served(), None), false);
         assert!(all.starts_with(" OBJECT"), "{all}");
         assert!(all.contains("10.96.0.1:80/TCP"), "{all}");
         assert!(all.contains("missing"), "{all}");
+        assert!(!all.contains("SHARE"), "{all}");
+    }
+
+    #[test]
+    fn endpoints_come_from_the_tables_with_their_shares_and_flows() {
+        let shown = Shown::of_agent(served(), Some(&tables()));
+        let text = render(&shown, true);
+        let words = |line: &str| -> Vec<String> { line.split_whitespace().map(str::to_owned).collect() };
+        let lines: Vec<Vec<String>> = text.lines().map(words).collect();
+        assert!(
+            lines.contains(&words("here 10.244.1.1:8080 active 25.0 % 0")),
+            "{text}"
+        );
+        assert!(
+            lines.contains(&words("10.244.1.2:8080 active 75.0 % 1")),
+            "{text}"
+        );
+        // And the same without an agent.
+        let alone = Shown::of_tables(&tables());
+        assert_eq!(alone.objects[0].frontends, shown.objects[0].frontends);
+    }
+
+    #[test]
+    fn one_service_alone_is_shown() {
+        let narrowed = |service| {
+            let mut shown = Shown::of_agent(served(), None);
+            shown
+                .narrow(service)
+                .map(|()| (shown.objects.len(), shown.problems.len()))
+        };
+        assert_eq!(narrowed("ns/a").unwrap(), (1, 0));
+        assert_eq!(narrowed("ns/b").unwrap(), (0, 1));
+        assert!(
+            narrowed("ns/c")
+                .unwrap_err()
+                .to_string()
+                .contains("no Service ns/c")
+        );
     }
 }

@@ -7,9 +7,11 @@
 pub mod bpf;
 #[cfg(test)]
 pub mod faulty;
+pub mod flows;
 pub mod left;
 pub mod memory;
 pub mod policy;
+pub mod served;
 pub mod sockets;
 
 use std::net::IpAddr;

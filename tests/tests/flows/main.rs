@@ -3,4 +3,5 @@
 
 mod flood;
 mod rollout;
+mod seen;
 mod stage;

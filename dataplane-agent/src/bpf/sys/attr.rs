@@ -132,6 +132,22 @@ pub mod map_type {
     /// Has no batches before 5.14.
     pub const LPM_TRIE: u32 = 11;
     pub const RING_BUFFER: u32 = 27;
+
+    /// As bpftool calls it.
+    #[must_use]
+    pub fn name(map_type: u32) -> &'static str {
+        match map_type {
+            HASH => "hash",
+            ARRAY => "array",
+            PER_CPU_HASH => "percpu_hash",
+            PER_CPU_ARRAY => "percpu_array",
+            LRU_HASH => "lru_hash",
+            LRU_PER_CPU_HASH => "lru_percpu_hash",
+            LPM_TRIE => "lpm_trie",
+            RING_BUFFER => "ringbuf",
+            _ => "other",
+        }
+    }
 }
 
 /// What the kernel says of a BTF object (the first fields of `struct bpf_btf_info`).

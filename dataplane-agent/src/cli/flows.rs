@@ -1,0 +1,307 @@
+//! `flows`: connections through Services as the pinned tables have them, with the names that a running agent knows.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    path::Path,
+};
+
+use anyhow::Context;
+use ipnet::IpNet;
+use serde::Serialize;
+
+use super::{
+    ask,
+    output::{Output, table},
+};
+use crate::{
+    bpf::{kernel, pins::Pins},
+    explain::Port,
+    model::Protocol,
+    served::Served,
+    store::flows::{self, Flow, FlowState},
+};
+
+/// Addresses of one question to the agent.
+const AT_ONCE: usize = 100;
+
+/// Which flows to show.
+#[derive(Debug, Default, clap::Args)]
+pub struct Filter {
+    /// From this client: namespace/pod, an address or a range of them.
+    #[arg(long)]
+    pub from: Option<Who>,
+    /// To this Service (svc/namespace/service), endpoint (namespace/pod), address or range of them.
+    #[arg(long)]
+    pub to: Option<Who>,
+    /// The port that the client asked for, or the endpoint's, such as 80/TCP.
+    #[arg(long)]
+    pub port: Option<Port>,
+    #[arg(long, value_enum)]
+    pub state: Option<FlowState>,
+    /// No more than these, the most recently used first; 0: all.
+    #[arg(long, default_value = "100")]
+    pub limit: usize,
+}
+
+/// A name or addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// `namespace/pod` or `svc/namespace/service`.
+    Named(String),
+    Within(IpNet),
+}
+
+impl std::str::FromStr for Who {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(addr) = text.parse::<IpAddr>() {
+            return Ok(Self::Within(addr.to_canonical().into()));
+        }
+        if let Ok(range) = text.parse() {
+            return Ok(Self::Within(range));
+        }
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            _ if parts.contains(&"") || parts[0].parse::<IpAddr>().is_ok() => {}
+            [_, _] | ["svc", _, _] => return Ok(Self::Named(text.to_owned())),
+            _ => {}
+        }
+        Err(format!(
+            "`{text}` is neither namespace/pod, svc/namespace/service, an address nor a range of addresses"
+        ))
+    }
+}
+
+/// One flow as it is shown.
+#[derive(Debug, Serialize)]
+struct Shown {
+    protocol: &'static str,
+    from: SocketAddr,
+    from_pod: Option<String>,
+    to: SocketAddr,
+    /// `svc/namespace/service`, or what else has the address.
+    service: Option<String>,
+    endpoint: SocketAddr,
+    endpoint_pod: Option<String>,
+    /// What the endpoint sees in place of the client's address.
+    seen_as: Option<SocketAddr>,
+    state: FlowState,
+    idle_seconds: u64,
+}
+
+/// Who has which address, as far as an agent says.
+#[derive(Default)]
+struct Names {
+    pods: HashMap<IpAddr, String>,
+    /// By `10.96.0.1:80/TCP` or `node port 30080/TCP`.
+    services: HashMap<String, String>,
+}
+
+/// Prints the flows of the tables under `bpffs` that `filter` lets through.
+pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyhow::Result<()> {
+    kernel::check_capabilities()?;
+    let pins = Pins::new(bpffs);
+    anyhow::ensure!(
+        pins.exists(),
+        "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
+        bpffs.display()
+    );
+    let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
+    flows.retain(|flow| filter.lets_through(flow));
+    let by_name = [&filter.from, &filter.to]
+        .iter()
+        .any(|who| matches!(who, Some(Who::Named(_))));
+    let mut names = Names::default();
+    let asked = if by_name {
+        names.learn(socket, &flows)
+    } else {
+        Ok(())
+    };
+    asked.context("names are known to a running agent alone; filter by addresses without one")?;
+    let mut shown: Vec<Shown> = flows.iter().map(|flow| names.shown(flow)).collect();
+    shown.retain(|shown| filter.lets_named_through(shown));
+    let found = shown.len();
+    if filter.limit > 0 {
+        shown.truncate(filter.limit);
+    }
+    if !by_name {
+        flows.truncate(shown.len());
+        // Without an agent addresses have to do.
+        if names.learn(socket, &flows).is_ok() {
+            shown = flows.iter().map(|flow| names.shown(flow)).collect();
+        }
+    }
+    output.print(&shown, |shown| render(shown, found))
+}
+
+impl Filter {
+    fn lets_through(&self, flow: &Flow) -> bool {
+        let is = |who: &Option<Who>, addrs: &[SocketAddr]| match who {
+            Some(Who::Within(range)) => addrs.iter().any(|addr| range.contains(&addr.ip())),
+            _ => true,
+        };
+        let of_port = |port: Port| {
+            port.proto.is_some_and(|proto| proto.number() == flow.proto)
+                && [flow.asked.port(), flow.backend.port()].contains(&port.number)
+        };
+        is(&self.from, &[flow.client])
+            && is(&self.to, &[flow.asked, flow.backend])
+            && self.port.is_none_or(of_port)
+            && self.state.is_none_or(|state| state == flow.state)
+    }
+
+    fn lets_named_through(&self, shown: &Shown) -> bool {
+        let is = |who: &Option<Who>, names: &[&Option<String>]| match who {
+            Some(Who::Named(name)) => names.iter().any(|known| known.as_ref() == Some(name)),
+            _ => true,
+        };
+        is(&self.from, &[&shown.from_pod]) && is(&self.to, &[&shown.service, &shown.endpoint_pod])
+    }
+}
+
+impl Names {
+    /// Asks an agent for the names of what is in these flows.
+    fn learn(&mut self, socket: &Path, flows: &[Flow]) -> anyhow::Result<()> {
+        let served: Served = ask::value(socket, "/services")?;
+        for object in served.objects {
+            let name = match object.object.split_once(' ') {
+                Some(("Service", name)) => format!("svc/{name}"),
+                _ => object.object,
+            };
+            for frontend in object.frontends {
+                self.services.insert(frontend.at, name.clone());
+            }
+        }
+        let ends = flows
+            .iter()
+            .flat_map(|flow| [flow.client.ip(), flow.backend.ip()]);
+        let addrs: Vec<IpAddr> = ends.collect::<BTreeSet<_>>().into_iter().collect();
+        for some in addrs.chunks(AT_ONCE) {
+            let list: Vec<String> = some.iter().map(ToString::to_string).collect();
+            let known: HashMap<IpAddr, String> =
+                ask::value(socket, &format!("/names?of={}", list.join(",")))?;
+            self.pods.extend(known);
+        }
+        Ok(())
+    }
+
+    fn shown(&self, flow: &Flow) -> Shown {
+        let protocol = Protocol::ALL.iter().find(|proto| proto.number() == flow.proto);
+        let protocol = protocol.map_or("other", |proto| proto.as_str());
+        let node_port = || {
+            let family = if flow.asked.is_ipv4() { "IPv4" } else { "IPv6" };
+            format!("node port {}/{protocol} ({family})", flow.asked.port())
+        };
+        let service = self.services.get(&format!("{}/{protocol}", flow.asked));
+        let service = service.or_else(|| self.services.get(&node_port()));
+        let pod = |addr: SocketAddr| self.pods.get(&addr.ip()).cloned();
+        Shown {
+            protocol,
+            from: flow.client,
+            from_pod: pod(flow.client),
+            to: flow.asked,
+            service: service.cloned(),
+            endpoint: flow.backend,
+            endpoint_pod: pod(flow.backend),
+            seen_as: flow.seen_as,
+            state: flow.state,
+            idle_seconds: flow.idle.as_secs(),
+        }
+    }
+}
+
+fn render(shown: &[Shown], found: usize) -> String {
+    let named = |addr: SocketAddr, name: &Option<String>| match name {
+        Some(name) => format!("{name} ({addr})"),
+        None => addr.to_string(),
+    };
+    let rows = shown.iter().map(|one| {
+        vec![
+            one.protocol.to_owned(),
+            named(one.from, &one.from_pod),
+            named(one.to, &one.service),
+            named(one.endpoint, &one.endpoint_pod),
+            one.seen_as.map_or_else(String::new, |addr| addr.to_string()),
+            one.state.as_str().to_owned(),
+            format!("{} s", one.idle_seconds),
+        ]
+    });
+    let rows = table(
+        &["PROTOCOL", "FROM", "TO", "ENDPOINT", "SEEN AS", "STATE", "IDLE"],
+        rows,
+    );
+    let rows = rows.trim_start_matches('\n');
+    match found - shown.len() {
+        0 => rows.to_owned(),
+        more => format!("{rows}{more} more: --limit 0 shows all\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn flow() -> Flow {
+        Flow {
+            proto: 6,
+            client: "10.244.1.5:41000".parse().unwrap(),
+            asked: "192.0.2.11:30080".parse().unwrap(),
+            backend: "10.244.2.6:8080".parse().unwrap(),
+            seen_as: None,
+            state: FlowState::Established,
+            idle: Duration::from_secs(3),
+        }
+    }
+
+    fn filter(of: impl FnOnce(&mut Filter)) -> Filter {
+        let mut filter = Filter::default();
+        of(&mut filter);
+        filter
+    }
+
+    #[test]
+    fn filters_are_about_either_end() {
+        let who = |text: &str| Some(text.parse::<Who>().unwrap());
+        for (is_shown, filter) in [
+            (true, Filter::default()),
+            (true, filter(|filter| filter.from = who("10.244.1.0/24"))),
+            (false, filter(|filter| filter.from = who("10.244.2.6"))),
+            (true, filter(|filter| filter.to = who("10.244.2.6"))),
+            (true, filter(|filter| filter.to = who("192.0.2.11"))),
+            (true, filter(|filter| filter.port = "8080/TCP".parse().ok())),
+            (true, filter(|filter| filter.port = "30080".parse().ok())),
+            (false, filter(|filter| filter.port = "8080/UDP".parse().ok())),
+            (false, filter(|filter| filter.state = Some(FlowState::Closing))),
+        ] {
+            assert_eq!(filter.lets_through(&flow()), is_shown, "{filter:?}");
+        }
+        for wrong in ["", "a", "svc/a", "a/b/c", "10.0.0.0/99", "/a"] {
+            let read = wrong.parse::<Who>();
+            assert!(wrong == "svc/a" || read.is_err(), "{wrong}: {read:?}");
+        }
+    }
+
+    #[test]
+    fn names_stand_before_addresses() {
+        let mut names = Names::default();
+        names
+            .pods
+            .insert("10.244.2.6".parse().unwrap(), "shop/db-0".to_owned());
+        names
+            .services
+            .insert("node port 30080/TCP (IPv4)".to_owned(), "svc/shop/db".to_owned());
+        let text = render(&[names.shown(&flow())], 3);
+        assert!(text.contains("svc/shop/db (192.0.2.11:30080)"), "{text}");
+        assert!(text.contains("shop/db-0 (10.244.2.6:8080)"), "{text}");
+        assert!(text.ends_with("2 more: --limit 0 shows all\n"), "{text}");
+        let by_name = |name: &str| filter(|filter| filter.to = Some(Who::Named(name.to_owned())));
+        let shown = names.shown(&flow());
+        assert!(by_name("svc/shop/db").lets_named_through(&shown));
+        assert!(by_name("shop/db-0").lets_named_through(&shown));
+        assert!(!by_name("shop/web").lets_named_through(&shown));
+    }
+}

@@ -164,6 +164,20 @@ impl Agents {
         }
     }
 
+    /// Kills the agent of one node.
+    pub fn kill(&mut self, node: &str) -> Result<()> {
+        let agent = self.nodes.iter_mut().find(|agent| agent.node == node);
+        agent
+            .with_context(|| format!("there is no agent of {node}"))?
+            .kill();
+        Ok(())
+    }
+
+    /// The process of a node's agent, if it runs.
+    pub fn pid(&self, node: &str) -> Result<Option<u32>> {
+        Ok(self.of(node)?.child.as_ref().map(Child::id))
+    }
+
     /// Waits until every agent has programmed what the folder holds now. Returns what went wrong: a run goes on with it,
     /// and its probes show the effect.
     pub fn settle(&mut self) -> Vec<String> {

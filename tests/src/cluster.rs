@@ -102,6 +102,18 @@ impl Cluster {
         &self.helper
     }
 
+    /// Takes the cable of a node out, or puts it in again.
+    pub fn set_plugged(&mut self, node: &str, is_plugged: bool) -> Result<()> {
+        let index = self.node_index(node)?;
+        self.underlay.set_plugged(index, is_plugged)
+    }
+
+    /// The devices of a node.
+    pub fn node_links(&mut self, node: &str) -> Result<&mut Links> {
+        let index = self.node_index(node)?;
+        Ok(&mut self.nodes[index].links)
+    }
+
     /// The namespace of a node.
     pub fn node_netns(&self, name: &str) -> Result<&NetNs> {
         Ok(&self.nodes[self.node_index(name)?].netns)

@@ -3,6 +3,7 @@
 //!
 //! * [`cluster`] builds nodes, pods, a router and clients outside, and removes them again.
 //! * [`worker`] is a process in one of those namespaces that answers, connects and keeps flows.
+//! * [`web`] are servers on threads, and [`traffic`] clients that keep asking them while something happens.
 //! * [`flood`] sends first packets from very many addresses.
 //! * [`test_run`] runs programs of the datapath by `BPF_PROG_TEST_RUN`, for benchmarks.
 //! * [`api`] runs a real Kubernetes API server, which agents may read in place of a folder.
@@ -30,7 +31,9 @@ pub mod process;
 pub mod scenario;
 pub mod shape;
 pub mod test_run;
+pub mod traffic;
 pub mod tun;
 pub mod underlay;
+pub mod web;
 pub mod wireguard;
 pub mod worker;

@@ -217,12 +217,21 @@ impl Links {
     }
 
     pub fn set_up(&mut self, name: &str) -> Result<()> {
+        self.set_flags(name, LinkFlags::Up)
+            .with_context(|| format!("failed to set {name} up"))
+    }
+
+    pub fn set_down(&mut self, name: &str) -> Result<()> {
+        self.set_flags(name, LinkFlags::empty())
+            .with_context(|| format!("failed to set {name} down"))
+    }
+
+    fn set_flags(&mut self, name: &str, up: LinkFlags) -> Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = self.index(name)?;
-        message.header.flags = LinkFlags::Up;
+        message.header.flags = up;
         message.header.change_mask = LinkFlags::Up;
         self.set_link(message)
-            .with_context(|| format!("failed to set {name} up"))
     }
 
     /// Makes a device a port of a bridge; `hairpin` lets a frame leave by the port it came in.

@@ -119,6 +119,12 @@ impl Manifests {
         self.remove(&name)
     }
 
+    /// Knows no more of an object that is gone.
+    pub fn forget(&self, object: &Value) -> Result<()> {
+        self.files().remove(&file_name(object)?);
+        Ok(())
+    }
+
     /// Makes the folder hold these objects and no others, touching no file that is right already.
     pub fn replace(&self, objects: &[Value]) -> Result<()> {
         let mut wanted = BTreeMap::new();
@@ -149,16 +155,18 @@ impl Manifests {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        let object = self.files().remove(name);
+        let object = self.files().get(name).cloned();
         match &self.place {
             Place::Folder { dir, .. } => {
-                fs::remove_file(dir.join(name)).with_context(|| format!("failed to remove {name}"))
+                fs::remove_file(dir.join(name)).with_context(|| format!("failed to remove {name}"))?;
             }
             Place::Api(served) => {
                 let object = object.with_context(|| format!("failed to delete {name}: it is not there"))?;
-                objects::delete(&served.client, &object)
+                objects::delete(&served.client, &object)?;
             }
         }
+        self.files().remove(name);
+        Ok(())
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<String, Value>> {

@@ -86,7 +86,7 @@ impl Underlay {
         links: &mut Links,
         (network, uplink): (Network, Uplink),
     ) -> Result<()> {
-        self.plug(&format!("n{}", index + 1), netns, links, uplink)?;
+        self.plug(&port(index), netns, links, uplink)?;
         for ip in node.addresses.iter().chain(&node.extra_addresses) {
             links.add_address(UPLINK, (*ip, network_of(*ip).1))?;
         }
@@ -103,6 +103,15 @@ impl Underlay {
             self.route_pods(node)?;
         }
         Ok(())
+    }
+
+    /// Takes a node's cable out, or puts it in again. A bond has another one.
+    pub fn set_plugged(&mut self, index: usize, is_plugged: bool) -> Result<()> {
+        if is_plugged {
+            self.links.set_up(&port(index))
+        } else {
+            self.links.set_down(&port(index))
+        }
     }
 
     /// Tells the router the way to a node's pods.
@@ -214,6 +223,11 @@ impl Underlay {
         }
         Ok(())
     }
+}
+
+/// The port of the switch that a node is plugged into.
+fn port(index: usize) -> String {
+    format!("n{}", index + 1)
 }
 
 /// Joins a router and a host by a veth without a common network: the host has `ip`, the router `gateway`, and each a

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod chaos;
 mod chart;
 mod demo;
 mod deny;
@@ -54,6 +55,8 @@ enum Command {
     E2e(e2e::Args),
     /// Two nodes and a client in network namespaces, real traffic, one screen
     Demo(demo::Args),
+    /// Agents, API server, etcd and cables fail while objects change and connections run; a quarter of an hour
+    Chaos(chaos::Args),
     /// All unit, property and end-to-end tests of the workspace
     Test(test::Args),
     /// Formatting and lints of the user side and the kernel side
@@ -85,6 +88,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chart(args) => chart::run(&args),
         Command::E2e(args) => e2e::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
         Command::Scenarios(args) => scenarios::run(&args),

@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -33,24 +34,39 @@ pub struct Server {
     dir: PathBuf,
     port: u16,
     etcd_port: u16,
+    is_durable: bool,
+    running: Mutex<Running>,
+}
+
+/// The processes of a server.
+#[derive(Debug, Default)]
+struct Running {
     etcd: Option<Child>,
     apiserver: Option<Child>,
     controllers: Option<Child>,
 }
 
 impl Server {
-    /// Starts a server that keeps its data in `dir`, and waits until it is ready.
+    /// Starts a server that keeps its data in `dir`, and waits until it is ready. Killed, etcd may forget what it had said.
     pub fn start(binaries: &Path, dir: &Path) -> Result<Self> {
+        Self::start_as(binaries, dir, false)
+    }
+
+    /// The same, with an etcd that may be killed: what it has said stays true. Slower.
+    pub fn start_durable(binaries: &Path, dir: &Path) -> Result<Self> {
+        Self::start_as(binaries, dir, true)
+    }
+
+    fn start_as(binaries: &Path, dir: &Path, is_durable: bool) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
         let [port, etcd_port] = free_ports()?;
-        let mut server = Self {
+        let server = Self {
             binaries: binaries.to_owned(),
             dir: dir.to_owned(),
             port,
             etcd_port,
-            etcd: None,
-            apiserver: None,
-            controllers: None,
+            is_durable,
+            running: Mutex::default(),
         };
         server.certificates()?;
         let tokens = format!("{TOKEN},admin,admin,\"system:masters\"\n");
@@ -60,31 +76,39 @@ impl Server {
     }
 
     /// Starts what does not run, and waits until it is ready.
-    pub fn run(&mut self) -> Result<()> {
-        if self.etcd.is_none() {
+    pub fn run(&self) -> Result<()> {
+        let mut running = self.running();
+        if running.etcd.is_none() {
             let own = format!("http://127.0.0.1:{}", self.etcd_port);
             let data = self.data();
             let mut etcd = self.command("etcd")?;
             etcd.arg("--data-dir").arg(data);
             etcd.args(["--listen-client-urls", &own, "--advertise-client-urls", &own]);
             // A single member: nobody ever connects to it as a peer.
-            etcd.args(["--listen-peer-urls", "http://127.0.0.1:0", "--unsafe-no-fsync"]);
-            self.etcd = Some(etcd.spawn().context("failed to start etcd")?);
+            etcd.args(["--listen-peer-urls", "http://127.0.0.1:0"]);
+            if !self.is_durable {
+                etcd.arg("--unsafe-no-fsync");
+            }
+            running.etcd = Some(etcd.spawn().context("failed to start etcd")?);
         }
         let client = self.client()?;
         let end = Instant::now() + patient(START);
         loop {
             // Where etcd is slow to start, it gives up.
-            if let Some(status) = self.apiserver.as_mut().and_then(|child| child.try_wait().ok()?) {
+            if let Some(status) = running
+                .apiserver
+                .as_mut()
+                .and_then(|child| child.try_wait().ok()?)
+            {
                 ensure!(
                     Instant::now() < end,
                     "the API server has ended ({status}){}",
                     self.last_words()
                 );
-                self.apiserver = None;
+                running.apiserver = None;
             }
-            if self.apiserver.is_none() {
-                self.apiserver = Some(
+            if running.apiserver.is_none() {
+                running.apiserver = Some(
                     self.apiserver()?
                         .spawn()
                         .context("failed to start kube-apiserver")?,
@@ -103,7 +127,7 @@ impl Server {
     }
 
     /// Starts the controllers that make slices, and end namespaces. False: their program is not there.
-    pub fn run_controllers(&mut self) -> Result<bool> {
+    pub fn run_controllers(&self) -> Result<bool> {
         if !self.program("kube-controller-manager").is_file() {
             return Ok(false);
         }
@@ -118,7 +142,7 @@ impl Server {
         if self.is_old()? {
             command.args(["--port=0", OLD_GATES]);
         }
-        self.controllers = Some(command.spawn().context("failed to start the controllers")?);
+        self.running().controllers = Some(command.spawn().context("failed to start the controllers")?);
         Ok(true)
     }
 
@@ -129,14 +153,22 @@ impl Server {
     }
 
     /// Kills the API server as a crash would; etcd stays.
-    pub fn kill_apiserver(&mut self) {
-        end(&mut self.apiserver, Signal::SIGKILL);
+    pub fn kill_apiserver(&self) {
+        end(&mut self.running().apiserver, Signal::SIGKILL);
+    }
+
+    /// Kills both as a crash of their machine would.
+    pub fn kill_both(&self) {
+        let mut running = self.running();
+        end(&mut running.etcd, Signal::SIGKILL);
+        end(&mut running.apiserver, Signal::SIGKILL);
     }
 
     /// Ends both in good order, so that the data is whole.
-    pub fn stop(&mut self) {
-        end(&mut self.apiserver, Signal::SIGTERM);
-        end(&mut self.etcd, Signal::SIGTERM);
+    pub fn stop(&self) {
+        let mut running = self.running();
+        end(&mut running.apiserver, Signal::SIGTERM);
+        end(&mut running.etcd, Signal::SIGTERM);
     }
 
     /// Where etcd keeps its data: copied while stopped, it is a backup.
@@ -187,6 +219,10 @@ current-context: test
         );
         fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
         Ok(path)
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn apiserver(&self) -> Result<Command> {
@@ -277,9 +313,10 @@ openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial {days}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        end(&mut self.controllers, Signal::SIGKILL);
-        end(&mut self.apiserver, Signal::SIGKILL);
-        end(&mut self.etcd, Signal::SIGKILL);
+        let mut running = self.running();
+        end(&mut running.controllers, Signal::SIGKILL);
+        end(&mut running.apiserver, Signal::SIGKILL);
+        end(&mut running.etcd, Signal::SIGKILL);
     }
 }
 

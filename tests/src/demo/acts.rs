@@ -6,15 +6,21 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use dataplane_tests::traffic::{Lap, Pace, Traffic, Way};
+use dataplane_tests::web;
 use dataplane_tests::worker::protocol::{Attempt, Request, Response};
 
+use crate::kernel;
 use crate::stage::{OUTSIDE, Stage};
-use crate::traffic::{Lap, Traffic, Way};
-use crate::{kernel, web};
 
 /// Connections of each line of the second act.
 const TRIES: u32 = 40;
 const PATIENCE: Duration = Duration::from_secs(3);
+/// Of connections that run.
+const PACE: Pace = Pace {
+    period: Duration::from_millis(20),
+    patience: Duration::from_secs(5),
+};
 /// What a connection may wait at most while an agent dies, or an endpoint leaves.
 const LONGEST: Duration = Duration::from_secs(1);
 
@@ -110,6 +116,7 @@ pub fn traffic(stage: &Stage, to: &Addresses, kept: u32) -> Traffic {
             way(OUTSIDE, to.node2),
         ],
         kept,
+        PACE,
     )
 }
 

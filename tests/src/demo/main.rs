@@ -5,8 +5,6 @@ mod acts;
 mod api;
 mod kernel;
 mod stage;
-mod traffic;
-mod web;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -10,11 +10,11 @@ use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::Manifests;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
+use dataplane_tests::web;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::api::Api;
-use crate::web;
 
 /// The client outside.
 pub const OUTSIDE: &str = "outside";

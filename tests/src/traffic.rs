@@ -1,5 +1,5 @@
-//! Traffic that runs through an act: connections that are kept and ask every few milliseconds, and new connections all
-//! the time. What is judged: does any break, how long does any wait, does any new one fail.
+//! Traffic that runs while something happens: connections that are kept and ask every few milliseconds, and new
+//! connections all the time. What is judged: does any break, how long does any wait, does any new one fail.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,14 +11,18 @@ use std::time::{Duration, Instant};
 
 use crate::web::{Client, in_netns};
 
-const PERIOD: Duration = Duration::from_millis(20);
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// Where connections come from and go to.
 #[derive(Debug, Clone)]
 pub struct Way {
     pub from: PathBuf,
     pub to: SocketAddr,
+}
+
+/// How often a connection asks, and how long it waits for an answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    pub period: Duration,
+    pub patience: Duration,
 }
 
 /// What happened since the last look.
@@ -43,10 +47,12 @@ pub struct Traffic {
 }
 
 impl Lap {
+    #[must_use]
     pub fn kept_total(&self) -> u32 {
         self.kept.values().sum()
     }
 
+    #[must_use]
     pub fn fresh_total(&self) -> u32 {
         self.fresh.values().sum()
     }
@@ -54,7 +60,8 @@ impl Lap {
 
 impl Traffic {
     /// Opens `kept` connections on each way and goes on opening new ones.
-    pub fn start(ways: &[Way], kept: u32) -> Self {
+    #[must_use]
+    pub fn start(ways: &[Way], kept: u32, pace: Pace) -> Self {
         let mut traffic = Self {
             lap: Arc::default(),
             stop: Arc::default(),
@@ -62,9 +69,9 @@ impl Traffic {
         };
         for way in ways {
             for _ in 0..kept {
-                traffic.spawn(way, keep);
+                traffic.spawn(way, pace, keep);
             }
-            traffic.spawn(way, renew);
+            traffic.spawn(way, pace, renew);
         }
         traffic
     }
@@ -88,10 +95,10 @@ impl Traffic {
         std::mem::replace(&mut *lap, next)
     }
 
-    fn spawn(&mut self, way: &Way, work: fn(SocketAddr, &Mutex<Lap>, &AtomicBool)) {
+    fn spawn(&mut self, way: &Way, pace: Pace, work: fn(SocketAddr, Pace, &Mutex<Lap>, &AtomicBool)) {
         let (to, lap, stop) = (way.to, Arc::clone(&self.lap), Arc::clone(&self.stop));
         self.threads
-            .push(in_netns(&way.from, move || work(to, &lap, &stop)));
+            .push(in_netns(&way.from, move || work(to, pace, &lap, &stop)));
     }
 }
 
@@ -105,9 +112,9 @@ impl Drop for Traffic {
 }
 
 /// One connection, as long as the traffic runs.
-fn keep(to: SocketAddr, lap: &Mutex<Lap>, stop: &AtomicBool) {
+fn keep(to: SocketAddr, pace: Pace, lap: &Mutex<Lap>, stop: &AtomicBool) {
     let lock = || lap.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut client = match Client::connect(to, PATIENCE) {
+    let mut client = match Client::connect(to, pace.patience) {
         Ok(client) => client,
         Err(error) => return lock().broken.push(format!("{to}: {error}")),
     };
@@ -132,15 +139,15 @@ fn keep(to: SocketAddr, lap: &Mutex<Lap>, stop: &AtomicBool) {
                 return;
             }
         }
-        sleep(PERIOD);
+        sleep(pace.period);
     }
 }
 
 /// A new connection again and again.
-fn renew(to: SocketAddr, lap: &Mutex<Lap>, stop: &AtomicBool) {
+fn renew(to: SocketAddr, pace: Pace, lap: &Mutex<Lap>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let asked = Instant::now();
-        let result = Client::connect(to, PATIENCE).and_then(|mut client| client.ask());
+        let result = Client::connect(to, pace.patience).and_then(|mut client| client.ask());
         {
             let mut lap = lap.lock().unwrap_or_else(PoisonError::into_inner);
             lap.longest = lap.longest.max(asked.elapsed());
@@ -149,6 +156,6 @@ fn renew(to: SocketAddr, lap: &Mutex<Lap>, stop: &AtomicBool) {
                 Err(error) => lap.failed.push(format!("{to}: {error}")),
             }
         }
-        sleep(PERIOD);
+        sleep(pace.period);
     }
 }

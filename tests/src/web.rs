@@ -1,4 +1,4 @@
-//! The web servers of the demo, and a client that keeps its connection: plain HTTP/1.1, so that curl works too.
+//! Web servers in namespaces, and a client that keeps its connection: plain HTTP/1.1, so that curl works too.
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -7,8 +7,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use crate::netns;
 use anyhow::{Context, Result};
-use dataplane_tests::netns;
 
 /// Starts a server on a thread inside a namespace; it ends with the process.
 pub fn serve(netns: PathBuf, name: String, port: u16) -> Result<()> {

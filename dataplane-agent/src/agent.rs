@@ -480,8 +480,12 @@ impl Agent {
         }
     }
 
-    /// Tells the kernel side which pods' interfaces to find, and the node's addresses.
+    /// Tells the kernel side which pods' interfaces to find, and the node's addresses. Not before all has been read: a look at the
+    /// machine that knows of half the pods would take the others' interfaces for nobody's.
     fn publish_wanted(&mut self, look_again: bool) {
+        if !self.complete {
+            return;
+        }
         let mut pods = BTreeMap::new();
         let local = self.index.local_pods().filter(|pod| !pod.host_network);
         let mut local: Vec<&Pod> = local.collect();

@@ -135,7 +135,7 @@ fn entries(tables: &Tables, store: &dyn Store) -> io::Result<Entries> {
             endpoints.all.entry(key).or_default().push(id);
         }
     }
-    let now_ticks = (sys::monotonic().as_nanos() >> 30) as u32;
+    let now_ticks = sys::ticks();
     let owner = |connection: &Translated| owner(connection, &world, &mut endpoints);
     Ok(takeover::entries(&connections, now_ticks, owner))
 }

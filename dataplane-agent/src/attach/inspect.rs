@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dataplane_common::{backend::backend_state, service::ServiceHead};
+use dataplane_common::backend::backend_state;
 use serde::Serialize;
 
 use super::state::State;
@@ -30,7 +30,7 @@ use crate::{
     served::Condition,
     source::kube::state::Report,
     store::{Store, bpf::BpfStore, left::LeftFlows},
-    sync::encode,
+    sync::find_slice,
 };
 
 /// Everything that `status` shows.
@@ -453,7 +453,8 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
         let heads = services
             .iter()
             .filter_map(|&index| store.read_service(index).ok());
-        let elements = heads.map(|service| slice_len(&store, service.head)).sum();
+        let slices = heads.filter_map(|service| find_slice(&store, service.head).ok()?);
+        let elements = slices.map(|slice| slice.len as usize).sum();
         uses.push(TableUse {
             name: names::SERVICES,
             entries: services.len(),
@@ -477,16 +478,6 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
         });
     }
     uses
-}
-
-/// Elements of `MAGLEV` that a service has.
-fn slice_len(store: &BpfStore, head: ServiceHead) -> usize {
-    let mut ids = [0];
-    let is_read = head.slots_offset > 0 && store.read_maglev(head.slots_offset - 1, &mut ids).is_ok();
-    if head.size_class == 0 || !is_read {
-        return 0;
-    }
-    encode::slice_len(ids[0] as usize, head.size_class) as usize
 }
 
 fn flow_events(pins: &Pins) -> Vec<FlowCounter> {

@@ -160,19 +160,21 @@ pub enum MapError {
     },
 }
 
+/// The shape of a pinned map, if there is one.
+pub fn pinned_shape(pins: &Pins, name: &str) -> io::Result<Option<Shape>> {
+    let Some(map) = pins.find_map(name)? else {
+        return Ok(None);
+    };
+    Ok(Some(Shape::of(&sys::map_info(map.as_fd())?)))
+}
+
 /// Compares the pinned map, if there is one, with what is wanted.
 pub fn check_pinned(pins: &Pins, name: &str, wanted: &Shape) -> Result<(), MapError> {
-    let open_error = |source| MapError::Open {
+    let found = pinned_shape(pins, name).map_err(|source| MapError::Open {
         name: name.to_owned(),
         source,
-    };
-    let fd = match pins.open_map(name) {
-        Ok(fd) => fd,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(open_error(error)),
-    };
-    let found = Shape::of(&sys::map_info(fd.as_fd()).map_err(open_error)?);
-    match wanted.difference(&found) {
+    })?;
+    match found.and_then(|found| wanted.difference(&found)) {
         None => Ok(()),
         Some((property, wanted, found)) => Err(MapError::Differs {
             name: name.to_owned(),

@@ -428,7 +428,7 @@ impl Env for World {
     }
 
     fn now_ticks(&self) -> u32 {
-        (sys::monotonic().as_nanos() >> 30) as u32
+        sys::ticks()
     }
 
     fn now_eighths(&self) -> u32 {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
 };
 
@@ -13,13 +13,15 @@ use serde::Serialize;
 use super::{
     ask,
     output::{Output, table},
+    pinned,
 };
 use crate::{
-    bpf::{kernel, pins::Pins},
-    explain::Port,
+    compile::FrontendAddr,
+    explain::{End, Port},
     model::Protocol,
-    served::Served,
+    served::{self, Served},
     store::flows::{self, Flow, FlowState},
+    sync::encode,
 };
 
 /// Addresses of one question to the agent.
@@ -56,21 +58,20 @@ impl std::str::FromStr for Who {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(addr) = text.parse::<IpAddr>() {
-            return Ok(Self::Within(addr.to_canonical().into()));
-        }
         if let Ok(range) = text.parse() {
             return Ok(Self::Within(range));
         }
-        let parts: Vec<&str> = text.split('/').collect();
-        match parts[..] {
-            _ if parts.contains(&"") || parts[0].parse::<IpAddr>().is_ok() => {}
-            [_, _] | ["svc", _, _] => return Ok(Self::Named(text.to_owned())),
-            _ => {}
+        // An address with a length that is none would be taken for a name.
+        let is_range = text
+            .split_once('/')
+            .is_some_and(|(addr, _)| addr.parse::<IpAddr>().is_ok());
+        match text.parse() {
+            Ok(End::Addr(addr)) => Ok(Self::Within(addr.into())),
+            Ok(named) if !is_range => Ok(Self::Named(named.to_string())),
+            _ => Err(format!(
+                "`{text}` is neither namespace/pod, svc/namespace/service, an address nor a range of addresses"
+            )),
         }
-        Err(format!(
-            "`{text}` is neither namespace/pod, svc/namespace/service, an address nor a range of addresses"
-        ))
     }
 }
 
@@ -95,19 +96,13 @@ struct Shown {
 #[derive(Default)]
 struct Names {
     pods: HashMap<IpAddr, String>,
-    /// By `10.96.0.1:80/TCP` or `node port 30080/TCP`.
+    /// By [`served::at`].
     services: HashMap<String, String>,
 }
 
 /// Prints the flows of the tables under `bpffs` that `filter` lets through.
 pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyhow::Result<()> {
-    kernel::check_capabilities()?;
-    let pins = Pins::new(bpffs);
-    anyhow::ensure!(
-        pins.exists(),
-        "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
-        bpffs.display()
-    );
+    let pins = pinned(bpffs)?;
     let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
     flows.retain(|flow| filter.lets_through(flow));
     let by_name = [&filter.from, &filter.to]
@@ -188,17 +183,21 @@ impl Names {
     }
 
     fn shown(&self, flow: &Flow) -> Shown {
-        let protocol = Protocol::ALL.iter().find(|proto| proto.number() == flow.proto);
-        let protocol = protocol.map_or("other", |proto| proto.as_str());
-        let node_port = || {
-            let family = if flow.asked.is_ipv4() { "IPv4" } else { "IPv6" };
-            format!("node port {}/{protocol} ({family})", flow.asked.port())
+        let protocol = encode::protocol(flow.proto);
+        let any = match flow.asked {
+            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let service = self.services.get(&format!("{}/{protocol}", flow.asked));
-        let service = service.or_else(|| self.services.get(&node_port()));
+        // Its own address first, then the node ports.
+        let service = [flow.asked.ip(), any].into_iter().find_map(|addr| {
+            let port = flow.asked.port();
+            let proto = protocol?;
+            self.services
+                .get(&served::at(&FrontendAddr { addr, port, proto }))
+        });
         let pod = |addr: SocketAddr| self.pods.get(&addr.ip()).cloned();
         Shown {
-            protocol,
+            protocol: protocol.map_or("other", Protocol::as_str),
             from: flow.client,
             from_pod: pod(flow.client),
             to: flow.asked,

@@ -4,21 +4,15 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use super::output::{Output, table};
-use crate::{
-    attach::inspect::{self, TableInfo},
-    bpf::{kernel, pins::Pins},
+use super::{
+    output::{Output, table},
+    pinned,
 };
+use crate::attach::inspect::{self, TableInfo};
 
 /// Prints the tables that are pinned under `bpffs`.
 pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
-    kernel::check_capabilities()?;
-    let pins = Pins::new(bpffs);
-    anyhow::ensure!(
-        pins.exists(),
-        "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
-        bpffs.display()
-    );
+    let pins = pinned(bpffs)?;
     let tables = inspect::tables(&pins).context("failed to look at the pinned tables")?;
     output.print(&tables, |tables| render(&pins.maps(), tables))
 }

@@ -17,6 +17,7 @@ pub mod wait;
 
 use std::{
     io::{IsTerminal, Write},
+    path::Path,
     process::ExitCode,
 };
 
@@ -25,6 +26,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     agent,
     args::{Cli, Command},
+    bpf::{kernel, pins::Pins},
     explain::tables::Query,
 };
 
@@ -106,6 +108,18 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cleanup { bpffs, .. } => cleanup::run(&bpffs)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The pinned tables, for commands that read them without an agent.
+fn pinned(bpffs: &Path) -> anyhow::Result<Pins> {
+    kernel::check_capabilities()?;
+    let pins = Pins::new(bpffs);
+    anyhow::ensure!(
+        pins.exists(),
+        "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
+        bpffs.display()
+    );
+    Ok(pins)
 }
 
 /// Levels by `DATAPLANE_LOG`, as `tracing` writes them; colours only on a terminal and without `NO_COLOR`.

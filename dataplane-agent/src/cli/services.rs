@@ -8,11 +8,10 @@ use serde::Serialize;
 use super::{
     ask,
     output::{self, Output, table},
+    pinned,
 };
 use crate::{
-    bpf::{kernel, pins::Pins},
     compile::FrontendAddr,
-    model::Protocol,
     served::{self, Clients, Condition, Problem, Served},
     store::{
         bpf::BpfStore,
@@ -89,17 +88,18 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
     if asked.problems {
         return format.print(&of_agent?.problems, |problems| of_problems(problems));
     }
-    let tables = match (&of_agent, output) {
-        (Ok(_), Listing::Table) => None,
-        // Who may only ask the agent gets what it says.
-        (Ok(_), Listing::Json) => Tables::read(asked.bpffs).ok(),
-        (Ok(_), Listing::Wide) => Some(Tables::read(asked.bpffs)?),
-        (Err(error), _) => Some(Tables::read(asked.bpffs).with_context(|| format!("{error:#}"))?),
-    };
-    let mut shown = match (of_agent, tables) {
-        (Ok(served), tables) => Shown::of_agent(served, tables.as_ref()),
-        (Err(_), None) => Shown::default(),
-        (Err(error), Some(tables)) => {
+    let mut shown = match of_agent {
+        Ok(served) => {
+            let tables = match output {
+                Listing::Table => None,
+                // Who may only ask the agent gets what it says.
+                Listing::Json => Tables::read(asked.bpffs).ok(),
+                Listing::Wide => Some(Tables::read(asked.bpffs)?),
+            };
+            Shown::of_agent(served, tables.as_ref())
+        }
+        Err(error) => {
+            let tables = Tables::read(asked.bpffs).with_context(|| format!("{error:#}"))?;
             anyhow::ensure!(
                 asked.service.is_none(),
                 "{error:#}; names are known to a running agent alone"
@@ -127,13 +127,7 @@ struct Tables {
 
 impl Tables {
     fn read(bpffs: &Path) -> anyhow::Result<Self> {
-        kernel::check_capabilities()?;
-        let pins = Pins::new(bpffs);
-        anyhow::ensure!(
-            pins.exists(),
-            "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
-            bpffs.display()
-        );
+        let pins = pinned(bpffs)?;
         let store = BpfStore::open(&pins)?;
         Ok(Self {
             frontends: read(&store).context("failed to read the pinned tables")?,
@@ -150,14 +144,12 @@ impl Tables {
                 .or_default()
                 .push(flow);
         }
-        let shown = self.frontends.iter().filter_map(|frontend| {
-            let proto = Protocol::ALL
-                .into_iter()
-                .find(|proto| proto.number() == frontend.proto)?;
+        let shown = self.frontends.iter().map(|frontend| {
+            let FrontendAddr { addr, port, proto } = frontend.at;
             let is_here = |flow: &&&Flow| {
-                flow.asked.port() == frontend.port
-                    && flow.asked.is_ipv4() == frontend.addr.is_ipv4()
-                    && (frontend.addr.is_unspecified() || flow.asked.ip() == frontend.addr)
+                flow.asked.port() == port
+                    && flow.asked.is_ipv4() == addr.is_ipv4()
+                    && (addr.is_unspecified() || flow.asked.ip() == addr)
             };
             let backends = frontend.backends.iter().map(|backend| ShownBackend {
                 at: backend.addr,
@@ -165,15 +157,10 @@ impl Tables {
                 local: backend.local,
                 share: f64::from(backend.slots) / f64::from(backend.of.max(1)),
                 flows: of_backend
-                    .get(&(frontend.proto, backend.addr))
+                    .get(&(proto.number(), backend.addr))
                     .map_or(0, |flows| flows.iter().filter(is_here).count()),
             });
-            let at = served::at(&FrontendAddr {
-                addr: frontend.addr,
-                port: frontend.port,
-                proto,
-            });
-            Some(((at, frontend.external), backends.collect()))
+            ((served::at(&frontend.at), frontend.external), backends.collect())
         });
         shown.collect()
     }
@@ -211,11 +198,12 @@ impl Shown {
     fn of_tables(tables: &Tables) -> Self {
         let mut frontends: Vec<ShownFrontend> = Vec::new();
         for ((at, external), backends) in tables.shown() {
-            let same =
-                frontends.iter_mut().rev().take(1).find(|before| {
-                    external && before.at == at && before.backends.as_deref() == Some(&backends)
-                });
-            if let Some(same) = same {
+            // Those of clients inside come first.
+            if let Some(same) = frontends.last_mut()
+                && external
+                && same.at == at
+                && same.backends.as_deref() == Some(&backends)
+            {
                 same.clients = Clients::All;
                 continue;
             }
@@ -334,13 +322,12 @@ mod tests {
             of: 4,
         };
         let frontend = |external| TableFrontend {
-            addr: [10, 96, 0, 1].into(),
-            port: 80,
-            proto: 6,
+            at: FrontendAddr {
+                addr: [10, 96, 0, 1].into(),
+                port: 80,
+                proto: crate::model::Protocol::Tcp,
+            },
             external,
-            drops: false,
-            affinity: false,
-            ranges: false,
             backends: vec![backend(1, 1), backend(2, 3)],
         };
         let flow = |last: u8, state| Flow {

@@ -68,7 +68,9 @@ impl FromStr for Port {
         }
         let wrong = || format!("`{text}` is no port such as 80/TCP, 53/UDP or 9000/SCTP, nor ICMP");
         let (number, proto) = text.split_once('/').unwrap_or((text, "TCP"));
-        let proto = Protocol::ALL.into_iter().find(|known| known.as_str() == proto);
+        let proto = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .into_iter()
+            .find(|known| known.as_str() == proto);
         let number = number.parse().ok().filter(|number| *number != 0);
         match (proto, number) {
             (Some(proto), Some(number)) => Ok(Self {

@@ -22,8 +22,6 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    pub const ALL: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-
     /// The IANA number.
     pub const fn number(self) -> u8 {
         match self {

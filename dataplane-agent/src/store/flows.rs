@@ -102,7 +102,7 @@ pub fn read(pins: &Pins) -> io::Result<Vec<Flow>> {
             });
         })?;
     }
-    Ok(flows.finish(sys::monotonic()))
+    Ok(flows.finish(sys::ticks()))
 }
 
 /// Flows by client, what it asked for and protocol, with the ticks of their last packet.
@@ -153,14 +153,13 @@ impl Flows {
         *seen = (*seen).max(meta.seen_ticks);
     }
 
-    fn finish(self, now: Duration) -> Vec<Flow> {
-        let ticks = (now.as_nanos() >> 30) as u32;
+    fn finish(self, now: u32) -> Vec<Flow> {
         let mut flows: Vec<Flow> = self
             .0
             .into_values()
             .map(|(flow, seen)| Flow {
                 // The kernel side's clock is coarser.
-                idle: Duration::from_nanos(u64::from(ticks.saturating_sub(seen)) << 30),
+                idle: Duration::from_nanos(u64::from(now.saturating_sub(seen)) << 30),
                 ..flow
             })
             .collect();
@@ -202,7 +201,7 @@ mod tests {
             for entry in &entries {
                 flows.add(entry);
             }
-            let found = flows.finish(Duration::from_nanos(15 << 30));
+            let found = flows.finish(15);
             let expected = Flow {
                 proto: 6,
                 client: addr(client),
@@ -227,7 +226,7 @@ mod tests {
         flows.add(&entry(flow_flags::DIRECT, pair, pair, 1, false));
         assert!(flows.0.is_empty());
         flows.add(&entry(flow_flags::LEFT, pair, pair, 1, false));
-        let found = flows.finish(Duration::ZERO);
+        let found = flows.finish(0);
         assert_eq!(
             (found[0].state, found[0].backend),
             (FlowState::Left, addr(pair[1]))

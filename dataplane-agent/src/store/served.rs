@@ -1,38 +1,26 @@
 //! What the tables serve, read as the kernel side reads them: frontend → service → slice of `MAGLEV` → backends. For commands:
 //! no agent has to run.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use dataplane_common::{
-    addr::proto,
     backend::{backend_flags, backend_state},
-    service::{Scope, ServiceHead, TABLE_SIZES, service_flags},
+    service::{Scope, ServiceHead, TABLE_SIZES},
 };
 
-use super::{FrontendKey, Store, StoreError};
-use crate::sync::encode;
+use super::{Store, StoreError};
+use crate::{
+    compile::FrontendAddr,
+    sync::{encode, find_slice},
+};
 
 /// A frontend.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "as many independent flags of its service"
-)]
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TableFrontend {
-    /// Unspecified: every address of this node.
-    pub addr: IpAddr,
-    pub port: u16,
-    pub proto: u8,
+    /// With the unspecified address: every address of this node.
+    pub at: FrontendAddr,
     /// Whether its clients are outside this node.
     pub external: bool,
-    /// Where it has no backends: its packets are dropped, not refused.
-    pub drops: bool,
-    pub affinity: bool,
-    /// Source ranges decide who may use it.
-    pub ranges: bool,
     /// By address.
     pub backends: Vec<TableBackend>,
 }
@@ -67,37 +55,19 @@ impl TableBackend {
 pub fn read(store: &dyn Store) -> Result<Vec<TableFrontend>, StoreError> {
     let mut frontends = Vec::new();
     for (key, value) in store.frontends()? {
-        let (addr, port_be, proto, scope) = match key {
-            FrontendKey::V4(key) => (
-                IpAddr::from(key.addr_be.to_ne_bytes()),
-                key.port_be,
-                key.proto,
-                key.scope,
-            ),
-            FrontendKey::V6(key) => (
-                IpAddr::from(bytemuck::cast::<_, [u8; 16]>(key.addr_be)),
-                key.port_be,
-                key.proto,
-                key.scope,
-            ),
+        let Some((at, scope)) = encode::frontend_addr(&key) else {
+            continue;
         };
-        if matches!(proto, proto::ICMP | proto::ICMPV6) || value.service >= store.limits().services {
+        if value.service >= store.limits().services {
             continue;
         }
-        let head = store.read_service(value.service)?.head;
-        let has = |flag| head.flags & flag != 0;
-        let mut frontend = TableFrontend {
-            addr,
-            port: u16::from_be(port_be),
-            proto,
-            external: scope == Scope::External as u8,
-            drops: has(service_flags::DROP_WHEN_EMPTY),
-            affinity: has(service_flags::AFFINITY),
-            ranges: has(service_flags::RANGES),
-            backends: backends(store, head)?,
-        };
-        frontend.backends.sort();
-        frontends.push(frontend);
+        let mut backends = backends(store, store.read_service(value.service)?.head)?;
+        backends.sort();
+        frontends.push(TableFrontend {
+            at,
+            external: scope == Scope::External,
+            backends,
+        });
     }
     frontends.sort();
     Ok(frontends)
@@ -106,18 +76,7 @@ pub fn read(store: &dyn Store) -> Result<Vec<TableFrontend>, StoreError> {
 /// The backends of a slice. One that is changed at this moment may show some of both states.
 fn backends(store: &dyn Store, head: ServiceHead) -> Result<Vec<TableBackend>, StoreError> {
     let of = TABLE_SIZES[usize::from(head.size_class & 15)];
-    let end = head
-        .slots_offset
-        .saturating_add(encode::slot_words(head.size_class));
-    if head.size_class == 0 || head.slots_offset == 0 || end > store.limits().maglev {
-        return Ok(Vec::new());
-    }
-    let mut count = [0];
-    store.read_maglev(head.slots_offset - 1, &mut count)?;
-    let slice = usize::try_from(count[0])
-        .ok()
-        .and_then(|ids| encode::slice_at(head.slots_offset, ids, head.size_class));
-    let Some(slice) = slice else {
+    let Some(slice) = find_slice(store, head)? else {
         return Ok(Vec::new());
     };
     let mut words = vec![0; slice.len as usize];

@@ -180,7 +180,7 @@ pub fn owned_backend(backend: &Backend) -> Option<OwnedBackend> {
     })
 }
 
-fn protocol(number: u8) -> Option<Protocol> {
+pub fn protocol(number: u8) -> Option<Protocol> {
     match number {
         proto::TCP => Some(Protocol::Tcp),
         proto::UDP => Some(Protocol::Udp),

@@ -30,6 +30,7 @@ use std::{
 use dataplane_common::{device::Device, service::Frontend};
 
 pub use self::backends::serves;
+pub use self::restore::find_slice;
 use self::{
     desired::{Desired, Touched},
     frontends::Frontends,

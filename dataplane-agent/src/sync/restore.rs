@@ -5,7 +5,9 @@ use dataplane_common::{
     service::{PORT_SETS, ServiceHead, service_flags},
 };
 
-use super::{backends, desired::Touched, encode, programmed::Programmed, service_ids::ServiceId};
+use super::{
+    arena::Slice, backends, desired::Touched, encode, programmed::Programmed, service_ids::ServiceId,
+};
 use crate::{
     compile::maglev,
     store::{Store, StoreError},
@@ -86,6 +88,24 @@ fn restore_services(store: &dyn Store, limit: u32, programmed: &mut Programmed) 
     Ok(())
 }
 
+/// The slice that a service's head leads to; `None`: it has none, or makes no sense.
+pub fn find_slice(store: &dyn Store, head: ServiceHead) -> Result<Option<Slice>, StoreError> {
+    if head.size_class == 0 {
+        return Ok(None);
+    }
+    let limit = store.limits().maglev;
+    let slots = encode::slot_words(head.size_class);
+    if head.slots_offset == 0 || head.slots_offset.checked_add(slots).is_none_or(|end| end > limit) {
+        return Ok(None);
+    }
+    let mut count = [0];
+    store.read_maglev(head.slots_offset - 1, &mut count)?;
+    let ids = usize::try_from(count[0])
+        .ok()
+        .filter(|ids| *ids <= maglev::MAX_BACKENDS);
+    Ok(ids.and_then(|ids| encode::slice_at(head.slots_offset, ids, head.size_class)))
+}
+
 /// Reads a service's slice and takes its room. A head that makes no sense is left without slice, and so rewritten.
 fn read_slice(
     store: &dyn Store,
@@ -93,23 +113,7 @@ fn read_slice(
     head: ServiceHead,
     programmed: &mut Programmed,
 ) -> Result<(), StoreError> {
-    if head.size_class == 0 {
-        return Ok(());
-    }
-    let limit = store.limits().maglev;
-    let slots = encode::slot_words(head.size_class);
-    if head.slots_offset == 0 || head.slots_offset.checked_add(slots).is_none_or(|end| end > limit) {
-        return Ok(());
-    }
-    let mut count = [0];
-    store.read_maglev(head.slots_offset - 1, &mut count)?;
-    let Some(ids) = usize::try_from(count[0])
-        .ok()
-        .filter(|ids| *ids <= maglev::MAX_BACKENDS)
-    else {
-        return Ok(());
-    };
-    let Some(slice) = encode::slice_at(head.slots_offset, ids, head.size_class) else {
+    let Some(slice) = find_slice(store, head)? else {
         return Ok(());
     };
     if !programmed.arena.reserve(slice) {

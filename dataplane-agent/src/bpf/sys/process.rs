@@ -180,6 +180,11 @@ pub fn monotonic() -> Duration {
     Duration::new(time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned() as u32)
 }
 
+/// The same in the ticks of flows' entries, of 2^30 ns.
+pub fn ticks() -> u32 {
+    (monotonic().as_nanos() >> 30) as u32
+}
+
 /// The `f_type` of the filesystem that holds `path`.
 pub fn filesystem_magic(path: &Path) -> io::Result<u32> {
     let path = path_string(path)?;

@@ -346,12 +346,9 @@ impl Other {
 /// Whether a pinned table has another size than is wanted.
 fn is_resized(pins: &Pins, wanted: &BTreeMap<String, Wanted>) -> Result<bool, UpgradeError> {
     for (name, wanted) in wanted {
-        let error = |source| UpgradeError::table(name, pins, source);
-        let Some(map) = pins.find_map(name).map_err(error)? else {
-            continue;
-        };
-        let found = Shape::of(&sys::map_info(map.as_fd()).map_err(error)?);
-        if wanted.shape.is_resized(&found) {
+        let found =
+            maps::pinned_shape(pins, name).map_err(|source| UpgradeError::table(name, pins, source))?;
+        if let Some(found) = found.filter(|found| wanted.shape.is_resized(found)) {
             tracing::info!(
                 "table {name} has room for {} entries, and gets {}",
                 found.max_entries,

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::api::account;
 use crate::api::relay::Relay;
@@ -167,9 +167,8 @@ impl Agents {
     /// Kills the agent of one node.
     pub fn kill(&mut self, node: &str) -> Result<()> {
         let agent = self.nodes.iter_mut().find(|agent| agent.node == node);
-        agent
-            .with_context(|| format!("there is no agent of {node}"))?
-            .kill();
+        let agent = agent.with_context(|| format!("there is no agent of {node}"))?;
+        agent.kill();
         Ok(())
     }
 
@@ -208,6 +207,13 @@ impl Agents {
             }
         }
         problems
+    }
+
+    /// The same, where what went wrong is an error.
+    pub fn settled(&mut self) -> Result<()> {
+        let problems = self.settle();
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        Ok(())
     }
 
     /// What `status` says of a node.

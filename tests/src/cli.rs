@@ -13,7 +13,7 @@ use signal_hook::iterator::Signals;
 
 use crate::agent::AgentOptions;
 use crate::api::served::Served;
-use crate::places::Places;
+use crate::places::{Owned, Places};
 use crate::process::{self, Helper};
 use crate::scenario::report::RunReport;
 use crate::scenario::run::RunOptions;
@@ -239,7 +239,7 @@ impl Run {
         };
         let reports = suite::run_all(entries, jobs, &options, &done);
         drop(options);
-        end_server(server);
+        drop(server);
         let config = Config {
             socket_lb,
             datapath,
@@ -264,16 +264,9 @@ impl Run {
 }
 
 /// A server, and where it keeps its things.
-fn start_server(binaries: &Path) -> Result<(Arc<Served>, Places)> {
-    let places = Places::create("api")?;
-    Ok((Arc::new(Served::start(binaries, &places.work)?), places))
-}
-
-fn end_server(server: Option<(Arc<Served>, Places)>) {
-    if let Some((served, places)) = server {
-        drop(served);
-        places.remove();
-    }
+fn start_server(binaries: &Path) -> Result<(Arc<Served>, Owned)> {
+    let places = Owned(Places::create("api")?);
+    Ok((Arc::new(Served::start(binaries, &places.0.work)?), places))
 }
 
 /// The word a value has on the command line.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cgroup;
 use crate::links::{Links, Route, host};
 use crate::netns::{NetNs, set_sysctls};
-use crate::places::Places;
+use crate::places::{Owned, Places};
 use crate::pod_network;
 use crate::process::Helper;
 use crate::shape::{Network, PodShape, Shape, Uplink, contains};
@@ -34,17 +34,8 @@ pub struct Cluster {
     connected: usize,
     underlay: Underlay,
     helper: Helper,
+    /// Removed last, after workers and namespaces.
     places: Owned,
-}
-
-/// Removes the places last, after workers and namespaces.
-#[derive(Debug)]
-struct Owned(Places);
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        self.0.remove();
-    }
 }
 
 #[derive(Debug)]

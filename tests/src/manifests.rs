@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::api::objects;
 use crate::api::served::Served;
-use crate::shape::PodShape;
+use crate::shape::{NodeShape, PodShape};
 
 /// Kinds that a scenario may hold.
 const KINDS: [(&str, &str); 9] = [
@@ -243,6 +243,24 @@ impl PodObject<'_> {
             },
         })
     }
+}
+
+/// A node of a cluster.
+pub fn node(node: &NodeShape) -> Value {
+    let cidrs: Vec<String> = node
+        .pod_cidrs
+        .iter()
+        .map(|(ip, length)| format!("{ip}/{length}"))
+        .collect();
+    let ips: Vec<Value> = node
+        .addresses
+        .iter()
+        .map(|ip| json!({"type": "InternalIP", "address": ip}))
+        .collect();
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
+        "spec": {"podCIDR": cidrs.first(), "podCIDRs": cidrs}, "status": {"addresses": ips},
+    })
 }
 
 /// A pod of a cluster, with its name for a label.

@@ -68,6 +68,16 @@ impl Places {
     }
 }
 
+/// Places that are removed when this is dropped.
+#[derive(Debug)]
+pub struct Owned(pub Places);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.remove();
+    }
+}
+
 /// Removes what processes that no longer run have left behind.
 pub fn sweep() {
     remove_matching(&|name| owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()));

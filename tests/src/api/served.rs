@@ -36,15 +36,7 @@ pub struct Served {
 impl Served {
     /// Starts a server that keeps its data in `dir`.
     pub fn start(binaries: &Path, dir: &Path) -> Result<Self> {
-        Self::with(Server::start(binaries, dir)?)
-    }
-
-    /// The same, with an etcd that may be killed.
-    pub fn start_durable(binaries: &Path, dir: &Path) -> Result<Self> {
-        Self::with(Server::start_durable(binaries, dir)?)
-    }
-
-    fn with(server: Server) -> Result<Self> {
+        let server = Server::start(binaries, dir)?;
         let client = server.client()?;
         account::install(&client)?;
         for (kind, _, _) in POLICIES {

@@ -34,7 +34,6 @@ pub struct Server {
     dir: PathBuf,
     port: u16,
     etcd_port: u16,
-    is_durable: bool,
     running: Mutex<Running>,
 }
 
@@ -47,17 +46,8 @@ struct Running {
 }
 
 impl Server {
-    /// Starts a server that keeps its data in `dir`, and waits until it is ready. Killed, etcd may forget what it had said.
+    /// Starts a server that keeps its data in `dir`, and waits until it is ready.
     pub fn start(binaries: &Path, dir: &Path) -> Result<Self> {
-        Self::start_as(binaries, dir, false)
-    }
-
-    /// The same, with an etcd that may be killed: what it has said stays true. Slower.
-    pub fn start_durable(binaries: &Path, dir: &Path) -> Result<Self> {
-        Self::start_as(binaries, dir, true)
-    }
-
-    fn start_as(binaries: &Path, dir: &Path, is_durable: bool) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
         let [port, etcd_port] = free_ports()?;
         let server = Self {
@@ -65,7 +55,6 @@ impl Server {
             dir: dir.to_owned(),
             port,
             etcd_port,
-            is_durable,
             running: Mutex::default(),
         };
         server.certificates()?;
@@ -85,10 +74,7 @@ impl Server {
             etcd.arg("--data-dir").arg(data);
             etcd.args(["--listen-client-urls", &own, "--advertise-client-urls", &own]);
             // A single member: nobody ever connects to it as a peer.
-            etcd.args(["--listen-peer-urls", "http://127.0.0.1:0"]);
-            if !self.is_durable {
-                etcd.arg("--unsafe-no-fsync");
-            }
+            etcd.args(["--listen-peer-urls", "http://127.0.0.1:0", "--unsafe-no-fsync"]);
             running.etcd = Some(etcd.spawn().context("failed to start etcd")?);
         }
         let client = self.client()?;

@@ -172,10 +172,7 @@ fn start_agent(fleet: &Fleet, cluster: &Cluster, agent: &Path, with_policies: bo
             flags,
         },
     )?;
-    let problems = agents.settle();
-    if !problems.is_empty() {
-        bail!("{}", problems.join("; "));
-    }
+    agents.settled()?;
     Ok(agents)
 }
 

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::Ipv4Addr;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use dataplane_tests::worker::protocol::{Request, Response};
 use serde_json::Value;
 
 use crate::faults::SPARED;
 use crate::stage::{self, NODES, Stage};
 
 const METRICS: u16 = 10249;
+/// How long an agent may take to tell them.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Ends the names of what is counted in the whole machine, others' too.
 const IN_THE_KERNEL: &str = " in the kernel";
 /// Tables that hold traffic, not objects.
@@ -213,15 +215,15 @@ fn kernel_objects(kind: &str) -> Result<BTreeMap<String, u64>> {
 
 /// A metric of a node's agent that has no labels.
 fn metric(stage: &Stage, node: &str, name: &str) -> Result<u64> {
-    let text = stage.cluster.node_netns(node)?.enter(|| {
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, METRICS))
-            .with_context(|| format!("the agent of {node} has no metrics"))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })?;
+    let request = Request::HttpGet {
+        to: (Ipv4Addr::LOCALHOST, METRICS).into(),
+        path: "/metrics".to_owned(),
+        timeout_ms: ANSWER.as_millis() as u64,
+    };
+    let text = match stage.cluster.worker(node)?.call(request, ANSWER * 2)? {
+        Response::Http { body, .. } => body,
+        other => bail!("the agent of {node} has no metrics: {other:?}"),
+    };
     let value = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());

@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dataplane_tests::netns::NetNs;
 use dataplane_tests::web;
 
 use crate::stage::{GUARD_SERVICE, NODES, PORT, Stage, UDP_PORT, pod_addresses};
@@ -57,11 +56,11 @@ impl Forbidden {
             all.receive(stage, node)?;
             for (role, is_allowed) in [("out", false), ("in", true)] {
                 let (targets, seen) = (targets.clone(), all.seen.clone());
-                let from = stage.netns(&format!("{role}-{node}"));
+                let from = stage.netns(&format!("{role}-{node}"))?;
                 all.spawn(&from, move || datagrams(&targets, is_allowed, &seen));
             }
             let (targets, seen) = (targets.clone(), all.seen.clone());
-            all.spawn(&stage.netns(&format!("out-{node}")), move || {
+            all.spawn(&stage.netns(&format!("out-{node}"))?, move || {
                 connections(&targets, node, &seen);
             });
         }
@@ -92,7 +91,7 @@ impl Forbidden {
             .into_iter()
             .flat_map(|node| pod_addresses("out", node))
             .collect();
-        let netns = NetNs::open(&stage.netns(&format!("guard-{node}")))?;
+        let netns = stage.cluster.member_netns(&format!("guard-{node}"))?;
         let socket = netns.enter(|| {
             let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, UDP_PORT))?;
             socket.set_read_timeout(Some(PATIENCE))?;

@@ -20,7 +20,7 @@ use anyhow::Result;
 use clap::Parser;
 use dataplane_tests::api::{self, served::Served};
 use dataplane_tests::cli::remove_on_signal;
-use dataplane_tests::places::{self, Places};
+use dataplane_tests::places::{self, Owned, Places};
 use dataplane_tests::traffic::Lap;
 
 use crate::census::Growth;
@@ -82,16 +82,18 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     places::sweep();
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
-    let place = Places::create("chaos-api")?;
-    let served = if args.api {
+    // Removed when the run has ended, in whatever way.
+    let (place, served);
+    if args.api {
         let Some(binaries) = api::binaries() else {
             // What is missing was said.
             return Ok(true);
         };
-        Some(Served::start_durable(&binaries, &place.work)?)
+        place = Owned(Places::create("chaos-api")?);
+        served = Some(Served::start(&binaries, &place.0.work)?);
     } else {
-        None
-    };
+        served = None;
+    }
     let rate = args.changes.unwrap_or(if args.api { 50 } else { 200 });
     println!(
         "chaos: seed {seed}, {} s, {rate} changes/s {}",
@@ -102,9 +104,7 @@ fn run(args: &Args) -> Result<bool> {
             "of a folder"
         }
     );
-    let doubts = play(args, seed, rate, served);
-    place.remove();
-    let doubts = doubts?;
+    let doubts = play(args, seed, rate, served)?;
     for doubt in &doubts {
         println!("did not hold: {doubt}");
     }
@@ -123,7 +123,7 @@ fn run(args: &Args) -> Result<bool> {
 fn play(args: &Args, seed: u64, rate: u32, served: Option<Served>) -> Result<Vec<String>> {
     let mut stage = Stage::set(&args.agent, args.flags.clone(), served)?;
     let before = stage.census()?;
-    let traffic = stage.traffic();
+    let traffic = stage.traffic()?;
     let forbidden = Forbidden::start(&stage)?;
     let churning = Churning::start(&stage, seed, rate);
     let mut faults = Faults::new(seed, args.api);

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dataplane_tests::agent::{AgentOptions, Agents};
 use dataplane_tests::api::served::Served;
 use dataplane_tests::cluster::Cluster;
-use dataplane_tests::manifests::{Manifests, PodObject};
+use dataplane_tests::manifests::{self, Manifests, PodObject};
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
 use dataplane_tests::traffic::{Pace, Traffic, Way};
@@ -114,15 +114,11 @@ impl Stage {
 
     /// Waits until the agents have programmed what they were told.
     pub fn settle(&mut self) -> Result<()> {
-        let problems = self.agents.settle();
-        if !problems.is_empty() {
-            bail!("{}", problems.join("; "));
-        }
-        Ok(())
+        self.agents.settled()
     }
 
     /// Connections that must not break, and new ones that must not fail.
-    pub fn traffic(&self) -> Traffic {
+    pub fn traffic(&self) -> Result<Traffic> {
         let cluster = |service: [&str; 2], family: usize| (service[family].to_owned(), 80);
         let ways = [
             ("in-1", cluster(WEB_SERVICE, 0)),
@@ -134,27 +130,19 @@ impl Stage {
             ("outside", ("192.168.77.12".to_owned(), NODE_PORT)),
             ("outside", ("fd00:77::13".to_owned(), NODE_PORT)),
         ];
-        let ways: Vec<Way> = ways
-            .iter()
-            .filter_map(|(from, (ip, port))| {
-                Some(Way {
-                    from: self.netns(from),
-                    to: web::address(ip, *port).ok()?,
-                })
+        let ways = ways.iter().map(|(from, (ip, port))| {
+            Ok(Way {
+                from: self.netns(from)?,
+                to: web::address(ip, *port)?,
             })
-            .collect();
-        Traffic::start(&ways, KEPT, PACE)
+        });
+        let ways: Vec<Way> = ways.collect::<Result<_>>()?;
+        Ok(Traffic::start(&ways, KEPT, PACE))
     }
 
     /// The namespace of a node, a pod or the client outside.
-    pub fn netns(&self, name: &str) -> PathBuf {
-        let is_pod = self.cluster.shape().pods.iter().any(|pod| pod.name == name);
-        let place = if is_pod {
-            format!("pod-{name}")
-        } else {
-            name.to_owned()
-        };
-        self.cluster.places().netns(&place)
+    pub fn netns(&self, name: &str) -> Result<PathBuf> {
+        Ok(self.cluster.member_netns(name)?.path().to_owned())
     }
 
     /// What there is, counted.
@@ -208,22 +196,7 @@ fn shape() -> Result<Shape> {
 fn objects(cluster: &Cluster) -> Result<Vec<Value>> {
     let shape = cluster.shape();
     let mut objects = Vec::new();
-    for node in &shape.nodes {
-        let cidrs: Vec<String> = node
-            .pod_cidrs
-            .iter()
-            .map(|(ip, length)| format!("{ip}/{length}"))
-            .collect();
-        let ips: Vec<Value> = node
-            .addresses
-            .iter()
-            .map(|ip| json!({"type": "InternalIP", "address": ip}))
-            .collect();
-        objects.push(json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
-            "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs}, "status": {"addresses": ips},
-        }));
-    }
+    objects.extend(shape.nodes.iter().map(manifests::node));
     let namespaces = ROLES.map(|(_, namespace, _)| namespace);
     for name in namespaces.into_iter().chain(CHURN) {
         objects.push(churn::namespace(name, "none"));

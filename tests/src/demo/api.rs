@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use dataplane_tests::api::{self, served::Served};
-use dataplane_tests::places::Places;
+use dataplane_tests::places::{Owned, Places};
 use serde_json::{Value, json};
 
 /// A server, and kubectl with all rights there.
@@ -15,7 +15,8 @@ pub struct Api {
     pub served: Arc<Served>,
     kubectl: PathBuf,
     kubeconfig: PathBuf,
-    places: Places,
+    /// Removed last.
+    _places: Owned,
 }
 
 impl Api {
@@ -25,13 +26,13 @@ impl Api {
             return Ok(None);
         };
         eprintln!("demo: a Kubernetes API server …");
-        let places = Places::create("api")?;
-        let served = Served::start(&binaries, &places.work)?;
+        let places = Owned(Places::create("api")?);
+        let served = Served::start(&binaries, &places.0.work)?;
         Ok(Some(Self {
             kubeconfig: served.server.kubeconfig()?,
             kubectl: binaries.join("kubectl"),
             served: Arc::new(served),
-            places,
+            _places: places,
         }))
     }
 
@@ -105,11 +106,5 @@ impl Api {
             );
         }
         Ok(())
-    }
-}
-
-impl Drop for Api {
-    fn drop(&mut self) {
-        self.places.remove();
     }
 }

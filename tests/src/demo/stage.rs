@@ -4,7 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use dataplane_tests::agent::{AgentOptions, Agents};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::Manifests;
@@ -71,11 +71,7 @@ impl Stage {
 
     /// Waits until the agents have programmed what the folder holds.
     pub fn settle(&mut self) -> Result<()> {
-        let problems = self.agents.settle();
-        if !problems.is_empty() {
-            bail!("{}", problems.join("; "));
-        }
-        Ok(())
+        self.agents.settled()
     }
 
     /// The namespace of a pod or of the client outside.

@@ -86,7 +86,7 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
         entries.is_some_and(|entries| entries >= 2 * CONNECTIONS as u64),
         "{of_flows:?}"
     );
-    ensure!(shown(&stage, &["status"])?["agent_running"] == false);
+    ensure!(stage.agents.status(NODE)?["agent_running"] == false);
     Ok(())
 }
 
@@ -107,12 +107,11 @@ fn shown(stage: &Stage, command: &[&str]) -> Result<Value> {
 
 fn run(stage: &Stage, command: &[&str]) -> Result<Output> {
     let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
-    let socket = stage.cluster.places().work.join(format!("{NODE}.sock"));
-    let socket = socket.display().to_string();
-    let mut all = command.to_vec();
-    all.extend(["--bpffs", &bpffs, "--output", "json"]);
-    if !["maps", "status"].contains(&command[0]) {
-        all.extend(["--socket", &socket]);
+    let all = [command, &["--bpffs", &bpffs]].concat();
+    if command == ["maps"] {
+        return stage
+            .agents
+            .run(NODE, &[&all[..], &["--output", "json"]].concat());
     }
-    stage.agents.run(NODE, &all)
+    stage.agents.command(NODE, &all)
 }

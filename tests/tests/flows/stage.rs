@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use dataplane_tests::agent::{AgentOptions, Agents};
 use dataplane_tests::cluster::Cluster;
-use dataplane_tests::manifests::{Manifests, pod};
+use dataplane_tests::manifests::{self, Manifests, pod};
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
 use dataplane_tests::worker::protocol::{HerdReport, Proto, Request, Response};
@@ -104,12 +104,7 @@ impl Stage {
         }
         let folder = Manifests::create(&cluster.places().work)?;
         for node in &cluster.shape().nodes {
-            let ips = node.addresses.iter();
-            folder.apply(&json!({
-                "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
-                "spec": {"podCIDRs": node.pod_cidrs.iter().map(|(ip, length)| format!("{ip}/{length}")).collect::<Vec<_>>()},
-                "status": {"addresses": ips.map(|ip| json!({"type": "InternalIP", "address": ip})).collect::<Vec<_>>()},
-            }))?;
+            folder.apply(&manifests::node(node))?;
         }
         for one in &cluster.shape().pods {
             folder.apply(&pod(one, "ns1", &cluster.shape().node(&one.node)?.addresses))?;
@@ -156,9 +151,7 @@ impl Stage {
 
     /// Waits until the agents have programmed what the folder says.
     pub fn settle(&mut self) -> Result<()> {
-        let problems = self.agents.settle();
-        ensure!(problems.is_empty(), "{}", problems.join("; "));
-        Ok(())
+        self.agents.settled()
     }
 
     /// The end of a pod: its process, and then its object.

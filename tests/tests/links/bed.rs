@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::agent::{self, AgentOptions, Agents, patient};
 use dataplane_tests::cluster::Cluster;
-use dataplane_tests::manifests::{Manifests, pod};
+use dataplane_tests::manifests::{self, Manifests, pod};
 use dataplane_tests::netns::NetNs;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, Uplink, parse_prefix};
@@ -274,20 +274,7 @@ fn shape(network: Network) -> Shape {
 
 fn write_objects(cluster: &Cluster, folder: &Manifests) -> Result<()> {
     for node in &cluster.shape().nodes {
-        let cidrs: Vec<String> = node
-            .pod_cidrs
-            .iter()
-            .map(|(ip, length)| format!("{ip}/{length}"))
-            .collect();
-        let ips: Vec<_> = node
-            .addresses
-            .iter()
-            .map(|ip| json!({"type": "InternalIP", "address": ip}))
-            .collect();
-        folder.apply(&json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
-            "spec": {"podCIDRs": cidrs}, "status": {"addresses": ips},
-        }))?;
+        folder.apply(&manifests::node(node))?;
     }
     for shape in &cluster.shape().pods {
         let hosts = &cluster.shape().node(&shape.node)?.addresses;

@@ -133,9 +133,7 @@ impl Stage {
 
     /// Waits until the agents have programmed what the folder says.
     pub fn settle(&mut self) -> Result<()> {
-        let problems = self.agents.settle();
-        ensure!(problems.is_empty(), "{}", problems.join("; "));
-        Ok(())
+        self.agents.settled()
     }
 
     /// Whether a new connection is answered.

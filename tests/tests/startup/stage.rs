@@ -454,9 +454,7 @@ fn run_plugin(
 }
 
 fn settle(agents: &mut Agents) -> Result<()> {
-    let problems = agents.settle();
-    ensure!(problems.is_empty(), "{}", problems.join("; "));
-    Ok(())
+    agents.settled()
 }
 
 /// A container of this node that no Pod is about.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::agent::{AgentOptions, Agents, patient};
 use dataplane_tests::api::served::Served;
 use dataplane_tests::cluster::Cluster;
-use dataplane_tests::manifests::{Manifests, pod};
+use dataplane_tests::manifests::{self, Manifests, pod};
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
 use dataplane_tests::worker::protocol::{HerdReport, Proto, Request, Response};
@@ -116,17 +116,7 @@ impl Stage {
         self.folder
             .apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "ns1"}}))?;
         for node in &shape.nodes {
-            let cidrs: Vec<_> = node
-                .pod_cidrs
-                .iter()
-                .map(|(ip, length)| format!("{ip}/{length}"))
-                .collect();
-            let ips = node.addresses.iter();
-            self.folder.apply(&json!({
-                "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
-                "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs},
-                "status": {"addresses": ips.map(|ip| json!({"type": "InternalIP", "address": ip})).collect::<Vec<_>>()},
-            }))?;
+            self.folder.apply(&manifests::node(node))?;
         }
         for one in &shape.pods {
             self.folder

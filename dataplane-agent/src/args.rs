@@ -288,6 +288,10 @@ struct Settings {
     /// `dataplane/dry-run: "true"` [default: enforce].
     #[arg(long, env = "DATAPLANE_POLICY_MODE", value_enum)]
     policy_mode: Option<PolicyMode>,
+    /// Whether what a Pod sends is dropped that has no address of the Pod as its source (`source-not-own`); Pods with the annotation
+    /// `dataplane/any-source: "true"` are left out [default: true].
+    #[arg(long, env = "DATAPLANE_SOURCE_CHECK")]
+    source_check: Option<bool>,
     /// Which verdicts of policies are told, for `verdicts` [default: denied].
     #[arg(long, env = "DATAPLANE_VERDICTS", value_enum)]
     verdicts: Option<Verdicts>,
@@ -406,7 +410,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, policy_mode, verdicts, max_frontends, max_services, max_backends, max_maglev,
+            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, policy_mode, source_check, verdicts, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
@@ -458,6 +462,7 @@ impl Settings {
             source_ranges_for,
             policy_changes,
             policy_mode,
+            source_check,
             verdicts,
             max_frontends,
             max_services,
@@ -509,6 +514,7 @@ impl Settings {
             external_ips: external_ips.unwrap_or(true),
             source_ranges_for: source_ranges_for.unwrap_or_default(),
             policy_changes: policy_changes.unwrap_or_default(),
+            source_check: source_check.unwrap_or(true),
             policy_mode: policy_mode.unwrap_or_default(),
             verdicts: verdicts.unwrap_or_default(),
             sizes: Sizes {

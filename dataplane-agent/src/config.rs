@@ -46,6 +46,8 @@ pub struct Config {
     pub external_ips: bool,
     pub source_ranges_for: SourceRangesFor,
     pub policy_changes: PolicyChanges,
+    /// What a Pod sends has an address of the Pod as its source.
+    pub source_check: bool,
     pub policy_mode: PolicyMode,
     pub verdicts: Verdicts,
     pub sizes: Sizes,

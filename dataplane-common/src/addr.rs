@@ -140,6 +140,9 @@ pub trait Family: Copy + 'static {
     fn from_any(addr: AnyAddr) -> Self::Addr;
     /// 127.0.0.0/8 and `::1`.
     fn is_loopback(addr: &Self::Addr) -> bool;
+    /// An address that every interface may have: the unspecified one (a host that has none yet, RFC 2131 and RFC 4862), and
+    /// those of the link (169.254.0.0/16, RFC 3927; fe80::/10, RFC 4291).
+    fn is_of_link(addr: &Self::Addr) -> bool;
     /// The address as 32-bit words in network byte order, for checksums and hashing.
     fn words(addr: &Self::Addr) -> &[u32];
 }
@@ -155,7 +158,7 @@ macro_rules! family {
     ($family:ident, $version:literal, $header:literal, $icmp:expr, $addr:ty,
      $frontend:ident, $key:ident, $flow:ident, $affinity:ident, $datagram_key:ident, $datagram:ident, $policy:ident,
      to_any: |$a:ident| $to_any:expr, from_any: |$b:ident| $from_any:expr, words: |$c:ident| $words:expr,
-     is_loopback: |$l:ident| $is_loopback:expr,
+     is_loopback: |$l:ident| $is_loopback:expr, is_of_link: |$i:ident| $is_of_link:expr,
      key_of_words: |$src:ident, $dst:ident, $ports:ident, $rest:ident| $words_of_key:expr) => {
         impl Family for $family {
             const VERSION: u8 = $version;
@@ -285,6 +288,10 @@ macro_rules! family {
                 $is_loopback
             }
             #[inline(always)]
+            fn is_of_link($i: &$addr) -> bool {
+                $is_of_link
+            }
+            #[inline(always)]
             fn words($c: &$addr) -> &[u32] {
                 $words
             }
@@ -296,11 +303,13 @@ family!(V4, 4, 20, proto::ICMP, u32,
     FrontendKey4, FlowKey4, Flow4, AffinityKey4, DatagramKey4, Datagram4, PolicyFlowKey4,
     to_any: |a| [a, 0, 0, 0], from_any: |b| b[0], words: |c| core::slice::from_ref(c),
     is_loopback: |l| u32::from_be(*l) >> 24 == 127,
+    is_of_link: |i| *i == 0 || u32::from_be(*i) >> 16 == 0xa9fe,
     key_of_words: |src, dst, ports, rest| [src, dst, ports, rest]);
 family!(V6, 6, 40, proto::ICMPV6, [u32; 4],
     FrontendKey6, FlowKey6, Flow6, AffinityKey6, DatagramKey6, Datagram6, PolicyFlowKey6,
     to_any: |a| a, from_any: |b| b, words: |c| c,
     is_loopback: |l| *l == [0, 0, 0, 1u32.to_be()],
+    is_of_link: |i| *i == [0; 4] || u32::from_be(i[0]) >> 22 == 0x3fa,
     key_of_words: |s, d, ports, rest| [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports, rest]);
 
 /// A link-layer address.

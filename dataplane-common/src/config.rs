@@ -26,6 +26,8 @@ pub mod config_flags {
     pub const SET_RETVAL: u32 = 256;
     /// `bpf_fib_lookup` tells the MTU that a packet exceeds (5.12).
     pub const FIB_MTU: u32 = 512;
+    /// What a pod sends has an address of the pod as its source.
+    pub const SOURCE_CHECK: u32 = 1024;
 }
 
 /// Constants for one load of the object.

@@ -396,7 +396,12 @@ fn report<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) {
 
 /// Tells user space of a verdict, unless there have been too many about the pod just now.
 #[inline(never)]
-fn tell<F: Family, W: World<F>>(world: &W, work: &mut Work<F>, judgement: Judgement, reason: Reason) {
+pub(crate) fn tell<F: Family, W: World<F>>(
+    world: &W,
+    work: &mut Work<F>,
+    judgement: Judgement,
+    reason: Reason,
+) {
     let ifindex = work.judged.ifindex;
     let allows = reason as u32 == Reason::PolicyAllowed as u32;
     let Some(untold) = world.may_tell(ifindex, allows) else {

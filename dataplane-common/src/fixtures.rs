@@ -7,6 +7,7 @@ mod direct;
 mod endings;
 mod left;
 mod policies;
+mod sources;
 mod unbound;
 
 use std::{vec, vec::Vec};

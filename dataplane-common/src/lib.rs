@@ -17,6 +17,7 @@ pub mod policy;
 pub mod reason;
 pub mod service;
 pub mod sock;
+pub mod source;
 
 pub mod answer;
 pub mod balance;

@@ -29,6 +29,7 @@ use crate::{
     rewrite::RewriteIp,
     service::{Affinity, PORT_SETS, PortSet, Service, ServiceHead, port_set_index},
     sock::SockBackend,
+    source,
     tables::{Entry, Env, InsertError, Route, Router, Tables},
     unbound::{self, PodRange},
     verdict::{Action, Hook, Verdict},
@@ -43,6 +44,8 @@ pub struct FamilyTables<F: Family> {
     pub own_addresses: HashMap<F::Addr, u32>,
     /// Addresses of pods whose interface is known.
     pub bound: HashMap<F::Addr, u32>,
+    /// The address that an interface has in `SOURCES_*`.
+    pub sources: HashMap<u32, F::Addr>,
     pub flows: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub half_open: RefCell<HashMap<F::FlowKey, F::Flow>>,
     pub affinity: RefCell<HashMap<F::AffinityKey, Affinity>>,
@@ -61,6 +64,7 @@ impl<F: Family> Default for FamilyTables<F> {
             frontends: HashMap::new(),
             own_addresses: HashMap::new(),
             bound: HashMap::new(),
+            sources: HashMap::new(),
             flows: RefCell::default(),
             half_open: RefCell::default(),
             affinity: RefCell::default(),
@@ -241,6 +245,10 @@ impl<F: MemoryFamily> Stages<F, Frame, Memory> for Scratch<F> {
 
     fn enforce(&mut self, packet: &mut Frame, world: &Memory, at: &Context, verdict: Verdict) -> Verdict {
         enforce::untranslated::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn source(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
+        source::judge::<F, _, _>(packet, world, at, &mut self.0)
     }
 
     fn guard(&mut self, packet: &mut Frame, world: &Memory, at: &Context) -> Verdict {
@@ -505,8 +513,12 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         F::tables(self).own_addresses.get(&addr).copied().unwrap_or(0)
     }
 
-    fn is_bound(&self, addr: &F::Addr) -> bool {
-        F::tables(self).bound.contains_key(addr)
+    fn bound(&self, addr: &F::Addr) -> Option<u32> {
+        F::tables(self).bound.get(addr).copied()
+    }
+
+    fn has_source(&self, ifindex: u32, addr: &F::Addr) -> bool {
+        F::tables(self).sources.get(&ifindex) == Some(addr)
     }
 
     fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend> {
@@ -582,6 +594,10 @@ impl Env for Memory {
 
     fn pod_range(&self, index: u32) -> Option<PodRange> {
         self.policies.ranges.get(index as usize).copied()
+    }
+
+    fn is_source_checked(&self, ifindex: u32) -> bool {
+        self.policies.source_checked.contains(&ifindex)
     }
 
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {

@@ -27,6 +27,7 @@ use crate::{
     reason::Reason,
     rewrite::{RewriteIp, rewrite},
     service::{Scope, port_set_index, service_flags},
+    source,
     tables::{Entry, Env, Router, Tables},
     unbound,
     verdict::{Action, Hook, Verdict},
@@ -175,6 +176,8 @@ pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
     // The stages of policies, see `enforce`.
     fn enforce(&mut self, packet: &mut P, world: &W, at: &Context, verdict: Verdict) -> Verdict;
     fn judge(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
+    /// See `source`.
+    fn source(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
     /// See `unbound`.
     fn guard(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict;
 
@@ -197,6 +200,13 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
 ) -> Verdict {
     if at.hook == Hook::Xdp && is_foreign::<F, P, W>(packet, world, at.l3) {
         return Verdict::PASS;
+    }
+    if source::is_asked::<F, P, W>(packet, world, at) {
+        let verdict = stages.source(packet, world, at);
+        if verdict.action() == Action::Drop {
+            world.count(verdict.value());
+            return verdict;
+        }
     }
     let mut verdict = if F::VERSION == 4 {
         let mut headers = Headers::default();

@@ -87,6 +87,8 @@ reasons! {
     DryRunAllowed = "dry-run-allowed",
     /// Dropped: the packet could not be rewritten.
     RewriteFailed = "rewrite-failed",
+    /// Dropped: a pod sent it whose address its source is not.
+    SourceNotOwn = "source-not-own",
 }
 
 /// Elements of `COUNTERS`.

@@ -59,8 +59,10 @@ pub trait Tables<F: Family> {
     fn frontend(&self, key: &F::FrontendKey) -> Option<u32>;
     /// [`own_flags`](crate::device::own_flags); 0: not an address of this node.
     fn own_address(&self, addr: F::Addr) -> u32;
-    /// Whether `BOUND_*` has an address.
-    fn is_bound(&self, addr: &F::Addr) -> bool;
+    /// The interface of an address in `BOUND_*`.
+    fn bound(&self, addr: &F::Addr) -> Option<u32>;
+    /// Whether `SOURCES_*` has this address for an interface.
+    fn has_source(&self, ifindex: u32, addr: &F::Addr) -> bool;
 
     /// The backend with this address and port that the socket which sends the packet was given when it was connected.
     fn given(&self, addr: &F::Addr, port_be: u16) -> Option<SockBackend>;
@@ -95,6 +97,8 @@ pub trait Env {
     fn policy_revision(&self) -> u32;
     /// `POD_RANGES`, by [`range_index`](crate::unbound::range_index).
     fn pod_range(&self, index: u32) -> Option<PodRange>;
+    /// Whether an interface is in `SOURCE_CHECKED`.
+    fn is_source_checked(&self, ifindex: u32) -> bool;
     /// `POD_POLICY`, by the pod's host-side interface.
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy>;
     /// [`policy::judge`](crate::policy::judge) by these tables.

@@ -49,7 +49,7 @@ impl PodRange {
 pub(crate) fn is_unbound<F: Family, W: Tables<F> + Env>(world: &W, addr: &F::Addr) -> bool {
     let range = world.pod_range(range_index(F::VERSION));
     range.is_some_and(|range| range.holds::<F>(addr))
-        && !world.is_bound(addr)
+        && world.bound(addr).is_none()
         && world.own_address(*addr) == 0
 }
 

@@ -7,7 +7,7 @@ use dataplane_common::{
     addr::{V4, V6},
     enforce,
     pipeline::Context,
-    unbound,
+    source, unbound,
     verdict::Verdict,
 };
 
@@ -18,7 +18,17 @@ use crate::{
 };
 
 macro_rules! stages_of {
-    ($family:ident, $work:ident, $enforce:ident, $again:ident, $guard:ident) => {
+    ($family:ident, $work:ident, $enforce:ident, $again:ident, $source:ident, $guard:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $source(ctx: *mut __sk_buff, at: u64) -> u64 {
+            let Some(work) = work(&$work) else {
+                return Verdict::PASS.to_raw();
+            };
+            let at = Context::from_raw(at);
+            source::judge::<$family, _, _>(&SkbPacket(ctx), &World::new(ctx), &at, work).to_raw()
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $guard(ctx: *mut __sk_buff, at: u64) -> u64 {
@@ -50,18 +60,22 @@ macro_rules! stages_of {
     };
 }
 
-stages_of!(V4, WORK_V4, enforce_skb4, again_skb4, guard_skb4);
-stages_of!(V6, WORK_V6, enforce_skb6, again_skb6, guard_skb6);
+stages_of!(V4, WORK_V4, enforce_skb4, again_skb4, source_skb4, guard_skb4);
+stages_of!(V6, WORK_V6, enforce_skb6, again_skb6, source_skb6, guard_skb6);
 
 /// The methods of `Stages` that are about policies, at TC hooks.
 macro_rules! policies {
     (V4) => {
-        policies!(enforce_skb4, again_skb4, guard_skb4);
+        policies!(enforce_skb4, again_skb4, source_skb4, guard_skb4);
     };
     (V6) => {
-        policies!(enforce_skb6, again_skb6, guard_skb6);
+        policies!(enforce_skb6, again_skb6, source_skb6, guard_skb6);
     };
-    ($enforce:ident, $again:ident, $guard:ident) => {
+    ($enforce:ident, $again:ident, $source:ident, $guard:ident) => {
+        #[inline(always)]
+        fn source(&mut self, _: &mut SkbPacket, _: &World<__sk_buff>, at: &Context) -> Verdict {
+            Verdict::from_raw(crate::enforce::$source(self.0, at.to_raw()))
+        }
         #[inline(always)]
         fn guard(&mut self, _: &mut SkbPacket, _: &World<__sk_buff>, at: &Context) -> Verdict {
             Verdict::from_raw(crate::enforce::$guard(self.0, at.to_raw()))
@@ -100,6 +114,10 @@ macro_rules! no_policies {
             verdict: Verdict,
         ) -> Verdict {
             verdict
+        }
+        #[inline(always)]
+        fn source(&mut self, _: &mut XdpPacket, _: &World<xdp_md>, _: &Context) -> Verdict {
+            Verdict::PASS
         }
         #[inline(always)]
         fn guard(&mut self, _: &mut XdpPacket, _: &World<xdp_md>, _: &Context) -> Verdict {

@@ -22,6 +22,7 @@ use dataplane_common::{
         Service, SourceRange4, SourceRange6,
     },
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
+    source::{SOURCE_PLACES, Source4, Source6},
     unbound::PodRange,
 };
 
@@ -91,6 +92,14 @@ pub static POD_RANGES: Array<PodRange, 2> = Array::new();
 pub static BOUND_V4: HashMap<u32, u32, 4096, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub static BOUND_V6: HashMap<[u32; 4], u32, 4096, NO_PREALLOC> = HashMap::new();
+/// Of most interfaces of pods, the address that the pod sends from, at `dataplane_common::source::source_place`.
+#[btf_map]
+pub static SOURCES_V4: Array<Source4, { SOURCE_PLACES as usize }> = Array::new();
+#[btf_map]
+pub static SOURCES_V6: Array<Source6, { SOURCE_PLACES as usize }> = Array::new();
+/// Interfaces whose pods send from their own addresses alone. The values say nothing.
+#[btf_map]
+pub static SOURCE_CHECKED: HashMap<u32, u32, 1024> = HashMap::new();
 #[btf_map]
 pub static POD_POLICY: HashMap<u32, PodPolicy, 1024> = HashMap::new();
 #[btf_map]

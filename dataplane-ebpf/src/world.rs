@@ -29,6 +29,7 @@ use dataplane_common::{
         RANGE_SERVICE_BITS, Service, ServiceHead, SourceRange4, SourceRange6,
     },
     sock::{SockBackend, SockKey4, SockKey6},
+    source::source_place,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
     unbound::PodRange,
 };
@@ -144,7 +145,7 @@ impl PolicyEntry for MapEntry<PolicyFlow> {
 macro_rules! family_tables {
     ($family:ty, $key:ty, $flow:ty, $frontend:ty, $client:ty, $flows:ident, $half_open:ident, $frontends:ident, $own:ident,
      $affinity:ident, $range:ident, $ranges:ident, $reverse:ident, $sock_key:expr,
-     $policy_key:ty, $policy_flows:ident, $bound:ident) => {
+     $policy_key:ty, $policy_flows:ident, $bound:ident, $sources:ident) => {
         impl Entry<$family> for MapEntry<$flow> {
             #[inline(always)]
             fn flow(&self) -> &$flow {
@@ -220,8 +221,13 @@ macro_rules! family_tables {
                 value(&$own, &addr).unwrap_or(0)
             }
             #[inline(always)]
-            fn is_bound(&self, addr: &<$family as Family>::Addr) -> bool {
-                value(&$bound, addr).is_some()
+            fn bound(&self, addr: &<$family as Family>::Addr) -> Option<u32> {
+                value(&$bound, addr)
+            }
+            #[inline(always)]
+            fn has_source(&self, ifindex: u32, addr: &<$family as Family>::Addr) -> bool {
+                let own = $sources.get(source_place(ifindex));
+                own.is_some_and(|own| own.ifindex == ifindex && own.addr_be == *addr)
             }
             #[inline(always)]
             fn given(&self, addr: &<$family as Family>::Addr, port_be: u16) -> Option<SockBackend> {
@@ -280,7 +286,8 @@ family_tables!(
     SockKey4::new,
     PolicyFlowKey4,
     POLICY_FLOWS_V4,
-    BOUND_V4
+    BOUND_V4,
+    SOURCES_V4
 );
 family_tables!(
     V6,
@@ -299,7 +306,8 @@ family_tables!(
     SockKey6::new,
     PolicyFlowKey6,
     POLICY_FLOWS_V6,
-    BOUND_V6
+    BOUND_V6,
+    SOURCES_V6
 );
 
 /// `EEXIST`, as helpers return it.
@@ -407,6 +415,11 @@ impl<C> Env for World<C> {
     #[inline(always)]
     fn pod_range(&self, index: u32) -> Option<PodRange> {
         POD_RANGES.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn is_source_checked(&self, ifindex: u32) -> bool {
+        value(&SOURCE_CHECKED, &ifindex).is_some()
     }
 
     #[inline(always)]

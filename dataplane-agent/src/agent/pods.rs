@@ -56,6 +56,13 @@ impl Agent {
         addrs
     }
 
+    /// The interfaces whose pods send from their own addresses alone.
+    pub(super) fn source_checked(&self, bound: &BTreeMap<u32, BoundPod>) -> BTreeSet<u32> {
+        let sends_for_others = |pod: &BoundPod| self.index.pod(&pod.name).is_some_and(|pod| pod.any_source);
+        let checked = bound.iter().filter(|(_, pod)| !sends_for_others(pod));
+        checked.map(|(ifindex, _)| *ifindex).collect()
+    }
+
     /// The addresses that this node gives to its pods, as far as it is so: some pod networks go their own way and leave
     /// `podCIDRs` to whoever likes them.
     pub(super) fn pod_ranges(&mut self) -> [PodRange; 2] {

@@ -59,7 +59,7 @@ impl Agent {
                     .iter()
                     .find(|action| **action as u8 == rule.action);
                 told.action = action.map(|action| action.label().to_owned());
-            } else {
+            } else if event.reason != Reason::SourceNotOwn as u32 {
                 told.policy = self.selected_by(&event);
             }
             tracing::debug!(
@@ -92,7 +92,10 @@ impl Agent {
             },
             reason: reason.map_or("unknown", Reason::label).to_owned(),
             direction: direction(event).as_str().to_owned(),
-            from: self.name_of(from),
+            from: match self.sender_of(event) {
+                Some(pod) => format!("{pod} as {}", self.name_of(from)),
+                None => self.name_of(from),
+            },
             to: self.name_of(to),
             port: match event.proto {
                 proto::TCP => format!("{port}/TCP"),
@@ -107,6 +110,15 @@ impl Agent {
             action: None,
             untold: event.untold,
         }
+    }
+
+    /// The pod that sends what is not from one of its addresses.
+    fn sender_of(&self, event: &VerdictEvent) -> Option<&str> {
+        let pods = &self.host.as_ref()?.bound_pods;
+        (event.reason == Reason::SourceNotOwn as u32)
+            .then(|| pods.get(&event.ifindex))
+            .flatten()
+            .map(String::as_str)
     }
 
     /// `namespace/pod (address)`, or the address of who is no pod.

@@ -426,6 +426,7 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
         names::DEVICES,
         names::BOUND_V4,
         names::BOUND_V6,
+        names::SOURCE_CHECKED,
         names::POD_POLICY,
         names::PEERS_V4,
         names::PEERS_V6,

@@ -230,6 +230,7 @@ fn datapath_config(
             config.policy_changes == PolicyChanges::NewFlows,
         ),
         (config_flags::TELL_ALLOWED, config.verdicts == Verdicts::All),
+        (config_flags::SOURCE_CHECK, config.source_check),
     ] {
         if on {
             flags |= flag;
@@ -293,17 +294,33 @@ mod tests {
     #[test]
     fn settings_of_policies_are_constants_of_the_datapath() {
         for (flags, expected) in [
-            (&[][..], 0),
-            (&["--policy-changes", "all", "--verdicts", "denied"], 0),
+            (&[][..], config_flags::SOURCE_CHECK),
+            (
+                &[
+                    "--policy-changes",
+                    "all",
+                    "--verdicts",
+                    "denied",
+                    "--source-check",
+                    "false",
+                ],
+                0,
+            ),
             (
                 &["--policy-changes", "new-flows"],
-                config_flags::POLICY_NEW_FLOWS_ONLY,
+                config_flags::POLICY_NEW_FLOWS_ONLY | config_flags::SOURCE_CHECK,
             ),
-            (&["--verdicts", "all"], config_flags::TELL_ALLOWED),
+            (
+                &["--verdicts", "all"],
+                config_flags::TELL_ALLOWED | config_flags::SOURCE_CHECK,
+            ),
+            (&["--source-check", "true"], config_flags::SOURCE_CHECK),
+            (&["--source-check", "false"], 0),
         ] {
             let base = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
             let config = Cli::config_of(base.iter().chain(flags).copied()).unwrap();
-            let of_policies = config_flags::POLICY_NEW_FLOWS_ONLY | config_flags::TELL_ALLOWED;
+            let of_policies =
+                config_flags::POLICY_NEW_FLOWS_ONLY | config_flags::TELL_ALLOWED | config_flags::SOURCE_CHECK;
             let set = datapath_config(&config, 0, 0, Jiffies::of(4_000_000), false).flags & of_policies;
             assert_eq!(set, expected, "{flags:?}");
         }

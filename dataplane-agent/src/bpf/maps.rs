@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 36] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 37] {
     let Sizes {
         limits,
         affinity,
@@ -67,6 +67,7 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 36] {
         (map_names::OWN_ADDRS_V4, own_addresses),
         (map_names::OWN_ADDRS_V6, own_addresses),
         (map_names::DEVICES, devices),
+        (map_names::SOURCE_CHECKED, pods),
         (map_names::POD_POLICY, pods),
         (map_names::PEERS_V4, peers),
         (map_names::PEERS_V6, peers),

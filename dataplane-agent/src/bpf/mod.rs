@@ -124,6 +124,9 @@ pub mod map_names {
     pub const POD_RANGES: &str = "POD_RANGES";
     pub const BOUND_V4: &str = "BOUND_V4";
     pub const BOUND_V6: &str = "BOUND_V6";
+    pub const SOURCES_V4: &str = "SOURCES_V4";
+    pub const SOURCES_V6: &str = "SOURCES_V6";
+    pub const SOURCE_CHECKED: &str = "SOURCE_CHECKED";
     pub const POD_POLICY: &str = "POD_POLICY";
     pub const PEERS_V4: &str = "PEERS_V4";
     pub const PEERS_V6: &str = "PEERS_V6";

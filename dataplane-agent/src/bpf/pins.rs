@@ -12,7 +12,7 @@ use super::{Program, sys};
 use crate::path_error::PathError;
 
 /// Changes when a map's key or value changes its layout.
-pub const SCHEMA_VERSION: u32 = 6;
+pub const SCHEMA_VERSION: u32 = 7;
 
 const FOLDER_PREFIX: &str = "dataplane-v";
 /// Ends the name of a folder that is not complete. In bpffs names have no dots.

@@ -25,6 +25,8 @@ pub fn purpose(table: &str) -> Option<&'static str> {
         names::POLICY_REVISION => "number of the policies' last change; 0: no policy is in force",
         names::POD_RANGES => "addresses that this node gives to its pods",
         names::BOUND_V4 | names::BOUND_V6 => "address of a pod of this node → its interface",
+        names::SOURCES_V4 | names::SOURCES_V6 => "interface of a pod → the address that it sends from",
+        names::SOURCE_CHECKED => "interfaces of pods that send from their own addresses alone",
         names::POD_POLICY => "interface of a pod → its sets of rules",
         names::PEERS_V4 | names::PEERS_V6 => "address of a pod or node → its class as a peer",
         names::CIDRS_V4 | names::CIDRS_V6 => "range of addresses → its class as a peer",

@@ -52,6 +52,8 @@ pub struct World {
     revision: MapFd<u32, u32>,
     pods: MapFd<u32, PodPolicy>,
     pod_ranges: MapFd<u32, PodRange>,
+    /// The values say nothing.
+    source_checked: MapFd<u32, u32>,
     policies: PolicyMaps,
     seen: RefCell<Seen>,
 }
@@ -95,6 +97,7 @@ impl World {
             revision: open(pins, names::POLICY_REVISION)?,
             pods: open(pins, names::POD_POLICY)?,
             pod_ranges: open(pins, names::POD_RANGES)?,
+            source_checked: open(pins, names::SOURCE_CHECKED)?,
             policies: PolicyMaps {
                 sets: Rows::open(pins, names::POLICY_SETS)?,
                 peer_rules: open(pins, names::PEER_RULES)?,
@@ -399,8 +402,13 @@ impl<F: MapFamily> Tables<F> for World {
         self.get(&F::maps(self).own_addresses, &addr).unwrap_or(0)
     }
 
-    fn is_bound(&self, addr: &F::Addr) -> bool {
-        self.get(&F::maps(self).bound, addr).is_some()
+    fn bound(&self, addr: &F::Addr) -> Option<u32> {
+        self.get(&F::maps(self).bound, addr)
+    }
+
+    /// What the first look would find is in the other tables too.
+    fn has_source(&self, _ifindex: u32, _addr: &F::Addr) -> bool {
+        false
     }
 
     /// No socket sends what is explained.
@@ -471,6 +479,10 @@ impl Env for World {
         self.get(&self.pod_ranges, &index)
     }
 
+    fn is_source_checked(&self, ifindex: u32) -> bool {
+        self.get(&self.source_checked, &ifindex).is_some()
+    }
+
     fn pod_policy(&self, ifindex: u32) -> Option<PodPolicy> {
         self.get(&self.pods, &ifindex)
     }
@@ -528,6 +540,10 @@ impl<F: MapFamily> Stages<F, Frame, World> for Scratch<F> {
 
     fn enforce(&mut self, packet: &mut Frame, world: &World, at: &Context, verdict: Verdict) -> Verdict {
         dataplane_common::enforce::untranslated::<F, _, _>(packet, world, at, &mut self.0, verdict)
+    }
+
+    fn source(&mut self, packet: &mut Frame, world: &World, at: &Context) -> Verdict {
+        dataplane_common::source::judge::<F, _, _>(packet, world, at, &mut self.0)
     }
 
     fn guard(&mut self, packet: &mut Frame, world: &World, at: &Context) -> Verdict {

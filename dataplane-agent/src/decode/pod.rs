@@ -33,11 +33,19 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
             Err(reason) => problems.push(Problem::new(field, reason)),
         }
     }
-    let extra = pod.metadata.annotations.as_ref();
-    let extra = extra.and_then(|annotations| annotations.get(Pod::EXTRA_ADDRESSES));
+    let annotation = |key: &str| pod.metadata.annotations.as_ref()?.get(key);
+    let extra = annotation(Pod::EXTRA_ADDRESSES);
+    let any_source = match annotation(Pod::ANY_SOURCE).map(|text| text.parse()) {
+        None => false,
+        Some(Ok(any)) => any,
+        Some(Err(_)) => {
+            let field = format!("metadata.annotations[{}]", Pod::ANY_SOURCE);
+            problems.push(Problem::new(field, "neither \"true\" nor \"false\""));
+            false
+        }
+    };
     // The Pod behind a mirror, which kubelet has from a file, has another UID than this object.
-    let mirrored = pod.metadata.annotations.as_ref();
-    let mirrored = mirrored.and_then(|annotations| annotations.get("kubernetes.io/config.mirror"));
+    let mirrored = annotation("kubernetes.io/config.mirror");
     let uid = mirrored.or(pod.metadata.uid.as_ref());
     let uid = Pod::uid_of(uid.map_or("", String::as_str));
     let mut extra_ips = Vec::new();
@@ -62,6 +70,7 @@ pub fn decode(name: Name, pod: core::Pod, problems: &mut Vec<Problem>) -> Pod {
         ips,
         uid,
         extra_ips: extra_ips.into(),
+        any_source,
         host_network: spec.host_network.unwrap_or(false),
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         ready,

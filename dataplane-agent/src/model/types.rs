@@ -208,6 +208,8 @@ pub struct Pod {
     pub uid: u64,
     /// More addresses that its interface has, as the annotation [`Pod::EXTRA_ADDRESSES`] says.
     pub extra_ips: Box<[IpAddr]>,
+    /// It may send from any address, as the annotation [`Pod::ANY_SOURCE`] says.
+    pub any_source: bool,
     pub host_network: bool,
     /// Succeeded or failed: it owns no address any more.
     pub finished: bool,
@@ -228,6 +230,9 @@ pub struct Pod {
 impl Pod {
     /// Addresses that are not in the Pod's status: a list with commas.
     pub const EXTRA_ADDRESSES: &str = "dataplane/extra-addresses";
+
+    /// `true`: it sends for others (a router, a VPN), from addresses that are not its own.
+    pub const ANY_SOURCE: &str = "dataplane/any-source";
 
     /// [`Pod::uid`] for the text of a UID.
     pub fn uid_of(text: &str) -> u64 {

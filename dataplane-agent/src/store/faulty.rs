@@ -15,7 +15,7 @@ use dataplane_common::{
 use super::{
     FrontendKey, Limits, Store, StoreError,
     memory::Memory,
-    policy::{BoundRows, PolicyRows, PolicyStore},
+    policy::{BoundRows, PolicyRows, PolicyStore, SourcePlace},
 };
 
 /// Memory in which a write fails when `refuse` says so, by its number and the tables as they are before it.
@@ -176,6 +176,17 @@ impl<F: FnMut(usize, &Memory) -> bool> PolicyStore for Faulty<F> {
     }
     fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError> {
         self.attempt("delete", "BOUND")?.delete_bound(addr)
+    }
+    fn write_source(&mut self, place: SourcePlace, own: Option<(IpAddr, u32)>) -> Result<(), StoreError> {
+        self.attempt("write", "SOURCES")?.write_source(place, own)
+    }
+    fn put_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.attempt("write", "SOURCE_CHECKED")?
+            .put_source_checked(ifindex)
+    }
+    fn delete_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.attempt("delete", "SOURCE_CHECKED")?
+            .delete_source_checked(ifindex)
     }
     fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError> {
         self.attempt("write", "POD_RANGES")?.write_pod_range(index, range)

@@ -1,9 +1,13 @@
 //! The tables of policies as the agent writes them: the part of [`Store`](super::Store) that `sync::policy` uses.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use dataplane_common::{
     policy::{Counted, Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    source::source_place,
     unbound::PodRange,
 };
 use ipnet::IpNet;
@@ -69,6 +73,10 @@ pub trait PolicyStore {
     fn write_policy_revision(&mut self, revision: u32) -> Result<(), StoreError>;
     fn put_bound(&mut self, addr: IpAddr, ifindex: u32) -> Result<(), StoreError>;
     fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError>;
+    /// `place`: `dataplane_common::source::source_place`. `None`: of no interface.
+    fn write_source(&mut self, place: SourcePlace, own: Option<(IpAddr, u32)>) -> Result<(), StoreError>;
+    fn put_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError>;
+    fn delete_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError>;
     /// `index`: `dataplane_common::unbound::range_index`.
     fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError>;
 
@@ -96,9 +104,30 @@ pub struct PolicyRows {
     pub revision: u32,
 }
 
-/// `BOUND_*` and `POD_RANGES` as they were found.
+/// An element of `SOURCES_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SourcePlace {
+    V4(u32),
+    V6(u32),
+}
+
+impl SourcePlace {
+    /// Where an interface has an address of this family.
+    pub fn of(ifindex: u32, addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => SourcePlace::V4(source_place(ifindex)),
+            IpAddr::V6(_) => SourcePlace::V6(source_place(ifindex)),
+        }
+    }
+}
+
+/// `BOUND_*`, `POD_RANGES`, `SOURCES_*` and `SOURCE_CHECKED` as they were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BoundRows {
+    /// The interface of each address.
     pub addrs: BTreeMap<IpAddr, u32>,
+    pub sources: BTreeMap<SourcePlace, (IpAddr, u32)>,
+    /// Interfaces.
+    pub checked: BTreeSet<u32>,
     pub ranges: [PodRange; 2],
 }

@@ -1,16 +1,23 @@
-//! Keeps `BOUND_*` and `POD_RANGES` equal to what is known of this node's pod addresses.
+//! Keeps `BOUND_*`, `POD_RANGES`, `SOURCES_*` and `SOURCE_CHECKED` equal to what is known of this node's pod addresses.
 //!
 //! What nobody has is refused in this node's range, so an address is entered when its interface has its programs, before
 //! the pod's policies: an interface without a row of `POD_POLICY` is closed. It is removed before the revision of policies
-//! changes, by which flows that lead there are judged anew.
+//! changes, by which flows that lead there are judged anew. An interface is checked once all its addresses are entered, and
+//! until the first of them goes.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use dataplane_common::unbound::{PodRange, range_index};
 use ipnet::IpNet;
 
 use super::Report;
-use crate::store::{Store, StoreError, policy::BoundRows};
+use crate::store::{
+    Store, StoreError,
+    policy::{BoundRows, SourcePlace},
+};
 
 /// The programmed and the desired rows.
 #[derive(Debug, Default)]
@@ -37,9 +44,24 @@ impl BoundSyncer {
         })
     }
 
-    /// `addrs`: the interface of each address.
-    pub fn set(&mut self, addrs: BTreeMap<IpAddr, u32>, ranges: [PodRange; 2]) {
-        self.desired = BoundRows { addrs, ranges };
+    /// `addrs`: the interface of each address. `checked`: the interfaces whose pods send from these alone.
+    pub fn set(&mut self, addrs: BTreeMap<IpAddr, u32>, ranges: [PodRange; 2], mut checked: BTreeSet<u32>) {
+        let of_checked = addrs.iter().filter(|(_, ifindex)| checked.contains(ifindex));
+        let mut own: Vec<(u32, IpAddr)> = of_checked.map(|(addr, ifindex)| (*ifindex, *addr)).collect();
+        own.sort_unstable();
+        checked.retain(|ifindex| own.iter().any(|(of, _)| of == ifindex));
+        let mut sources = BTreeMap::new();
+        for (ifindex, addr) in own {
+            sources
+                .entry(SourcePlace::of(ifindex, addr))
+                .or_insert((addr, ifindex));
+        }
+        self.desired = BoundRows {
+            addrs,
+            sources,
+            checked,
+            ranges,
+        };
     }
 
     /// Whether these addresses are written.
@@ -47,7 +69,7 @@ impl BoundSyncer {
         addrs.iter().all(|addr| self.programmed.addrs.contains_key(addr))
     }
 
-    /// Writes what differs: new addresses, ranges, and then what is gone.
+    /// Writes what differs: new addresses, ranges, what is checked, and then what is gone.
     pub fn run(&mut self, store: &mut dyn Store) -> BoundReport {
         let mut outcome = BoundReport::default();
         let report = &mut outcome.report;
@@ -71,6 +93,7 @@ impl BoundSyncer {
                 outcome.lost = true;
             }
         }
+        check_sources(programmed, desired, report, store);
         let addrs = programmed.addrs.keys().copied();
         let gone: Vec<IpAddr> = addrs.filter(|addr| !desired.addrs.contains_key(addr)).collect();
         for addr in gone {
@@ -88,6 +111,64 @@ impl BoundSyncer {
         let differing = usize::from(found != self.programmed);
         self.programmed = found;
         Ok(differing)
+    }
+}
+
+/// Makes equal which interfaces are checked, and what is looked at first.
+fn check_sources(
+    programmed: &mut BoundRows,
+    desired: &BoundRows,
+    report: &mut Report,
+    store: &mut dyn Store,
+) {
+    let gone: Vec<u32> = programmed.checked.difference(&desired.checked).copied().collect();
+    for ifindex in gone {
+        if report.note(|| interface(ifindex), store.delete_source_checked(ifindex)) {
+            programmed.checked.remove(&ifindex);
+        }
+    }
+    let vacated: Vec<SourcePlace> = programmed
+        .sources
+        .keys()
+        .filter(|place| !desired.sources.contains_key(place))
+        .copied()
+        .collect();
+    for place in vacated {
+        if report.note(|| source(place), store.write_source(place, None)) {
+            programmed.sources.remove(&place);
+        }
+    }
+    for (place, own) in &desired.sources {
+        if programmed.sources.get(place) != Some(own)
+            && report.note(|| source(*place), store.write_source(*place, Some(*own)))
+        {
+            programmed.sources.insert(*place, *own);
+        }
+    }
+    // One that an address is missing of would lose packets.
+    let incomplete: BTreeSet<u32> = desired
+        .addrs
+        .iter()
+        .filter(|(addr, ifindex)| programmed.addrs.get(addr) != Some(ifindex))
+        .map(|(_, ifindex)| *ifindex)
+        .collect();
+    for ifindex in desired.checked.difference(&incomplete) {
+        if !programmed.checked.contains(ifindex)
+            && report.note(|| interface(*ifindex), store.put_source_checked(*ifindex))
+        {
+            programmed.checked.insert(*ifindex);
+        }
+    }
+}
+
+fn interface(ifindex: u32) -> String {
+    format!("check of sources at interface {ifindex}")
+}
+
+fn source(place: SourcePlace) -> String {
+    match place {
+        SourcePlace::V4(place) => format!("IPv4 source at place {place}"),
+        SourcePlace::V6(place) => format!("IPv6 source at place {place}"),
     }
 }
 
@@ -117,6 +198,8 @@ pub fn pod_ranges(ranges: &[IpNet]) -> [PodRange; 2] {
 
 #[cfg(test)]
 mod tests {
+    use dataplane_common::source::{SOURCE_PLACES, source_place};
+
     use super::*;
     use crate::store::{Limits, faulty::Faulty, memory::Memory, policy::PolicyLimits};
 
@@ -155,18 +238,18 @@ mod tests {
         let mut memory = Memory::new(LIMITS);
         let mut syncer = BoundSyncer::restore(&memory).unwrap();
         let two = addrs(&[("10.244.1.5", 7), ("fd00:1::5", 7)]);
-        syncer.set(two.clone(), ranges());
+        syncer.set(two.clone(), ranges(), BTreeSet::new());
         syncer.run(&mut memory);
         assert!(syncer.has(&["10.244.1.5".parse().unwrap()]));
         let writes = memory.writes;
 
         let mut again = BoundSyncer::restore(&memory).unwrap();
         assert_eq!(again.run(&mut memory).report.writes, 0, "nothing is known yet");
-        again.set(two, ranges());
+        again.set(two, ranges(), BTreeSet::new());
         assert!(!again.run(&mut memory).lost);
         assert_eq!(memory.writes, writes);
 
-        again.set(addrs(&[("10.244.1.5", 8)]), ranges());
+        again.set(addrs(&[("10.244.1.5", 8)]), ranges(), BTreeSet::new());
         let outcome = again.run(&mut memory);
         assert!(outcome.lost);
         assert_eq!(outcome.report.writes, 2);
@@ -182,7 +265,7 @@ mod tests {
     fn what_is_refused_is_named_and_tried_again() {
         let mut store = Faulty::new(Memory::new(LIMITS), |attempt, _: &Memory| attempt == 1);
         let mut syncer = BoundSyncer::default();
-        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges());
+        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), BTreeSet::new());
         let failed = syncer.run(&mut store).report.failed;
         assert_eq!(
             failed.keys().next().unwrap().to_string(),
@@ -190,5 +273,58 @@ mod tests {
         );
         assert!(syncer.run(&mut store).report.failed.is_empty());
         assert_eq!(store.memory.policy.bound.addrs.len(), 1);
+    }
+
+    #[test]
+    fn an_interface_is_checked_when_its_addresses_are_entered_and_one_of_them_is_looked_at_first() {
+        let place = source_place(7);
+        let other = 7 + SOURCE_PLACES;
+        let rows = addrs(&[
+            ("10.244.1.5", 7),
+            ("10.244.1.6", 7),
+            ("fd00:1::5", 7),
+            ("10.244.1.7", other),
+            ("10.244.1.8", 9),
+        ]);
+        let mut memory = Memory::new(LIMITS);
+        let mut syncer = BoundSyncer::default();
+        syncer.set(rows.clone(), ranges(), BTreeSet::from([7, other, 11]));
+        syncer.run(&mut memory);
+        let bound = &memory.policy.bound;
+        assert_eq!(bound.checked, BTreeSet::from([7, other]), "11 has no address");
+        let expected = [
+            (SourcePlace::V4(place), ("10.244.1.5".parse().unwrap(), 7)),
+            (SourcePlace::V6(place), ("fd00:1::5".parse().unwrap(), 7)),
+        ];
+        assert_eq!(bound.sources, BTreeMap::from(expected), "9 is not checked");
+        assert_eq!(
+            BoundSyncer::restore(&memory)
+                .unwrap()
+                .run(&mut memory)
+                .report
+                .writes,
+            0
+        );
+
+        // The first goes: its place is the other's.
+        let left = rows.into_iter().filter(|(_, ifindex)| *ifindex != 7).collect();
+        syncer.set(left, ranges(), BTreeSet::from([other]));
+        syncer.run(&mut memory);
+        let bound = &memory.policy.bound;
+        assert_eq!(bound.checked, BTreeSet::from([other]));
+        let expected = (SourcePlace::V4(place), ("10.244.1.7".parse().unwrap(), other));
+        assert_eq!(bound.sources, BTreeMap::from([expected]));
+        assert_eq!(syncer.audit(&memory).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_interface_with_an_address_that_found_no_room_is_not_checked() {
+        let mut store = Faulty::new(Memory::new(LIMITS), |attempt, _: &Memory| attempt == 1);
+        let mut syncer = BoundSyncer::default();
+        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), BTreeSet::from([7]));
+        syncer.run(&mut store);
+        assert_eq!(store.memory.policy.bound.checked, BTreeSet::new());
+        syncer.run(&mut store);
+        assert_eq!(store.memory.policy.bound.checked, BTreeSet::from([7]));
     }
 }

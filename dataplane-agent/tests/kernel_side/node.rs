@@ -154,6 +154,7 @@ impl Node {
             service_echo: ServiceEcho::Ignore,
             external_ips: true,
             source_ranges_for: SourceRangesFor::Lb,
+            source_check: true,
             policy_changes: PolicyChanges::All,
             policy_mode: PolicyMode::Enforce,
             verdicts: Verdicts::Denied,

@@ -3,7 +3,10 @@
 extern crate std;
 
 use core::cell::RefCell;
-use std::{collections::HashMap, vec::Vec};
+use std::{
+    collections::{HashMap, HashSet},
+    vec::Vec,
+};
 
 use super::{Memory, MemoryFamily, is_within};
 use crate::{
@@ -24,6 +27,8 @@ pub struct Policies {
     pub ranges: [PodRange; 2],
     /// By ifindex.
     pub pods: HashMap<u32, PodPolicy>,
+    /// Interfaces whose pods send from their own addresses alone.
+    pub source_checked: HashSet<u32>,
     /// Ranges and their classes.
     pub cidrs: Vec<MemoryCidr>,
     pub sets: Vec<PolicySet>,

@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use dataplane_common::service::{
     Affinity, AffinityKey4, Frontend, FrontendKey4, RANGE_SERVICE_BITS, Scope, SourceRange4, service_flags,
 };
+use dataplane_common::source::{Source4, source_place};
 use dataplane_tests::test_run::{
     CLIENT, Device, PORT, SERVICE, TCP,
     tables::{Filling, ID, now_ticks},
@@ -37,6 +38,13 @@ pub fn fill(filling: &Filling<'_>, case: &Case, flows: u32, device: &Device) -> 
         _ => 0,
     };
     filling.service(flags, case.program == "from_netdev", device)?;
+    if case.checks_sources && !filling.older {
+        let own = Source4 {
+            addr_be: CLIENT.to_be(),
+            ifindex: device.ifindex,
+        };
+        filling.write("SOURCES_V4", &source_place(device.ifindex), &own)?;
+    }
     match case.tables {
         Tables::None => Ok(()),
         Tables::Frontend | Tables::Affinity | Tables::Ranges => {

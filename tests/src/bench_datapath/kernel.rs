@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use aya::Ebpf;
 use aya::programs::ProgramFd;
+use dataplane_common::config::{Config, config_flags};
 use dataplane_common::flow::FlowKey4;
 use dataplane_tests::test_run::{
-    ACK, BACKEND, BACKEND_PORT, Device, FRAME, PORT, SERVICE, SYN, Trampoline, Walk, frame, load, program,
-    tables::Filling,
+    ACK, BACKEND, BACKEND_PORT, Device, FRAME, PORT, SERVICE, SYN, Trampoline, Walk, frame, load, load_with,
+    program, tables::Filling,
 };
 
 use crate::baseline::Baseline;
@@ -54,7 +55,16 @@ impl Bench {
             ("RANGES_V4", RANGES),
         ];
         let mut bench = load(&objects.join("bench.o"), &entries)?;
-        let mut datapath = load(&objects.join("dataplane.o"), &entries)?;
+        let flag = if case.checks_sources {
+            config_flags::SOURCE_CHECK
+        } else {
+            0
+        };
+        let config = Config {
+            flags: Config::default().flags | flag,
+            ..Config::default()
+        };
+        let mut datapath = load_with(&objects.join("dataplane.o"), &entries, &config)?;
         let without_old = baseline.and_then(|baseline| baseline.lacks(case));
         let mut older = baseline
             .filter(|_| without_old.is_none())

@@ -16,7 +16,8 @@ use anyhow::{Context, Result, bail};
 use aya::maps::{Array, ProgramArray};
 use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp, xdp::XdpMode};
 use aya::{Ebpf, EbpfLoader};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::{Pod, Zeroable, bytes_of};
+use dataplane_common::config::{self, Config};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 
@@ -115,9 +116,21 @@ pub fn make_device() -> Result<Device> {
 
 /// Loads an object, its maps with other numbers of entries where `entries` has some.
 pub fn load(path: &Path, entries: &[(&str, u32)]) -> Result<Ebpf> {
+    load_by(&mut EbpfLoader::new(), path, entries)
+}
+
+/// [`load`], with these constants.
+pub fn load_with<'a>(path: &Path, entries: &[(&'a str, u32)], config: &'a Config) -> Result<Ebpf> {
+    load_by(
+        EbpfLoader::new().override_global(config::SYMBOL, bytes_of(config), true),
+        path,
+        entries,
+    )
+}
+
+fn load_by<'a>(loader: &mut EbpfLoader<'a>, path: &Path, entries: &[(&'a str, u32)]) -> Result<Ebpf> {
     let bytes = fs::read(path)
         .with_context(|| format!("failed to read {}: run `cargo xtask build-ebpf`", path.display()))?;
-    let mut loader = EbpfLoader::new();
     for &(name, entries) in entries {
         loader.map_max_entries(name, entries);
     }

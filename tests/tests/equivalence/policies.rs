@@ -9,6 +9,7 @@ use dataplane_common::policy::{
     Counted, PeerRulesKey, PodPolicy, PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, PolicyRule, PolicySet,
     PortRulesKey, RuleBits, VARIABLES, VerdictEvent, port_prefix, set_flags,
 };
+use dataplane_common::source::{Source4, Source6, source_place};
 use dataplane_common::unbound::{PodRange, range_index};
 
 use crate::kernel::Kernel;
@@ -205,20 +206,45 @@ fn change_addresses(setting: &mut Setting, kernel: &mut Kernel, random: &mut Ran
         memory.policies.ranges[index as usize] = chosen;
         kernel.set_element::<_, 32>("POD_RANGES", index, &chosen)?;
     }
+    let ifindex = random.pick(&[1, setting.indexes.pod0, setting.indexes.pod1]);
     let addr4 = any(random.pick(&setting.addresses4))[0];
     if memory.v4.bound.remove(&addr4).is_some() {
         kernel.remove::<_, 4, 4>("BOUND_V4", &addr4)?;
     } else {
-        memory.v4.bound.insert(addr4, 1);
-        kernel.insert::<_, _, 4, 4>("BOUND_V4", HashMap::from([(addr4, 1u32)]).iter())?;
+        memory.v4.bound.insert(addr4, ifindex);
+        kernel.insert::<_, _, 4, 4>("BOUND_V4", HashMap::from([(addr4, ifindex)]).iter())?;
     }
     let addr6 = any(random.pick(&setting.addresses6));
     if memory.v6.bound.remove(&addr6).is_some() {
         kernel.remove::<_, 16, 4>("BOUND_V6", &addr6)?;
     } else {
-        memory.v6.bound.insert(addr6, 1);
-        kernel.insert::<_, _, 16, 4>("BOUND_V6", HashMap::from([(addr6, 1u32)]).iter())?;
+        memory.v6.bound.insert(addr6, ifindex);
+        kernel.insert::<_, _, 16, 4>("BOUND_V6", HashMap::from([(addr6, ifindex)]).iter())?;
     }
+    change_sources(setting, kernel, random)
+}
+
+/// A pod's interface is checked or not, and another address is looked at first.
+fn change_sources(setting: &mut Setting, kernel: &mut Kernel, random: &mut Random) -> Result<()> {
+    let memory = &mut setting.memory;
+    let ifindex = random.pick(&[setting.indexes.pod0, setting.indexes.pod1]);
+    if memory.policies.source_checked.remove(&ifindex) {
+        kernel.remove::<_, 4, 4>("SOURCE_CHECKED", &ifindex)?;
+    } else {
+        memory.policies.source_checked.insert(ifindex);
+        kernel.insert::<_, _, 4, 4>("SOURCE_CHECKED", HashMap::from([(ifindex, 1u32)]).iter())?;
+    }
+    let addr_be = any(random.pick(&setting.addresses4))[0];
+    memory.v4.sources.insert(ifindex, addr_be);
+    kernel.set_element::<_, 8>("SOURCES_V4", source_place(ifindex), &Source4 { addr_be, ifindex })?;
+    let addr_be = any(random.pick(&setting.addresses6));
+    memory.v6.sources.insert(ifindex, addr_be);
+    let own = Source6 {
+        addr_be,
+        ifindex,
+        unused: 0,
+    };
+    kernel.set_element::<_, 24>("SOURCES_V6", source_place(ifindex), &own)?;
     Ok(())
 }
 

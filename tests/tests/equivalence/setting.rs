@@ -181,7 +181,9 @@ impl Setting {
         let mut setting = Self {
             memory: Memory {
                 config: Config {
-                    flags: config_flags::FAST_PATH | crate::kernel::config_flags()?,
+                    flags: config_flags::FAST_PATH
+                        | config_flags::SOURCE_CHECK
+                        | crate::kernel::config_flags()?,
                     // Few, so that they collide and run out.
                     snat_port_min: 61_000,
                     snat_port_max: 61_015,

@@ -1,6 +1,7 @@
 //! What an agent tells of its policies, and how it is told to treat them, with real packets.
 
 mod explained;
+mod sources;
 mod stage;
 
 use anyhow::{Context, Result, ensure};

@@ -1,6 +1,6 @@
 //! The cluster of these tests: two pods and a backend on the first node, another backend on the second, and a Service.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -138,7 +138,12 @@ impl Stage {
 
     /// Whether a new connection is answered.
     pub fn connects(&self, from: &str, to: SocketAddr) -> Result<bool> {
-        match self.probe(from, 0, to)? {
+        self.connects_as(from, Ipv4Addr::UNSPECIFIED, to)
+    }
+
+    /// [`Self::connects`], from one of the addresses of the pod's interface.
+    pub fn connects_as(&self, from: &str, source: Ipv4Addr, to: SocketAddr) -> Result<bool> {
+        match self.probe(from, (source, 0).into(), to)? {
             Attempt::Answered { .. } => Ok(true),
             Attempt::Silent => Ok(false),
             other => bail!("{from} to {to}: {other:?}"),
@@ -147,17 +152,17 @@ impl Stage {
 
     /// Who answers a new connection from a port.
     pub fn answers(&self, from: &str, port: u16, to: SocketAddr) -> Result<IpAddr> {
-        match self.probe(from, port, to)? {
+        match self.probe(from, (Ipv4Addr::UNSPECIFIED, port).into(), to)? {
             Attempt::Answered { by, .. } => Ok(by.at.ip()),
             other => bail!("{from} to {to}: {other:?}"),
         }
     }
 
-    fn probe(&self, from: &str, port: u16, to: SocketAddr) -> Result<Attempt> {
+    fn probe(&self, from: &str, source: SocketAddr, to: SocketAddr) -> Result<Attempt> {
         let probe = Probe {
             proto: Proto::Tcp,
             to,
-            from: SocketAddr::from(([0, 0, 0, 0], port)),
+            from: source,
             connections: 1,
             parallel: false,
             interval_ms: 0,

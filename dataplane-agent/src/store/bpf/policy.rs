@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use dataplane_common::{
     policy::{Counted, Hits, PeerRulesKey, PodPolicy, PolicyRule, PolicySet, PortRulesKey, RuleBits},
+    source::{Source4, Source6},
     unbound::PodRange,
 };
 use ipnet::IpNet;
@@ -14,8 +15,9 @@ use crate::{
     bpf::{counters::VerdictCounts, map_names as names, pins::Pins},
     store::{
         StoreError,
-        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore, SourcePlace},
     },
+    sync::encode::any_addr,
 };
 
 /// The maps of policies, opened from their pins.
@@ -35,6 +37,10 @@ pub struct PolicyMaps {
     counts: VerdictCounts,
     bound4: Table<u32, u32>,
     bound6: Table<[u32; 4], u32>,
+    sources4: Table<u32, Source4>,
+    sources6: Table<u32, Source6>,
+    /// The values say nothing.
+    source_checked: Table<u32, u32>,
     pod_ranges: Table<u32, PodRange>,
 }
 
@@ -55,6 +61,9 @@ impl PolicyMaps {
             counts: VerdictCounts::open(pins).map_err(|source| io_error("open", names::RULE_HITS, source))?,
             bound4: Table::open(pins, names::BOUND_V4)?,
             bound6: Table::open(pins, names::BOUND_V6)?,
+            sources4: Table::open(pins, names::SOURCES_V4)?,
+            sources6: Table::open(pins, names::SOURCES_V6)?,
+            source_checked: Table::open(pins, names::SOURCE_CHECKED)?,
             pod_ranges: Table::open(pins, names::POD_RANGES)?,
         })
     }
@@ -174,6 +183,34 @@ impl PolicyStore for super::BpfStore {
         }
     }
 
+    fn write_source(&mut self, place: SourcePlace, own: Option<(IpAddr, u32)>) -> Result<(), StoreError> {
+        match place {
+            SourcePlace::V4(place) => {
+                let own = own.map_or_else(Source4::default, |(addr, ifindex)| Source4 {
+                    addr_be: any_addr(addr)[0],
+                    ifindex,
+                });
+                self.policy.sources4.put(&place, &own)
+            }
+            SourcePlace::V6(place) => {
+                let own = own.map_or_else(Source6::default, |(addr, ifindex)| Source6 {
+                    addr_be: any_addr(addr),
+                    ifindex,
+                    unused: 0,
+                });
+                self.policy.sources6.put(&place, &own)
+            }
+        }
+    }
+
+    fn put_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.policy.source_checked.put(&ifindex, &1)
+    }
+
+    fn delete_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.policy.source_checked.delete(&ifindex)
+    }
+
     fn write_pod_range(&mut self, index: u32, range: &PodRange) -> Result<(), StoreError> {
         self.policy.pod_ranges.put(&index, range)
     }
@@ -186,6 +223,21 @@ impl PolicyStore for super::BpfStore {
         })?;
         maps.bound6.for_each(|addr, ifindex| {
             rows.addrs.insert(addr6(*addr), *ifindex);
+        })?;
+        maps.sources4.for_each(|place, own| {
+            if *own != Source4::default() {
+                let addr = addr4(own.addr_be);
+                rows.sources.insert(SourcePlace::V4(*place), (addr, own.ifindex));
+            }
+        })?;
+        maps.sources6.for_each(|place, own| {
+            if *own != Source6::default() {
+                let addr = addr6(own.addr_be);
+                rows.sources.insert(SourcePlace::V6(*place), (addr, own.ifindex));
+            }
+        })?;
+        maps.source_checked.for_each(|ifindex, _| {
+            rows.checked.insert(*ifindex);
         })?;
         maps.pod_ranges.for_each(|index, range| {
             if let Some(known) = rows.ranges.get_mut(*index as usize) {

@@ -17,7 +17,7 @@ use crate::{
     compile::policy::tables::{ip, longest_port},
     store::{
         StoreError,
-        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore},
+        policy::{BoundRows, PolicyLimits, PolicyRows, PolicyStore, SourcePlace},
     },
 };
 
@@ -231,6 +231,27 @@ impl PolicyStore for Memory {
     fn delete_bound(&mut self, addr: IpAddr) -> Result<(), StoreError> {
         self.writes += 1;
         self.policy.bound.addrs.remove(&addr);
+        Ok(())
+    }
+
+    fn write_source(&mut self, place: SourcePlace, own: Option<(IpAddr, u32)>) -> Result<(), StoreError> {
+        self.writes += 1;
+        match own {
+            Some(own) => self.policy.bound.sources.insert(place, own),
+            None => self.policy.bound.sources.remove(&place),
+        };
+        Ok(())
+    }
+
+    fn put_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.policy.bound.checked.insert(ifindex);
+        Ok(())
+    }
+
+    fn delete_source_checked(&mut self, ifindex: u32) -> Result<(), StoreError> {
+        self.writes += 1;
+        self.policy.bound.checked.remove(&ifindex);
         Ok(())
     }
 

@@ -470,6 +470,9 @@ impl Agent {
                 let name = |addr| Some((addr, self.policies.pod_at(addr)?.to_string()));
                 let _gone = reply.send(addrs.into_iter().filter_map(name).collect());
             }
+            Ask::EnforcedOf(pod, reply) => {
+                let _gone = reply.send(self.enforced_of(&pod));
+            }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());
             }

@@ -142,8 +142,10 @@ pub enum Command {
         output: Output,
     },
     /// Say which policies select Pods of this node, how often each rule has decided and what dry runs would have changed, and
-    /// what of policies is not honoured.
+    /// what of policies is not honoured; or of one Pod, the rules of both directions in the order in which they are asked.
     Policies {
+        /// A Pod of this node: `NAMESPACE/NAME`.
+        pod: Option<String>,
         /// The agent's socket.
         #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
         socket: PathBuf,
@@ -178,6 +180,29 @@ pub enum Command {
         bpffs: PathBuf,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
+    },
+    /// Write an archive of what the other commands say, the agent's last log lines and what the machine is. It holds names and
+    /// addresses of Pods, Services and nodes, and no credentials.
+    Bugreport {
+        /// Where to [default: dataplane-bugreport-TIME.tar.gz in the current folder].
+        to: Option<PathBuf>,
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+    },
+    /// Show or change the levels of a running agent's log.
+    Log {
+        /// Levels by module, as in DATAPLANE_LOG: `debug`, or `info,dataplane_agent::sync=trace`.
+        levels: Option<String>,
+        /// Back to those that the agent has started with.
+        #[arg(long, conflicts_with = "levels")]
+        reset: bool,
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
     },
     /// Print what a shell needs to complete this command line: `source <(dataplane-agent completions bash)`.
     Completions {

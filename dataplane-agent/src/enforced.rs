@@ -36,9 +36,34 @@ pub struct EnforcedRule {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
     pub action: String,
+    /// The other ends that it is about, in words.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub peers: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub ports: String,
     /// Flows that it has allowed, and packets that it has denied, at Pods of this node. A flow counts again when it is judged
     /// again, because policies have changed.
     pub verdicts: u64,
     /// The same, of what a dry run would change.
     pub dry_run: u64,
+}
+
+/// What policies say about one Pod, in the order in which they are asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfPod {
+    /// `namespace/name`.
+    pub pod: String,
+    pub ingress: OfDirection,
+    pub egress: OfDirection,
+    /// Why it is closed, where its policies are more than a set holds.
+    pub problems: Vec<Problem>,
+}
+
+/// In one direction: the first rule that fits decides, and `pass` leaves what fits to the tiers behind its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfDirection {
+    /// A NetworkPolicy selects the Pod: what no rule allows is denied, and the baseline tier is not asked.
+    pub isolated: bool,
+    /// Each with its rules for the direction. How often they have decided counts all Pods of the node.
+    pub policies: Vec<EnforcedPolicy>,
 }

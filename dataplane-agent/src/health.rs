@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context;
 use hyper::{StatusCode, Uri};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixListener,
     sync::{mpsc, oneshot, watch},
@@ -23,9 +23,10 @@ use tokio::{
 
 use self::http::{Answer, Listener};
 use crate::{
-    enforced::Enforced,
+    enforced::{Enforced, OfPod},
     explain::{Answered, tables::Query},
     host::Claim,
+    logging,
     model::Name,
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
@@ -112,6 +113,8 @@ pub enum Ask {
     Names(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
+    /// What policies say about a Pod of this node.
+    EnforcedOf(Name, oneshot::Sender<Option<OfPod>>),
     /// What a CNI plugin tells of a pod; answered when its policies are in force.
     Bind(Name, Claim, watch::Sender<Binding>),
     /// What policies have decided after the verdict with a number.
@@ -161,6 +164,14 @@ struct Page<'a> {
     source_revision: u64,
     rejected: &'a [String],
     failed: &'a [String],
+}
+
+/// The levels of the log, as the agent tells its command.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Levels {
+    pub levels: String,
+    /// Why they are not others.
+    pub error: Option<String>,
 }
 
 impl Health {
@@ -223,7 +234,10 @@ impl Health {
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
             "/names" => self.names(uri).await,
+            "/log" => log_levels(uri),
+            "/log/lines" => Answer::of_health(true, logging::last_lines()),
             "/explain" => self.explain(uri).await,
+            "/policies" if text(uri, "pod").is_some() => self.enforced_of(uri).await,
             "/policies" => match self.enforced().await {
                 Some(enforced) => Answer::of_health(true, to_json(&enforced)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
@@ -261,6 +275,18 @@ impl Health {
         let addrs = list.filter_map(|addr| addr.parse().ok()).collect();
         match self.ask(|reply| Ask::Names(addrs, reply)).await {
             Some(names) => Answer::of_health(true, to_json(&names)),
+            None => Answer::of_health(false, "{}\n".to_owned()),
+        }
+    }
+
+    /// What policies say about the Pod in a path.
+    async fn enforced_of(&self, uri: &Uri) -> Answer {
+        let Some(Ok(pod)) = text(uri, "pod").map(str::parse::<Name>) else {
+            return Answer::not_found();
+        };
+        match self.ask(|reply| Ask::EnforcedOf(pod, reply)).await {
+            Some(Some(of_pod)) => Answer::of_health(true, to_json(&of_pod)),
+            Some(None) => Answer::not_found(),
             None => Answer::of_health(false, "{}\n".to_owned()),
         }
     }
@@ -387,6 +413,19 @@ fn claim(uri: &Uri) -> Option<(Name, Claim)> {
         uid: text(uri, "uid")?.to_owned(),
     };
     (!pod.namespace().is_empty()).then_some((pod, claim))
+}
+
+/// What is asked of the log.
+fn log_levels(uri: &Uri) -> Answer {
+    let outcome = match (text(uri, "levels"), text(uri, "reset")) {
+        (None, None) => Ok(()),
+        (levels, _) => logging::set_levels(levels),
+    };
+    let levels = Levels {
+        levels: logging::levels(),
+        error: outcome.err(),
+    };
+    Answer::of_health(true, to_json(&levels))
 }
 
 /// `/livez` is about this process alone, `/healthz` about what load balancers should send here.

@@ -232,18 +232,15 @@ impl Agents {
         serde_json::from_slice(&output.stdout).context("`status` printed no JSON")
     }
 
-    /// Runs a command that asks the agent of a node.
+    /// [`Self::asking`], for JSON.
     pub fn command(&self, node: &str, arguments: &[&str]) -> Result<Output> {
-        let agent = self.of(node)?;
-        let (netns, cgroup) = &agent.enter;
-        let mut command = agent
-            .helper
-            .enter(netns, &cgroup.join("host"), &self.options.program);
-        command.args(arguments).args(["--output", "json"]);
-        command.arg("--socket").arg(&agent.socket);
-        command
-            .output()
-            .with_context(|| format!("failed to run {arguments:?}"))
+        self.asking(node, &[arguments, &["--output", "json"]].concat())
+    }
+
+    /// Runs a command that asks the agent of a node.
+    pub fn asking(&self, node: &str, arguments: &[&str]) -> Result<Output> {
+        let socket = self.of(node)?.socket.display().to_string();
+        self.run(node, &[arguments, &["--socket", &socket]].concat())
     }
 
     /// Runs a command of the agent's program on a node.

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use super::{Agent, claims::is_same};
 use crate::{
-    enforced::{Enforced, EnforcedPolicy, EnforcedRule},
+    enforced::{Enforced, EnforcedPolicy, EnforcedRule, OfDirection, OfPod},
     host::HostState,
     model::{
         Kind, Name, ObjectRef, Policy, Rejected,
-        policy::{Action, Direction, Tier},
+        policy::{Action, Direction, Rule, Tier},
+        policy_words::one_of,
     },
     served,
     sync::policy::{
@@ -48,27 +49,75 @@ impl Agent {
         })
     }
 
-    /// What policies do here.
-    pub(super) fn enforced(&self) -> Enforced {
+    /// How often rules have decided.
+    fn hits(&self) -> HitsByDecider {
         let hits = tokio::task::block_in_place(|| self.policy_syncer.hits(&*self.store));
-        let hits = hits.unwrap_or_else(|error| {
+        hits.unwrap_or_else(|error| {
             tracing::warn!("failed to count what policies have decided: {error}");
             HitsByDecider::new()
+        })
+    }
+
+    /// A policy that selects so many Pods of this node, with its rules for these directions.
+    fn enforced_policy(
+        &self,
+        key: &ObjectRef,
+        pods: usize,
+        directions: &[Direction],
+        hits: &HitsByDecider,
+    ) -> Option<EnforcedPolicy> {
+        let policy = self.index.policies().get(key)?;
+        let dry_run = policy.is_dry_run(self.index.namespace(key.name.namespace()));
+        Some(EnforcedPolicy {
+            policy: key.to_string(),
+            tier: policy.tier.to_string(),
+            dry_run,
+            pods,
+            rules: rules(policy, dry_run, directions, hits),
+        })
+    }
+
+    /// What policies say about a Pod of this node; `None`: there is no such Pod.
+    pub(super) fn enforced_of(&self, name: &Name) -> Option<OfPod> {
+        self.index.local_pod(name).filter(|pod| !pod.host_network)?;
+        let of_pod = self.policies.pods().get(name);
+        let hits = self.hits();
+        let selected: BTreeMap<_, _> = self.policies.selected().collect();
+        let of_direction = |direction: Direction| {
+            let keys = of_pod.map_or(&[][..], |pod| &pod.policies[direction as usize]);
+            let policies = keys.iter().filter_map(|key| {
+                let pods = selected.get(key).map_or(0, |pods| pods.len());
+                self.enforced_policy(key, pods, &[direction], &hits)
+            });
+            let mut policies: Vec<EnforcedPolicy> = policies.collect();
+            let isolates = |policy: &EnforcedPolicy| {
+                !policy.dry_run && policy.rules.iter().any(|rule| rule.rule.is_none())
+            };
+            let isolated = policies.iter().any(isolates);
+            let baseline = Tier::Baseline.to_string();
+            policies.retain(|policy| !isolated || policy.tier != baseline);
+            OfDirection { isolated, policies }
+        };
+        let problems = self.rejected_by_policies().filter(|one| {
+            let object: Option<ObjectRef> = one.object.parse().ok();
+            object.is_some_and(|object| object.name == *name)
         });
+        Some(OfPod {
+            pod: name.to_string(),
+            ingress: of_direction(Direction::Ingress),
+            egress: of_direction(Direction::Egress),
+            problems: problems.map(|one| served::Problem::from(&one)).collect(),
+        })
+    }
+
+    /// What policies do here.
+    pub(super) fn enforced(&self) -> Enforced {
+        let hits = self.hits();
         let mut selected: Vec<_> = self.policies.selected().collect();
         selected.sort_unstable_by_key(|(policy, _)| *policy);
-        let policies = selected.into_iter().filter_map(|(key, pods)| {
-            let policy = self.index.policies().get(key)?;
-            let namespace = self.index.namespace(key.name.namespace());
-            let dry_run = policy.is_dry_run(namespace);
-            Some(EnforcedPolicy {
-                policy: key.to_string(),
-                tier: policy.tier.to_string(),
-                dry_run,
-                pods: pods.len(),
-                rules: rules(policy, dry_run, &hits),
-            })
-        });
+        let policies = selected
+            .into_iter()
+            .filter_map(|(key, pods)| self.enforced_policy(key, pods.len(), &Direction::ALL, &hits));
         let is_about_policies = |problem: &served::Problem| {
             let object: Option<ObjectRef> = problem.object.parse().ok();
             object.is_some_and(|object| object.kind.is_policy())
@@ -86,8 +135,14 @@ impl Agent {
 }
 
 /// The rules of a policy with their verdicts. What no rule decides is put down to a dry run as far as that is one.
-fn rules(policy: &Policy, dry_run: bool, hits: &HitsByDecider) -> Vec<EnforcedRule> {
-    let row = |direction: Direction, rule, name: &str, action: Action| {
+fn rules(
+    policy: &Policy,
+    dry_run: bool,
+    directions: &[Direction],
+    hits: &HitsByDecider,
+) -> Vec<EnforcedRule> {
+    let row = |direction: Direction, of: Option<&Rule>| {
+        let rule = of.map(|rule| rule.place);
         let decider = Decider {
             policy: policy.key.clone(),
             direction,
@@ -97,8 +152,10 @@ fn rules(policy: &Policy, dry_run: bool, hits: &HitsByDecider) -> Vec<EnforcedRu
         EnforcedRule {
             direction: direction.as_str().to_owned(),
             rule,
-            name: name.to_owned(),
-            action: action.label().to_owned(),
+            name: of.map_or_else(String::new, |rule| rule.name.as_ref().to_owned()),
+            action: of.map_or(Action::Deny, |rule| rule.action).label().to_owned(),
+            peers: of.map_or_else(String::new, |rule| one_of(rule.peers.as_deref())),
+            ports: of.map_or_else(String::new, |rule| one_of(rule.ports.as_deref())),
             verdicts: hits.decided,
             dry_run: if dry_run || rule.is_some() {
                 hits.dry_run
@@ -108,14 +165,14 @@ fn rules(policy: &Policy, dry_run: bool, hits: &HitsByDecider) -> Vec<EnforcedRu
         }
     };
     let mut rows = Vec::new();
-    for direction in Direction::ALL {
+    for direction in directions.iter().copied() {
         let Some(rules) = policy.rules(direction) else {
             continue;
         };
         let of_rules = rules.iter();
-        rows.extend(of_rules.map(|rule| row(direction, Some(rule.place), &rule.name, rule.action)));
+        rows.extend(of_rules.map(|rule| row(direction, Some(rule))));
         if policy.tier == Tier::Namespace {
-            rows.push(row(direction, None, "", Action::Deny));
+            rows.push(row(direction, None));
         }
     }
     rows

@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::de::DeserializeOwned;
 
 /// How long an agent may be silent.
-const WITHIN: Duration = Duration::from_secs(10);
+pub const WITHIN: Duration = Duration::from_secs(10);
 
 /// What an agent said.
 #[derive(Debug)]

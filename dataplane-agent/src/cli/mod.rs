@@ -1,10 +1,12 @@
 //! The commands.
 
 pub mod ask;
+pub mod bugreport;
 pub mod check;
 pub mod cleanup;
 pub mod explain;
 pub mod flows;
+pub mod log;
 pub mod manual;
 pub mod maps;
 pub mod output;
@@ -15,24 +17,19 @@ pub mod status;
 pub mod verdicts;
 pub mod wait;
 
-use std::{
-    io::{IsTerminal, Write},
-    path::Path,
-    process::ExitCode,
-};
-
-use tracing_subscriber::EnvFilter;
+use std::{io::Write, path::Path, process::ExitCode};
 
 use crate::{
     agent,
     args::{Cli, Command},
     bpf::{kernel, pins::Pins},
     explain::tables::Query,
+    logging,
 };
 
 /// Runs a command; errors go to stderr, with their causes.
 pub fn main(cli: Cli) -> ExitCode {
-    log_to_stderr();
+    logging::start();
     run(cli.command).unwrap_or_else(|error| {
         // Nothing is left to report to when stderr is closed.
         let _closed = writeln!(std::io::stderr(), "error: {error:#}");
@@ -85,12 +82,27 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output,
             )?;
         }
-        Command::Policies { socket, output } => policies::run(&socket, output)?,
+        Command::Policies { pod, socket, output } => match pod {
+            Some(pod) => policies::run_for(&pod, &socket, output)?,
+            None => policies::run(&socket, output)?,
+        },
         Command::Verdicts {
             socket,
             follow,
             output,
         } => verdicts::run(&socket, follow, output)?,
+        Command::Bugreport { to, bpffs, socket } => {
+            let places = bugreport::Places {
+                bpffs: &bpffs,
+                socket: &socket,
+            };
+            bugreport::run(places, to)?;
+        }
+        Command::Log {
+            levels,
+            reset,
+            socket,
+        } => log::run(levels.as_deref(), reset, &socket)?,
         Command::Completions { shell } => manual::completions(shell)?,
         Command::Man { folder } => manual::write_pages(&folder)?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
@@ -120,15 +132,4 @@ fn pinned(bpffs: &Path) -> anyhow::Result<Pins> {
         bpffs.display()
     );
     Ok(pins)
-}
-
-/// Levels by `DATAPLANE_LOG`, as `tracing` writes them; colours only on a terminal and without `NO_COLOR`.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("DATAPLANE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colours)
-        .init();
 }

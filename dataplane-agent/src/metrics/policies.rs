@@ -25,6 +25,8 @@ pub fn families(enforced: &Enforced) -> Vec<MetricFamily> {
             verdicts: decided,
             dry_run,
             name: _,
+            peers: _,
+            ports: _,
         } in rules
         {
             let rule = rule.map_or_else(|| "none".to_owned(), |rule| rule.to_string());

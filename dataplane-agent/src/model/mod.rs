@@ -5,6 +5,7 @@ pub mod index;
 mod packed;
 pub mod policies;
 pub mod policy;
+pub mod policy_words;
 pub mod shared;
 mod types;
 

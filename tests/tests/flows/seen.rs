@@ -1,10 +1,14 @@
 //! What commands say of connections, with the names that a running agent knows, and from the pinned tables alone once it is
 //! killed.
 
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read as _;
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use dataplane_tests::agent;
+use flate2::read::GzDecoder;
 use serde_json::Value;
 
 use crate::stage::{Mode, Stage};
@@ -60,7 +64,18 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
         "{running}"
     );
 
+    levels_of_the_log(&stage)?;
+    let report = archive(&stage, "running")?;
+    ensure!(json(&report, "status.json")?["agent_running"] == true);
+    ensure!(json(&report, "flows.json")?.as_array().map(Vec::len) >= Some(CONNECTIONS));
+    ensure!(text(&report, "log.txt")?.lines().count() >= 1);
+
     stage.agents.kill_all();
+    let report = archive(&stage, "killed")?;
+    ensure!(json(&report, "status.json")?["agent_running"] == false);
+    ensure!(json(&report, "flows.json")?.as_array().map(Vec::len) >= Some(CONNECTIONS));
+    ensure!(text(&report, "policies.json.error")?.contains("failed to reach an agent"));
+    ensure!(text(&report, "log.txt.error")?.contains("failed to reach an agent"));
     let unnamed = shown(&stage, &["flows", "--to", "10.96.0.41", "--port", "80/TCP"])?;
     let flows = unnamed.as_array().context("no list of flows")?;
     ensure!(
@@ -88,6 +103,60 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
     );
     ensure!(stage.agents.status(NODE)?["agent_running"] == false);
     Ok(())
+}
+
+/// Levels are changed and set back, and what is no level changes nothing.
+fn levels_of_the_log(stage: &Stage) -> Result<()> {
+    let levels = |arguments: &[&str]| -> Result<(bool, String)> {
+        let output = stage.agents.asking(NODE, &[&["log"], arguments].concat())?;
+        let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        Ok((output.status.success(), text))
+    };
+    let (_, before) = levels(&[])?;
+    let changed = levels(&["info,dataplane_agent::sync=debug"])?;
+    ensure!(
+        changed.0 && changed.1.contains("dataplane_agent::sync=debug"),
+        "{changed:?}"
+    );
+    ensure!(!levels(&["info,dataplane_agent::sync=lots"])?.0);
+    ensure!(levels(&[])? == changed, "nothing has changed");
+    ensure!(levels(&["--reset"])? == (true, before));
+    Ok(())
+}
+
+/// The files of a report, without their folder.
+fn archive(stage: &Stage, name: &str) -> Result<HashMap<String, Vec<u8>>> {
+    let path = stage.cluster.places().work.join(format!("{name}.tar.gz"));
+    let (bpffs, to) = (stage.agents.bpffs(NODE)?, path.display().to_string());
+    let bpffs = bpffs.display().to_string();
+    let output = stage
+        .agents
+        .asking(NODE, &["bugreport", &to, "--bpffs", &bpffs])?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{complaint}");
+    let file = File::open(&path).with_context(|| format!("failed to open {to}"))?;
+    let mut read = tar::Archive::new(GzDecoder::new(file));
+    let mut files = HashMap::new();
+    for entry in read.entries()? {
+        let mut entry = entry?;
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes)?;
+        let path = entry.path()?.display().to_string();
+        let (_, name) = path.split_once('/').context("no folder")?;
+        files.insert(name.to_owned(), bytes);
+    }
+    Ok(files)
+}
+
+fn text(report: &HashMap<String, Vec<u8>>, name: &str) -> Result<String> {
+    let bytes = report
+        .get(name)
+        .with_context(|| format!("no {name} among {:?}", report.keys()))?;
+    Ok(String::from_utf8(bytes.clone())?)
+}
+
+fn json(report: &HashMap<String, Vec<u8>>, name: &str) -> Result<Value> {
+    serde_json::from_str(&text(report, name)?).with_context(|| format!("{name} is no JSON"))
 }
 
 /// The frontend of the cluster address.

@@ -63,6 +63,19 @@ fn every_verdict_is_counted_and_told_with_what_gave_it() -> Result<()> {
     ensure!(counts(&shown, trial, Some(0))? == (0, 0), "{shown:#}");
     ensure!(counts(&shown, trial, None)? == (0, 3), "{shown:#}");
 
+    let of_pod = stage.command("node1", &["policies", "shop/back1"])?;
+    let rule = &of_pod["ingress"]["policies"][0]["rules"][1];
+    ensure!(
+        rule["verdicts"] == 3
+            && rule["peers"] == "pods with pod=front in shop"
+            && rule["ports"] == "8080/TCP",
+        "{of_pod:#}"
+    );
+    ensure!(
+        of_pod["ingress"]["isolated"] == true && of_pod["egress"]["isolated"] == false,
+        "{of_pod:#}"
+    );
+
     // Each dropped packet is one verdict that names who gave it, and there are no others.
     ensure!(stage.counted("node1", "policy-denied")? == denied);
     ensure!(

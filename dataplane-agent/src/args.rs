@@ -184,7 +184,7 @@ pub enum Command {
     /// Write an archive of what the other commands say, the agent's last log lines and what the machine is. It holds names and
     /// addresses of Pods, Services and nodes, and no credentials.
     Bugreport {
-        /// Where to [default: dataplane-bugreport-TIME.tar.gz in the current folder].
+        /// Where to, `-` for stdout [default: dataplane-bugreport-TIME.tar.gz in the current folder].
         to: Option<PathBuf>,
         /// The BPF file system of the agent.
         #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]

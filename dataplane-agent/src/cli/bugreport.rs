@@ -4,12 +4,12 @@
 
 use std::{
     fs::File,
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
 
@@ -48,10 +48,15 @@ const FILES: &[(&str, &str)] = &[
     ("machine/devices.txt", "/proc/net/dev"),
 ];
 
-/// Writes the archive to `to`, or to a file here that is named after the time, and prints where.
+/// Writes the archive to `to`, to stdout where that is `-`, or to a file here that is named after the time; then prints where.
 pub fn run(places: Places<'_>, to: Option<PathBuf>) -> anyhow::Result<()> {
     let now = Timestamp::now();
     let folder = format!("dataplane-bugreport-{}", now.strftime("%Y%m%dT%H%M%SZ"));
+    if to.as_deref() == Some(Path::new("-")) {
+        let stdout = io::stdout();
+        ensure!(!stdout.is_terminal(), "an archive is nothing for a terminal");
+        return write(stdout.lock(), &folder, now, places).context("failed to write the archive");
+    }
     let to = to.unwrap_or_else(|| format!("{folder}.tar.gz").into());
     let file = File::create_new(&to).with_context(|| format!("failed to create {}", to.display()))?;
     let written = write(file, &folder, now, places);
@@ -63,7 +68,7 @@ pub fn run(places: Places<'_>, to: Option<PathBuf>) -> anyhow::Result<()> {
     print(&format!("{}\n", to.display()))
 }
 
-fn write(file: File, folder: &str, now: Timestamp, places: Places<'_>) -> anyhow::Result<()> {
+fn write(file: impl Write, folder: &str, now: Timestamp, places: Places<'_>) -> anyhow::Result<()> {
     let mut archive = Archive {
         tar: tar::Builder::new(GzEncoder::new(file, Compression::default())),
         folder,
@@ -96,14 +101,14 @@ fn write(file: File, folder: &str, now: Timestamp, places: Places<'_>) -> anyhow
     Ok(())
 }
 
-struct Archive<'a> {
-    tar: tar::Builder<GzEncoder<File>>,
+struct Archive<'a, W: Write> {
+    tar: tar::Builder<GzEncoder<W>>,
     folder: &'a str,
     /// When it was made, since 1970.
     seconds: u64,
 }
 
-impl Archive<'_> {
+impl<W: Write> Archive<'_, W> {
     /// What a command has printed, and what it has complained of.
     fn add_output(&mut self, name: &str, output: &Output) -> io::Result<()> {
         if !output.stdout.is_empty() {

@@ -659,3 +659,88 @@ impl Agent {
 fn has_problems_later(kind: Kind) -> bool {
     matches!(kind, Kind::Service | Kind::Pod)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        args::Cli,
+        decode::{Decoded, decode},
+        store::{Limits, memory::Memory, policy::PolicyLimits},
+    };
+
+    const LIMITS: Limits = Limits {
+        frontends: 10,
+        services: 10,
+        backends: 10,
+        maglev: 1000,
+        source_ranges: 10,
+        policy: PolicyLimits::new(10, 10, 64),
+    };
+
+    fn applied(value: serde_json::Value) -> Change {
+        match decode(&value) {
+            Decoded::Object { key, object, .. } => Change::Apply {
+                key,
+                object,
+                origin: None,
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_machine_is_not_looked_at_with_half_the_pods() {
+        let run = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
+        let config = Cli::config_of(run).unwrap();
+        let store = Memory::new(LIMITS);
+        let syncer = Syncer::restore(&store).unwrap();
+        let policies = PolicySyncer::restore(&store).unwrap();
+        let bound = BoundSyncer::restore(&store).unwrap();
+        let (progress, seen) = watch::channel(Progress::default());
+        let (wanted, wanted_seen) = watch::channel(WantedPods::default());
+        let outward = Outward {
+            wanted,
+            progress,
+            health_checks: node_ports::Servers::new(seen),
+            metrics: Metrics::new(),
+        };
+        let mut agent = Agent::new(&config, Box::new(store), syncer, policies, bound, outward);
+        let node = applied(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
+        }));
+        let pod = applied(json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"nodeName": "a", "containers": []}, "status": {"podIPs": [{"ip": "10.244.1.5"}]},
+        }));
+        let mut take = |revision, complete, changes| {
+            agent.take_batch(Batch {
+                revision,
+                complete,
+                changes,
+                ..Batch::default()
+            });
+            wanted_seen.borrow().clone()
+        };
+        assert_eq!(
+            take(1, false, vec![node]),
+            WantedPods::default(),
+            "Nodes come first"
+        );
+        assert_eq!(
+            take(2, false, vec![pod]),
+            WantedPods::default(),
+            "perhaps not all"
+        );
+        let wanted = take(3, true, Vec::new());
+        assert_eq!(wanted.revision, 1);
+        assert_eq!(
+            wanted.pods["10.244.1.5".parse::<std::net::IpAddr>().as_ref().unwrap()],
+            "shop/web"
+        );
+        assert_eq!(wanted.node_addresses.len(), 1);
+    }
+}

@@ -104,6 +104,7 @@ fn config(place: &Place, node: &str, sizes: Sizes) -> Config {
         service_echo: ServiceEcho::default(),
         external_ips: true,
         source_ranges_for: SourceRangesFor::Lb,
+        source_check: true,
         policy_changes: PolicyChanges::All,
         policy_mode: PolicyMode::Enforce,
         verdicts: Verdicts::Denied,

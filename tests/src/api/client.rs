@@ -1,8 +1,10 @@
 //! Plain requests with plain documents, one after the other.
 
+use std::error::Error;
+use std::fmt;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use http::{Method, Request};
 use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -23,13 +25,35 @@ impl Outcome {
     pub fn done(self) -> Result<Value> {
         match self {
             Self::Done(value) => Ok(value),
-            Self::Refused(code, message) => Err(anyhow!("the API server answered {code}: {message}")),
+            Self::Refused(code, message) => Err(Refused { code, message }.into()),
         }
     }
 
     #[must_use]
     pub fn is(&self, status: u16) -> bool {
         matches!(self, Self::Refused(code, _) if *code == status)
+    }
+}
+
+/// The server said no.
+#[derive(Debug)]
+pub struct Refused {
+    pub code: u16,
+    message: String,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the API server answered {}: {}", self.code, self.message)
+    }
+}
+
+impl Error for Refused {}
+
+impl Refused {
+    /// What made `error`, if it is that the server does not take an object as it is: nothing of ours has seen it.
+    pub fn as_invalid(error: &anyhow::Error) -> Option<&Self> {
+        error.downcast_ref::<Self>().filter(|refused| refused.code == 422)
     }
 }
 

@@ -15,6 +15,7 @@ use super::judge::Status;
 use super::probing::{self, History};
 use super::report::{ProbeReport, ScenarioReport};
 use crate::agent::{AgentOptions, Agents};
+use crate::api::client::Refused;
 use crate::api::served::Served;
 use crate::cluster::Cluster;
 use crate::manifests::{self, Manifests};
@@ -56,7 +57,14 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
     }
     let mut problems = Vec::new();
     let result = drive(scenario, name, options, &mut report.probes, &mut problems);
-    problems.extend(result.err().map(|error| format!("{error:#}")));
+    let refused = result
+        .as_ref()
+        .err()
+        .and_then(Refused::as_invalid)
+        .map(ToString::to_string);
+    if refused.is_none() {
+        problems.extend(result.err().map(|error| format!("{error:#}")));
+    }
     let failed = report
         .probes
         .iter()
@@ -69,6 +77,9 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
     if !problems.is_empty() {
         report.status = Status::Failed;
         report.reason = Some(problems.join("; "));
+    } else if refused.is_some() {
+        report.status = Status::Skipped;
+        report.reason = refused;
     } else if !counted {
         report.status = Status::Skipped;
         report.reason = Some("no probe could be made with this kernel".to_owned());

@@ -9,6 +9,7 @@ use super::drops::Counted;
 use super::file::{Action, Case, Cell, Step};
 use super::layout::{Layout, Needs, member};
 use super::objects::{Change, Objects};
+use crate::api::client::Refused;
 use crate::scenario::judge::Status;
 use crate::scenario::report::{Cells, ProbeReport, ScenarioReport};
 use crate::scenario::run::{RunOptions, hold, keep_logs};
@@ -38,9 +39,16 @@ pub fn run(case: &Case, bed: &mut Option<Bed>, name: &str, options: &RunOptions)
         return report;
     }
     let result = run.drive(bed, name, options);
-    run.problems
-        .extend(result.err().map(|error| format!("{error:#}")));
-    let broken = !run.problems.is_empty();
+    let refused = result
+        .as_ref()
+        .err()
+        .and_then(Refused::as_invalid)
+        .map(ToString::to_string);
+    if refused.is_none() {
+        run.problems
+            .extend(result.err().map(|error| format!("{error:#}")));
+    }
+    let broken = !run.problems.is_empty() || refused.is_some();
     if !run.failed.is_empty() {
         let earlier = match bed.as_ref().map_or(0, |bed| bed.cases.saturating_sub(1)) {
             0 => String::new(),
@@ -60,6 +68,9 @@ pub fn run(case: &Case, bed: &mut Option<Bed>, name: &str, options: &RunOptions)
     if !run.problems.is_empty() {
         report.status = Status::Failed;
         report.reason = Some(run.problems.join("; "));
+    } else if refused.is_some() {
+        report.status = Status::Skipped;
+        report.reason = refused;
     }
     report.probes = run.failed;
     report.cells = Some(run.cells);

@@ -1,5 +1,5 @@
-//! Kernels as Debian packages them, of whichever release has a series: downloaded and unpacked below `target/kernels`, never
-//! installed. The package manager is asked with lists and a cache of its own there, so that the machine's stay as they are;
+//! What Debian packages and tests need, never installed: kernels of whichever release has a series, downloaded and unpacked below
+//! `target/kernels`, and promtool among the tools. The package manager is asked with lists and a cache of its own there, so that the machine's stay as they are;
 //! the mirror is the machine's.
 
 use std::fs;
@@ -44,6 +44,33 @@ pub fn kernel(release: &str, series: &str) -> Result<Option<PathBuf>> {
     })?;
     fs::rename(&partial, &dir).with_context(|| format!("failed to rename {}", partial.display()))?;
     Ok(Some(dir))
+}
+
+/// Prometheus' own judge of metrics and rules: the machine's, or else out of Debian's package; none if the machine has no mirror.
+pub fn promtool() -> Result<Option<PathBuf>> {
+    const NAME: &str = "promtool";
+    let own = paths::tools().join("bin").join(NAME);
+    if let Some(found) = paths::program(NAME).or_else(|| own.is_file().then(|| own.clone())) {
+        return Ok(Some(found));
+    }
+    let partial = paths::root().join("target/promtool.partial");
+    if partial.exists() {
+        fs::remove_dir_all(&partial).with_context(|| format!("failed to remove {}", partial.display()))?;
+    }
+    fs::create_dir_all(&partial).with_context(|| format!("failed to create {}", partial.display()))?;
+    let Some(apt) = Apt::of(&partial, "bookworm")? else {
+        return Ok(None);
+    };
+    progress::step("downloading promtool", || apt.unpack("prometheus", &partial))?;
+    if let Some(folder) = own.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("failed to create {}", folder.display()))?;
+    }
+    // Copied beside its place and renamed: tools may be on another file system, and half a program is none.
+    let half = own.with_extension("partial");
+    fs::copy(partial.join("usr/bin").join(NAME), &half).context("the package has no promtool")?;
+    fs::rename(&half, &own).with_context(|| format!("failed to rename {}", half.display()))?;
+    fs::remove_dir_all(&partial).with_context(|| format!("failed to remove {}", partial.display()))?;
+    Ok(Some(own))
 }
 
 /// The package manager, with one release as its only source.

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result};
 
-use crate::{build, kernels, process, progress, setup};
+use crate::{build, kernels, packages, process, progress, setup};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -55,6 +55,11 @@ pub fn run(args: &Args) -> Result<()> {
         progress::note("to run them too: sudo -E env PATH=\"$PATH\" cargo xtask test");
     }
     let mut command = process::cargo("test");
+    match packages::promtool() {
+        Ok(Some(promtool)) => drop(command.env("PROMTOOL", promtool)),
+        Ok(None) => progress::note("there is no promtool: its test of metrics and alerts is left out"),
+        Err(error) => progress::note(&format!("there is no promtool, its test is left out: {error:#}")),
+    }
     command
         .args(["--workspace", "--no-fail-fast"])
         .args(&args.args)

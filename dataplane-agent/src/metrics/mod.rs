@@ -412,6 +412,79 @@ mod tests {
         assert!(buckets.is_sorted(), "{buckets:?}");
     }
 
+    /// What promtool says of a document, if it says anything.
+    fn said_by(promtool: &std::ffi::OsStr, arguments: &[&str], document: &str) -> Result<(), String> {
+        use std::io::Write as _;
+        let mut child = std::process::Command::new(promtool)
+            .args(arguments)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let stdin = child.stdin.take().expect("it is piped");
+        (&stdin)
+            .write_all(document.as_bytes())
+            .map_err(|error| error.to_string())?;
+        drop(stdin);
+        let output = child.wait_with_output().map_err(|error| error.to_string())?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(text)
+        }
+    }
+
+    /// `cargo xtask test` names promtool in `PROMTOOL`.
+    #[test]
+    fn promtool_finds_nothing_wrong_with_metrics_alerts_and_dashboard() {
+        let Some(promtool) = std::env::var_os("PROMTOOL") else {
+            println!("skipped: PROMTOOL names no promtool (`cargo xtask test` does)");
+            return;
+        };
+        let metrics = Metrics::new();
+        metrics
+            .add(kernel_side::KernelSide::new(std::path::Path::new("/nonexistent")))
+            .unwrap();
+        let page = metrics.page(Some(&policies::tests::enforced())).unwrap();
+        said_by(&promtool, &["check", "metrics"], &page).unwrap();
+        let wrong = page.replace(
+            "# TYPE dataplane_table_writes_total counter",
+            "# TYPE dataplane_table_writes_total gauge",
+        );
+        assert!(
+            said_by(&promtool, &["check", "metrics"], &wrong).is_err(),
+            "it looks at them"
+        );
+
+        let alerts = include_str!("../../../deploy/helm/dataplane/files/alerts.yaml");
+        let dashboard = include_str!("../../../deploy/helm/dataplane/files/dashboard.json");
+        let dashboard: serde_json::Value = serde_json::from_str(dashboard).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        let queries = panels
+            .iter()
+            .flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
+        let queries = queries.map(|target| target["expr"].as_str().unwrap().replace("$instance", ".*"));
+        let recorded = queries.enumerate().map(|(number, query)| {
+            format!(
+                "  - record: panel:{number}\n    expr: {}\n",
+                serde_json::json!(query)
+            )
+        });
+        let recorded: Vec<String> = recorded.collect();
+        assert!(recorded.len() > 8, "{recorded:?}");
+        let rules = format!(
+            "groups:\n{alerts}\n- name: dashboard\n  rules:\n{}",
+            recorded.concat()
+        );
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("rules.yaml");
+        std::fs::write(&path, &rules).unwrap();
+        said_by(&promtool, &["check", "rules", &path.display().to_string()], "").unwrap();
+    }
+
     /// `docs/metrics.md` is what the code says. To write it anew: `UPDATE_DOCS=1 cargo test -p dataplane-agent --lib reference`.
     #[test]
     fn the_reference_is_up_to_date() {

@@ -1,6 +1,7 @@
 //! The agent's own loop in a process of its own inside the node's namespace, driven event by event.
 
 use std::{
+    net::{IpAddr, Ipv4Addr},
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -26,6 +27,9 @@ use tokio::{sync::watch, time::timeout};
 
 /// The machine's observations.
 pub type Host = watch::Receiver<Option<HostState>>;
+
+/// What manifests say of the agent's node.
+pub const NODE_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10));
 
 /// How long the observation of the machine may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -118,6 +122,7 @@ pub struct Driven {
     pub agent: Agent,
     /// Reading the tables that an earlier process left, in seconds.
     pub restore_s: f64,
+    wanted: watch::Sender<WantedPods>,
     progress: watch::Receiver<Progress>,
     metrics: Metrics,
     revision: u64,
@@ -136,7 +141,7 @@ impl Driven {
         let (progress, seen) = watch::channel(Progress::default());
         let metrics = Metrics::new();
         let outward = Outward {
-            wanted,
+            wanted: wanted.clone(),
             progress,
             health_checks: node_ports::Servers::new(seen.clone()),
             metrics: metrics.clone(),
@@ -144,6 +149,7 @@ impl Driven {
         let driven = Self {
             agent: Agent::new(&config, store, syncer, policies, BoundSyncer::default(), outward),
             restore_s,
+            wanted,
             progress: seen,
             metrics,
             revision: 0,
@@ -151,8 +157,13 @@ impl Driven {
         Ok((driven, host))
     }
 
-    /// Waits for the machine to be observed.
+    /// Waits for the machine to be observed: it is known before a clock starts, and the agent itself would not look at it before
+    /// all has been read.
     pub async fn observe(&self, host: &mut Host) -> Result<HostState> {
+        self.wanted.send_modify(|wanted| {
+            wanted.revision += 1;
+            wanted.node_addresses = vec![NODE_ADDRESS];
+        });
         let state = host.wait_for(|state| state.as_ref().is_some_and(|state| state.wanted_revision > 0));
         let state = timeout(PATIENCE, state)
             .await

@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use serde_json::{Value, json};
 
+use crate::driven::NODE_ADDRESS;
+
 /// The node that the agent runs on.
 pub const NODE: &str = "node-0000";
 /// Nodes of the cluster, over which endpoints are spread.
@@ -59,7 +61,7 @@ pub fn node() -> Value {
     json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": zone(0)}},
-        "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.10"}]},
+        "status": {"addresses": [{"type": "InternalIP", "address": NODE_ADDRESS}]},
     })
 }
 

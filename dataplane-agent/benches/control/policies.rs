@@ -11,8 +11,7 @@ use anyhow::{Context, Result, ensure};
 use dataplane_agent::{
     bpf::map_names,
     host::HostState,
-    model,
-    source::{self, Batch, Change, Source},
+    source::{self, Batch, Source},
     store::policy::PolicyLimits,
 };
 use serde::{Deserialize, Serialize};
@@ -134,19 +133,6 @@ pub async fn measure(inside: &Inside) -> Result<Outcome> {
     let batch = next_batch(&mut source).await?;
     let read_s = started.elapsed().as_secs_f64();
     ensure!(batch.complete, "the source's first batch is not complete");
-    // The machine is known before the clock starts, and for that its Node has to be.
-    let is_node =
-        |change: &Change| matches!(change, Change::Apply { key, .. } if key.kind == model::Kind::Node);
-    let (nodes, others) = batch.changes.into_iter().partition(is_node);
-    driven.agent.take_batch(Batch {
-        changes: nodes,
-        ..Batch::default()
-    });
-    let batch = Batch {
-        changes: others,
-        ..batch
-    };
-
     let mut machine = Machine {
         state: driven.observe(&mut host).await?,
         next: FIRST_IFINDEX,

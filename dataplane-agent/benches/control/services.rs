@@ -78,7 +78,7 @@ pub async fn measure(inside: &Inside) -> Result<Outcome> {
     };
     let sizes = sizes(fleet.services, fleet.endpoints);
     let (mut driven, mut host) = Driven::start(&inside.place, fleet::NODE, sizes)?;
-    // The machine is known before the clock starts; nothing is written before the source is complete.
+    // Nothing is written before the source is complete.
     driven.agent.take_batch(Batch {
         changes: vec![change(&fleet::node())?],
         ..Batch::default()

@@ -208,7 +208,6 @@ impl ParseIp for crate::addr::V4 {
         {
             return Err(Reason::Malformed);
         }
-        let fragment = u16::from_be(header.fragment_be);
         *headers = Headers {
             tuple: addresses(header.src_be, header.dst_be),
             tcp_flags: 0,
@@ -217,10 +216,13 @@ impl ParseIp for crate::addr::V4 {
             ttl: header.ttl,
             l4: (l3 + header_len) as u16,
             l3_len,
-            fragment: match (fragment & 0x1fff != 0, fragment & 0x2000 != 0) {
-                (true, _) => Fragment::Later,
-                (false, true) => Fragment::First,
-                (false, false) => Fragment::Whole,
+            // Nearly all are whole: that is one comparison, as the header has it.
+            fragment: if header.fragment_be & 0x3fff_u16.to_be() == 0 {
+                Fragment::Whole
+            } else if header.fragment_be & 0x1fff_u16.to_be() == 0 {
+                Fragment::First
+            } else {
+                Fragment::Later
             },
         };
         Ok(())

@@ -137,6 +137,14 @@ pub(crate) const DIRECT: u32 = NO_SERVICE - 1;
 pub trait Stages<F: RewriteIp, P: Packet, W: World<F>> {
     fn work(&mut self) -> Option<&mut Work<F>>;
 
+    /// [`read`], into the shared space.
+    #[inline(always)]
+    fn read(&mut self, packet: &mut P, at: &Context) {
+        if let Some(work) = self.work() {
+            read::<F, P>(packet, at, &mut work.headers);
+        }
+    }
+
     /// [`glance`], with its headers in the shared space.
     #[inline(always)]
     fn glance(&mut self, packet: &mut P, world: &W, at: &Context) -> Verdict {
@@ -211,10 +219,8 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     let mut verdict = if F::VERSION == 4 {
         let mut headers = Headers::default();
         let verdict = glance::<F, P, W>(packet, world, at, &mut headers);
-        if verdict.is_pending()
-            && let Some(work) = stages.work()
-        {
-            work.headers = headers;
+        if verdict.is_pending() {
+            stages.read(packet, at);
         }
         verdict
     } else {
@@ -342,6 +348,18 @@ pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
         return enforce::glance::<F, W>(world, at, headers, verdict);
     }
     verdict
+}
+
+/// Reads the headers once more that a [`glance`] had in registers: where it decides, nothing of them is kept.
+#[inline(always)]
+pub fn read<F: RewriteIp, P: Packet>(packet: &P, at: &Context, headers: &mut Headers<F::Addr>) {
+    let is_flow = |headers: &Headers<F::Addr>| {
+        headers.fragment == Fragment::Whole && (headers.proto == proto::TCP || headers.proto == proto::UDP)
+    };
+    // What can't be read, the glance has said.
+    if F::parse_ip(packet, at.l3, headers).is_ok() && is_flow(headers) {
+        let _ = parse_l4::<F, P>(packet, at.l3, headers);
+    }
 }
 
 /// What services have to do with a packet, at the first look.

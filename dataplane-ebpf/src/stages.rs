@@ -7,7 +7,7 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use dataplane_common::{
     addr::{V4, V6},
     fragment::Waiting,
-    pipeline::{Context, Stages, Work, begin, conclude, decide, glance},
+    pipeline::{Context, Stages, Work, begin, conclude, decide, glance, read},
     verdict::Verdict,
 };
 
@@ -23,12 +23,18 @@ use crate::{
 pub struct Apart<C>(pub *mut C);
 
 macro_rules! stages {
-    ($family:ident, $context:ident, $packet:ident, $work:ident, $fragments:ident, $policies:ident, $decide:ident, $begin:ident, $conclude:ident $(, $glance:ident)?) => {
+    ($family:ident, $context:ident, $packet:ident, $work:ident, $fragments:ident, $policies:ident, $decide:ident, $begin:ident, $conclude:ident $(, read: $read:ident)? $(, glance: $glance:ident)?) => {
         impl Stages<$family, $packet, World<$context>> for Apart<$context> {
             #[inline(always)]
             fn work(&mut self) -> Option<&mut Work<$family>> {
                 work(&$work)
             }
+            $(
+                #[inline(always)]
+                fn read(&mut self, _: &mut $packet, at: &Context) {
+                    $read(self.0, at.to_raw());
+                }
+            )?
             $(
                 #[inline(always)]
                 fn glance(&mut self, _: &mut $packet, _: &World<$context>, at: &Context) -> Verdict {
@@ -50,6 +56,17 @@ macro_rules! stages {
             $fragments!($family);
             $policies!($family);
         }
+
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            extern "C" fn $read(ctx: *mut $context, at: u64) -> u64 {
+                if let Some(work) = work(&$work) {
+                    read::<$family, _>(&$packet(ctx), &Context::from_raw(at), &mut work.headers);
+                }
+                0
+            }
+        )?
 
         $(
             #[unsafe(no_mangle)]
@@ -104,7 +121,8 @@ stages!(
     no_policies,
     decide_xdp4,
     begin_xdp4,
-    conclude_xdp4
+    conclude_xdp4,
+    read: read_xdp4
 );
 stages!(
     V6,
@@ -116,7 +134,7 @@ stages!(
     decide_xdp6,
     begin_xdp6,
     conclude_xdp6,
-    glance_xdp6
+    glance: glance_xdp6
 );
 stages!(
     V4,
@@ -127,7 +145,8 @@ stages!(
     policies,
     decide_skb4,
     begin_skb4,
-    conclude_skb4
+    conclude_skb4,
+    read: read_skb4
 );
 stages!(
     V6,
@@ -139,5 +158,5 @@ stages!(
     decide_skb6,
     begin_skb6,
     conclude_skb6,
-    glance_skb6
+    glance: glance_skb6
 );

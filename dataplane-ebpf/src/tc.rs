@@ -75,12 +75,11 @@ pub fn to_pod(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
     // SAFETY: the context is valid while the program runs; each field is a load of its own.
-    let (tc_index, protocol, ifindex, ingress) = unsafe {
+    let (tc_index, protocol, ifindex) = unsafe {
         (
             ptr::read_volatile(&raw const (*skb).tc_index),
             ptr::read_volatile(&raw const (*skb).protocol),
             ptr::read_volatile(&raw const (*skb).ifindex),
-            ptr::read_volatile(&raw const (*skb).ingress_ifindex),
         )
     };
     if tc_index == TRANSLATED {
@@ -91,10 +90,13 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
     if matches!(hook, Hook::FromNetdev | Hook::ToNetdev) && is_tagged(skb) {
         return NEXT;
     }
+    // What a device has handed in has entered by one.
+    let is_egress = matches!(hook, Hook::ToNetdev | Hook::ToLo | Hook::ToPod);
     let at = Context {
         hook,
         ifindex,
-        from_host: ingress == 0,
+        // SAFETY: as above.
+        from_host: is_egress && unsafe { ptr::read_volatile(&raw const (*skb).ingress_ifindex) } == 0,
         l3,
     };
     let world = World::new(skb);

@@ -680,8 +680,8 @@ mod tests {
         policy: PolicyLimits::new(10, 10, 64),
     };
 
-    fn applied(value: serde_json::Value) -> Change {
-        match decode(&value) {
+    fn applied(value: &serde_json::Value) -> Change {
+        match decode(value) {
             Decoded::Object { key, object, .. } => Change::Apply {
                 key,
                 object,
@@ -708,11 +708,11 @@ mod tests {
             metrics: Metrics::new(),
         };
         let mut agent = Agent::new(&config, Box::new(store), syncer, policies, bound, outward);
-        let node = applied(json!({
+        let node = applied(&json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"},
             "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
         }));
-        let pod = applied(json!({
+        let pod = applied(&json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
             "spec": {"nodeName": "a", "containers": []}, "status": {"podIPs": [{"ip": "10.244.1.5"}]},
         }));

@@ -195,7 +195,7 @@ pub enum Command {
     },
     /// Show or change the levels of a running agent's log.
     Log {
-        /// Levels by module, as in DATAPLANE_LOG: `debug`, or `info,dataplane_agent::sync=trace`.
+        /// Levels by module, as in `DATAPLANE_LOG`: `debug`, or `info,dataplane_agent::sync=trace`.
         levels: Option<String>,
         /// Back to those that the agent has started with.
         #[arg(long, conflicts_with = "levels")]

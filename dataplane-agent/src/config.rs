@@ -13,6 +13,7 @@ use crate::{
 };
 
 /// Everything that `run` is told.
+#[expect(clippy::struct_excessive_bools, reason = "as many independent settings")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The name of this node's Node object.

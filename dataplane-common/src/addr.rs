@@ -141,7 +141,7 @@ pub trait Family: Copy + 'static {
     /// 127.0.0.0/8 and `::1`.
     fn is_loopback(addr: &Self::Addr) -> bool;
     /// An address that every interface may have: the unspecified one (a host that has none yet, RFC 2131 and RFC 4862), and
-    /// those of the link (169.254.0.0/16, RFC 3927; fe80::/10, RFC 4291).
+    /// those of the link (169.254.0.0/16, RFC 3927; `fe80::/10`, RFC 4291).
     fn is_of_link(addr: &Self::Addr) -> bool;
     /// The address as 32-bit words in network byte order, for checksums and hashing.
     fn words(addr: &Self::Addr) -> &[u32];

@@ -90,10 +90,10 @@ impl Agent {
                 self.enforced_policy(key, pods, &[direction], &hits)
             });
             let mut policies: Vec<EnforcedPolicy> = policies.collect();
-            let isolates = |policy: &EnforcedPolicy| {
+            let denies_others = |policy: &EnforcedPolicy| {
                 !policy.dry_run && policy.rules.iter().any(|rule| rule.rule.is_none())
             };
-            let isolated = policies.iter().any(isolates);
+            let isolated = policies.iter().any(denies_others);
             let baseline = Tier::Baseline.to_string();
             policies.retain(|policy| !isolated || policy.tier != baseline);
             OfDirection { isolated, policies }

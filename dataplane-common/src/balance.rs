@@ -2,6 +2,7 @@
 
 use crate::{
     addr::{Family, Tuple},
+    config::is_over,
     pipeline::{Work, World},
     service::{Affinity, Scope, ServiceHead, TABLE_SIZES, port_set_index, service_flags},
     tables::{Env, Tables},
@@ -129,8 +130,7 @@ pub(crate) fn choose_for_client<F: Family, W: World<F>>(world: &W, work: &Work<F
     let key = F::affinity_key(owner, generation, tuple.src);
     let now = world.now_eighths();
     let known = world.affinity(&key);
-    let is_late =
-        known.is_some_and(|known| now.wrapping_sub(known.seen_eighths) > world.service_affinity(owner));
+    let is_late = known.is_some_and(|known| is_over(now, known.seen_eighths, world.service_affinity(owner)));
     if !is_late
         && let Some(known) = known
         && let Some(backend) = world.backend_head(known.backend)

@@ -4,6 +4,7 @@ use crate::{
     addr::{Family, Tuple, proto},
     backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
+    config::is_over,
     flow::{Exit, FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
     half_open::{enter_both, side_of, turn_around},
     packet::Packet,
@@ -197,7 +198,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
             return enter_both::<F, W>(world, work);
         }
         let meta = F::meta(flow);
-        if now.wrapping_sub(meta.seen_ticks) <= timeout_ticks(world, is_tcp, meta.state) {
+        if !is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state)) {
             return Verdict::NEXT;
         }
     }
@@ -230,7 +231,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
                 stay::<F, W>(world, work, now)
             };
         }
-        if !same && now.wrapping_sub(meta.seen_ticks) <= world.config(|c| &c.half_open_ticks) {
+        if !same && !is_over(now, meta.seen_ticks, world.config(|c| &c.half_open_ticks)) {
             return Verdict::NEXT;
         }
     }

@@ -95,6 +95,14 @@ impl Jiffies {
     }
 }
 
+/// Whether more time has passed than `limit`, all in the same unit, `then` by an entry. A time that is yet to come has just
+/// been: another CPU has seen the next tick, or the agent has written the entry, whose clock (`CLOCK_MONOTONIC`) is ahead by
+/// what passed at boot before there were jiffies.
+#[inline(always)]
+pub(crate) const fn is_over(now: u32, then: u32, limit: u32) -> bool {
+    now.wrapping_sub(then).cast_signed() > limit.cast_signed()
+}
+
 impl Config {
     /// What holds where nothing else is configured.
     pub const DEFAULT: Self = Self {
@@ -140,6 +148,22 @@ impl Default for Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_that_is_yet_to_come_has_just_been() {
+        for (now, then, over) in [
+            (100, 90, false),
+            (100, 89, true),
+            (100, 101, false),
+            (100, 5000, false),
+        ] {
+            assert_eq!(is_over(now, then, 10), over, "{then}");
+        }
+        // Also where the count comes round.
+        assert!(!is_over(3, u32::MAX - 3, 10));
+        assert!(is_over(8, u32::MAX - 3, 10));
+        assert!(!is_over(u32::MAX, 2, 10));
+    }
 
     #[test]
     fn jiffies_count_from_boot() {

@@ -13,7 +13,7 @@
 
 use crate::{
     addr::{Family, proto},
-    config::config_flags,
+    config::{config_flags, is_over},
     flow::{Exit, FlowMeta, flow_flags, flow_state},
     icmp,
     packet::Packet,
@@ -115,7 +115,7 @@ fn is_known<F: Family, W: World<F>>(world: &W, at: &Context, headers: &Headers<F
 #[inline(always)]
 fn is_live<W: Env>(world: &W, at: &Context, flow: &PolicyFlow, l4_proto: u8, now: u32) -> bool {
     let timeout = timeout_ticks(world, l4_proto == proto::TCP, flow_state::OPEN);
-    flow.ifindex == at.ifindex && now.wrapping_sub(flow.seen_ticks) <= timeout
+    flow.ifindex == at.ifindex && !is_over(now, flow.seen_ticks, timeout)
 }
 
 /// Whether what was found when the flow of a live entry was judged is still so. Notes that the entry is in use.

@@ -15,6 +15,7 @@ use bytemuck::Zeroable;
 use crate::{
     addr::{AnyAddr, Family, Tuple, proto},
     balance::flow_hash,
+    config::is_over,
     datagram::{DatagramHead, FragmentSource, HELD_OF_DATAGRAM, HeldHead, WAYS, datagram_state},
     enforce,
     exit::{Leave, leave},
@@ -277,7 +278,11 @@ pub fn later<F: RewriteIp, P: Packet, W: Fragments<F, P>>(
 
 #[inline(always)]
 fn is_alive<F: Family, P: Packet, W: Fragments<F, P>>(world: &W, head: &DatagramHead) -> bool {
-    world.now_ticks().wrapping_sub(head.seen_ticks) <= world.config(|c| &c.fragment_ticks)
+    !is_over(
+        world.now_ticks(),
+        head.seen_ticks,
+        world.config(|c| &c.fragment_ticks),
+    )
 }
 
 /// Gives a later fragment the addresses of its first one, and sends it after it.
@@ -317,7 +322,7 @@ pub fn hold<F: Family, P: Packet, W: Fragments<F, P> + Store<P>>(
     work.source = F::to_any(work.headers.tuple.src);
     let most = (world.config(|c| &c.held) / 8).max(HELD_OF_DATAGRAM);
     match world.source(&work.source) {
-        Some(known) if now.wrapping_sub(known.since_ticks) <= world.config(|c| &c.fragment_ticks) => {
+        Some(known) if !is_over(now, known.since_ticks, world.config(|c| &c.fragment_ticks)) => {
             if known.held >= most.cast_signed() {
                 return no_room(world, Reason::FragmentLimit);
             }
@@ -483,8 +488,11 @@ pub fn release_one<F: Family, P: Packet, W: World<F> + Store<P>>(
         if (head.ticket, head.index) != (waiting.ticket, index) {
             continue;
         }
-        let waited = world.now_ticks().wrapping_sub(head.seen_ticks);
-        let in_time = waited <= world.config(|c| &c.fragment_ticks);
+        let in_time = !is_over(
+            world.now_ticks(),
+            head.seen_ticks,
+            world.config(|c| &c.fragment_ticks),
+        );
         let follows = in_time && waiting.follow && world.become_held(packet, place);
         // Read before it is deleted, and no more than that until it is known to be ours.
         if !world.remove(place) {

@@ -16,6 +16,7 @@ use crate::{
     addr::{Family, proto},
     backend::backend_state,
     balance::NO_BACKEND,
+    config::is_over,
     flow::{FlowEvent, FlowMeta, Side, flow_flags, flow_state},
     packet::Packet,
     parse::{TcpHeader, tcp},
@@ -52,7 +53,11 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
     };
     work.forward = *entry.flow();
     let meta = F::meta_mut(&mut work.forward);
-    if now.wrapping_sub(meta.seen_ticks) > half_open_ticks(world, work.headers.proto, meta) {
+    if is_over(
+        now,
+        meta.seen_ticks,
+        half_open_ticks(world, work.headers.proto, meta),
+    ) {
         return Verdict::NEXT;
     }
     let is_answer = meta.flags & flow_flags::REPLY != 0;
@@ -197,7 +202,7 @@ fn confirmation<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: 
         let occupant = entry.flow();
         let meta = F::meta(occupant);
         if F::rewrite(occupant) != F::rewrite(&work.reply)
-            && now.wrapping_sub(meta.seen_ticks) <= timeout_ticks(world, is_tcp, meta.state)
+            && !is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state))
         {
             return Verdict::NEXT;
         }
@@ -238,8 +243,11 @@ fn earlier<F: Family, W: World<F>>(world: &W, work: &Work<F>) -> Earlier {
     let meta = F::meta(occupant);
     let goes = F::rewrite(occupant) != F::rewrite(&work.reply)
         && meta.state != flow_state::CLOSING
-        && F::meta(&work.forward).seen_ticks.wrapping_sub(meta.seen_ticks)
-            <= world.config(|c| &c.half_open_ticks)
+        && !is_over(
+            F::meta(&work.forward).seen_ticks,
+            meta.seen_ticks,
+            world.config(|c| &c.half_open_ticks),
+        )
         && world
             .backend_head(meta.backend)
             .is_some_and(|b| b.generation == meta.backend_generation);

@@ -14,7 +14,7 @@ use crate::{
     backend::backend_state,
     balance::find_service,
     begin,
-    config::config_flags,
+    config::{config_flags, is_over},
     device::own_flags,
     enforce,
     exit::{Leave, leave},
@@ -535,7 +535,7 @@ pub(crate) fn may_be_first_answer<A, W: Env>(world: &W, headers: &Headers<A>) ->
         return !headers.is_syn();
     }
     let midstream = world.midstream_ticks();
-    midstream != 0 && world.now_ticks().wrapping_sub(midstream) <= world.config(|c| &c.half_open_ticks)
+    midstream != 0 && !is_over(world.now_ticks(), midstream, world.config(|c| &c.half_open_ticks))
 }
 
 /// The service that a packet is for, or [`NO_SERVICE`]. No `Option`: what that leaves undefined in a register where
@@ -571,7 +571,7 @@ pub(crate) enum Liveness {
 #[inline(always)]
 pub(crate) fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<A>, now: u32) -> Liveness {
     let is_tcp = headers.proto == proto::TCP;
-    if now.wrapping_sub(meta.seen_ticks) > timeout_ticks(world, is_tcp, meta.state) {
+    if is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state)) {
         return Liveness::Dead;
     }
     if meta.flags & flow_flags::REPLY != 0 {

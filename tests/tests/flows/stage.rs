@@ -107,7 +107,12 @@ impl Stage {
             folder.apply(&manifests::node(node))?;
         }
         for one in &cluster.shape().pods {
-            folder.apply(&pod(one, "ns1", &cluster.shape().node(&one.node)?.addresses))?;
+            let mut manifest = pod(one, "ns1", &cluster.shape().node(&one.node)?.addresses);
+            if one.name == "client1" {
+                // Its floods come from a million addresses.
+                manifest["metadata"]["annotations"] = json!({"dataplane/any-source": "true"});
+            }
+            folder.apply(&manifest)?;
         }
         folder.apply(&json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": "svc1", "namespace": "ns1"},

@@ -533,7 +533,7 @@ impl Agent {
         let addrs = self.addresses_of(&bound);
         let ranges = self.pod_ranges();
         let checked = self.source_checked(&bound);
-        self.bound_syncer.set(addrs, ranges, checked);
+        self.bound_syncer.set(addrs, ranges, &checked);
         self.policy_syncer.set_pods(bound);
         let (report, of_policies) = task::block_in_place(|| {
             let of_addresses = self.bound_syncer.run(&mut *self.store);

@@ -107,8 +107,8 @@ impl Waiting {
 /// Numbers beyond those that a datagram has counted under which fragments are looked for: other CPUs may have been
 /// about to store some, or have counted at the same time.
 const UNCOUNTED: u32 = 8;
-/// Ticks after which a held fragment gives way to a newer one where there is no free place.
-const PATIENCE: u32 = 2;
+/// Ticks beyond which a held fragment gives way to a newer one where there is no free place.
+const PATIENCE: u32 = 1;
 
 /// Whether a fragment may belong to a TCP or UDP packet. What follows IPv6's fragment header may be another extension.
 #[inline(always)]
@@ -417,13 +417,16 @@ fn place<F: Family, P: Packet, W: World<F> + Store<P>>(world: &W, head: &HeldHea
         if world.put(place).is_ok() {
             return place;
         }
-        let waited = match world.head(place) {
-            Some(there) => head.seen_ticks.wrapping_sub(there.seen_ticks),
-            None => 0,
+        let Some(there) = world.head(place) else {
+            continue;
         };
-        let reason = if waited > world.config(|c| &c.fragment_ticks) {
+        let reason = if is_over(
+            head.seen_ticks,
+            there.seen_ticks,
+            world.config(|c| &c.fragment_ticks),
+        ) {
             Reason::FragmentTimedOut
-        } else if round >= WAYS && waited >= PATIENCE {
+        } else if round >= WAYS && is_over(head.seen_ticks, there.seen_ticks, PATIENCE) {
             Reason::FragmentEvicted
         } else {
             continue;

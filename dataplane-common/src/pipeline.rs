@@ -353,11 +353,8 @@ pub fn glance<F: RewriteIp, P: Packet, W: World<F>>(
 /// Reads the headers once more that a [`glance`] had in registers: where it decides, nothing of them is kept.
 #[inline(always)]
 pub fn read<F: RewriteIp, P: Packet>(packet: &P, at: &Context, headers: &mut Headers<F::Addr>) {
-    let is_flow = |headers: &Headers<F::Addr>| {
-        headers.fragment == Fragment::Whole && (headers.proto == proto::TCP || headers.proto == proto::UDP)
-    };
     // What can't be read, the glance has said.
-    if F::parse_ip(packet, at.l3, headers).is_ok() && is_flow(headers) {
+    if F::parse_ip(packet, at.l3, headers).is_ok() && kind::<F>(headers, at) == Kind::Flow {
         let _ = parse_l4::<F, P>(packet, at.l3, headers);
     }
 }

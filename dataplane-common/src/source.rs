@@ -85,12 +85,9 @@ pub fn judge<F: RewriteIp, P: Packet, W: World<F>>(
     if F::is_of_link(src) || world.bound(src) == Some(at.ifindex) {
         return Verdict::PASS;
     }
-    if headers.fragment != Fragment::Later
-        && matches!(headers.proto, proto::TCP | proto::UDP | proto::SCTP)
-        && parse_ports::<F, P>(packet, headers).is_err()
-    {
-        // Told without ports.
-        headers.tuple.sport_be = 0;
+    if headers.fragment != Fragment::Later && matches!(headers.proto, proto::TCP | proto::UDP | proto::SCTP) {
+        // Told without ports where they can't be read.
+        let _ = parse_ports::<F, P>(packet, headers);
     }
     work.from_pod = headers.tuple;
     work.judged.ifindex = at.ifindex;

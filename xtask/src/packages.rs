@@ -31,10 +31,7 @@ pub fn kernel(release: &str, series: &str) -> Result<Option<PathBuf>> {
         return Ok(Some(dir));
     }
     let partial = parent.join(format!("{version}.partial"));
-    if partial.exists() {
-        fs::remove_dir_all(&partial).with_context(|| format!("failed to remove {}", partial.display()))?;
-    }
-    fs::create_dir(&partial).with_context(|| format!("failed to create {}", partial.display()))?;
+    make_anew(&partial)?;
     progress::step(&format!("downloading Linux {version}"), || {
         let parts = PARTS.map(|part| format!("{part}{version}"));
         for package in parts.iter().filter(|part| names.contains(*part)) {
@@ -54,10 +51,7 @@ pub fn promtool() -> Result<Option<PathBuf>> {
         return Ok(Some(found));
     }
     let partial = paths::root().join("target/promtool.partial");
-    if partial.exists() {
-        fs::remove_dir_all(&partial).with_context(|| format!("failed to remove {}", partial.display()))?;
-    }
-    fs::create_dir_all(&partial).with_context(|| format!("failed to create {}", partial.display()))?;
+    make_anew(&partial)?;
     let Some(apt) = Apt::of(&partial, "bookworm")? else {
         return Ok(None);
     };
@@ -71,6 +65,14 @@ pub fn promtool() -> Result<Option<PathBuf>> {
     fs::rename(&half, &own).with_context(|| format!("failed to rename {}", half.display()))?;
     fs::remove_dir_all(&partial).with_context(|| format!("failed to remove {}", partial.display()))?;
     Ok(Some(own))
+}
+
+/// An empty folder, whatever an interrupted run has left there.
+fn make_anew(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("failed to remove {}", dir.display()))?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))
 }
 
 /// The package manager, with one release as its only source.

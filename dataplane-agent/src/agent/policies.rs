@@ -58,11 +58,10 @@ impl Agent {
         })
     }
 
-    /// A policy that selects so many Pods of this node, with its rules for these directions.
+    /// A policy that selects Pods of this node, with its rules for these directions.
     fn enforced_policy(
         &self,
         key: &ObjectRef,
-        pods: usize,
         directions: &[Direction],
         hits: &HitsByDecider,
     ) -> Option<EnforcedPolicy> {
@@ -72,7 +71,7 @@ impl Agent {
             policy: key.to_string(),
             tier: policy.tier.to_string(),
             dry_run,
-            pods,
+            pods: self.policies.count_selected(key),
             rules: rules(policy, dry_run, directions, hits),
         })
     }
@@ -82,13 +81,11 @@ impl Agent {
         self.index.local_pod(name).filter(|pod| !pod.host_network)?;
         let of_pod = self.policies.pods().get(name);
         let hits = self.hits();
-        let selected: BTreeMap<_, _> = self.policies.selected().collect();
         let of_direction = |direction: Direction| {
             let keys = of_pod.map_or(&[][..], |pod| &pod.policies[direction as usize]);
-            let policies = keys.iter().filter_map(|key| {
-                let pods = selected.get(key).map_or(0, |pods| pods.len());
-                self.enforced_policy(key, pods, &[direction], &hits)
-            });
+            let policies = keys
+                .iter()
+                .filter_map(|key| self.enforced_policy(key, &[direction], &hits));
             let mut policies: Vec<EnforcedPolicy> = policies.collect();
             let denies_others = |policy: &EnforcedPolicy| {
                 !policy.dry_run && policy.rules.iter().any(|rule| rule.rule.is_none())
@@ -98,10 +95,12 @@ impl Agent {
             policies.retain(|policy| !isolated || policy.tier != baseline);
             OfDirection { isolated, policies }
         };
-        let problems = self.rejected_by_policies().filter(|one| {
-            let object: Option<ObjectRef> = one.object.parse().ok();
-            object.is_some_and(|object| object.name == *name)
-        });
+        let object = ObjectRef {
+            kind: Kind::Pod,
+            name: name.clone(),
+        };
+        let object = object.to_string();
+        let problems = self.rejected_by_policies().filter(|one| one.object == object);
         Some(OfPod {
             pod: name.to_string(),
             ingress: of_direction(Direction::Ingress),
@@ -117,7 +116,7 @@ impl Agent {
         selected.sort_unstable_by_key(|(policy, _)| *policy);
         let policies = selected
             .into_iter()
-            .filter_map(|(key, pods)| self.enforced_policy(key, pods.len(), &Direction::ALL, &hits));
+            .filter_map(|(key, _)| self.enforced_policy(key, &Direction::ALL, &hits));
         let is_about_policies = |problem: &served::Problem| {
             let object: Option<ObjectRef> = problem.object.parse().ok();
             object.is_some_and(|object| object.kind.is_policy())

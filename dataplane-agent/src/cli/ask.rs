@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::de::DeserializeOwned;
 
 /// How long an agent may be silent.
-pub const WITHIN: Duration = Duration::from_secs(10);
+const WITHIN: Duration = Duration::from_secs(10);
 
 /// What an agent said.
 #[derive(Debug)]
@@ -31,9 +31,12 @@ impl Answer {
 
 /// What the agent at `socket` says of a path.
 pub fn value<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    ask(socket, path, WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?
-        .value()
+    reach(socket, path)?.value()
+}
+
+/// What the agent at `socket` says of a path, be it that there is nothing there.
+pub fn reach(socket: &Path, path: &str) -> anyhow::Result<Answer> {
+    ask(socket, path, WITHIN).with_context(|| format!("failed to reach an agent at {}", socket.display()))
 }
 
 /// Asks for a path. `within`: how long the agent may be silent.

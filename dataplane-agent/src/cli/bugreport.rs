@@ -86,9 +86,7 @@ fn write(file: impl Write, folder: &str, now: Timestamp, places: Places<'_>) -> 
         let output = output.with_context(|| format!("failed to run {}", arguments.join(" ")))?;
         archive.add_output(name, &output)?;
     }
-    let lines = ask::ask(places.socket, "/log/lines", ask::WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", places.socket.display()));
-    match lines {
+    match ask::reach(places.socket, "/log/lines") {
         Ok(answer) => archive.add("log.txt", answer.body.as_bytes())?,
         Err(error) => archive.add("log.txt.error", format!("{error:#}\n").as_bytes())?,
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 
 use super::{ask, output::print};
 use crate::health::Levels;
@@ -22,9 +22,7 @@ pub fn run(levels: Option<&str>, reset: bool, socket: &Path) -> anyhow::Result<(
         None if reset => "/log?reset=1".to_owned(),
         None => "/log".to_owned(),
     };
-    let answer = ask::ask(socket, &path, ask::WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
-    let Levels { levels, error } = answer.value()?;
+    let Levels { levels, error } = ask::value(socket, &path)?;
     if let Some(error) = error {
         anyhow::bail!(error);
     }

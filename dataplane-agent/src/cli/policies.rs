@@ -26,8 +26,7 @@ pub fn run_for(pod: &str, socket: &Path, output: Output) -> anyhow::Result<()> {
         .ok()
         .filter(|name: &Name| !name.namespace().is_empty());
     let name = name.context("a Pod is named NAMESPACE/NAME")?;
-    let answer = ask::ask(socket, &format!("/policies?pod={name}"), ask::WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", socket.display()))?;
+    let answer = ask::reach(socket, &format!("/policies?pod={name}"))?;
     ensure!(
         answer.status != 404,
         "no Pod of this node with an interface of its own is called {name}"

@@ -45,11 +45,11 @@ impl BoundSyncer {
     }
 
     /// `addrs`: the interface of each address. `checked`: the interfaces whose pods send from these alone.
-    pub fn set(&mut self, addrs: BTreeMap<IpAddr, u32>, ranges: [PodRange; 2], mut checked: BTreeSet<u32>) {
+    pub fn set(&mut self, addrs: BTreeMap<IpAddr, u32>, ranges: [PodRange; 2], checked: &BTreeSet<u32>) {
         let of_checked = addrs.iter().filter(|(_, ifindex)| checked.contains(ifindex));
         let mut own: Vec<(u32, IpAddr)> = of_checked.map(|(addr, ifindex)| (*ifindex, *addr)).collect();
         own.sort_unstable();
-        checked.retain(|ifindex| own.iter().any(|(of, _)| of == ifindex));
+        let checked = own.iter().map(|(ifindex, _)| *ifindex).collect();
         let mut sources = BTreeMap::new();
         for (ifindex, addr) in own {
             sources
@@ -238,18 +238,18 @@ mod tests {
         let mut memory = Memory::new(LIMITS);
         let mut syncer = BoundSyncer::restore(&memory).unwrap();
         let two = addrs(&[("10.244.1.5", 7), ("fd00:1::5", 7)]);
-        syncer.set(two.clone(), ranges(), BTreeSet::new());
+        syncer.set(two.clone(), ranges(), &BTreeSet::new());
         syncer.run(&mut memory);
         assert!(syncer.has(&["10.244.1.5".parse().unwrap()]));
         let writes = memory.writes;
 
         let mut again = BoundSyncer::restore(&memory).unwrap();
         assert_eq!(again.run(&mut memory).report.writes, 0, "nothing is known yet");
-        again.set(two, ranges(), BTreeSet::new());
+        again.set(two, ranges(), &BTreeSet::new());
         assert!(!again.run(&mut memory).lost);
         assert_eq!(memory.writes, writes);
 
-        again.set(addrs(&[("10.244.1.5", 8)]), ranges(), BTreeSet::new());
+        again.set(addrs(&[("10.244.1.5", 8)]), ranges(), &BTreeSet::new());
         let outcome = again.run(&mut memory);
         assert!(outcome.lost);
         assert_eq!(outcome.report.writes, 2);
@@ -265,7 +265,7 @@ mod tests {
     fn what_is_refused_is_named_and_tried_again() {
         let mut store = Faulty::new(Memory::new(LIMITS), |attempt, _: &Memory| attempt == 1);
         let mut syncer = BoundSyncer::default();
-        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), BTreeSet::new());
+        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), &BTreeSet::new());
         let failed = syncer.run(&mut store).report.failed;
         assert_eq!(
             failed.keys().next().unwrap().to_string(),
@@ -288,7 +288,7 @@ mod tests {
         ]);
         let mut memory = Memory::new(LIMITS);
         let mut syncer = BoundSyncer::default();
-        syncer.set(rows.clone(), ranges(), BTreeSet::from([7, other, 11]));
+        syncer.set(rows.clone(), ranges(), &BTreeSet::from([7, other, 11]));
         syncer.run(&mut memory);
         let bound = &memory.policy.bound;
         assert_eq!(bound.checked, BTreeSet::from([7, other]), "11 has no address");
@@ -308,7 +308,7 @@ mod tests {
 
         // The first goes: its place is the other's.
         let left = rows.into_iter().filter(|(_, ifindex)| *ifindex != 7).collect();
-        syncer.set(left, ranges(), BTreeSet::from([other]));
+        syncer.set(left, ranges(), &BTreeSet::from([other]));
         syncer.run(&mut memory);
         let bound = &memory.policy.bound;
         assert_eq!(bound.checked, BTreeSet::from([other]));
@@ -321,7 +321,7 @@ mod tests {
     fn an_interface_with_an_address_that_found_no_room_is_not_checked() {
         let mut store = Faulty::new(Memory::new(LIMITS), |attempt, _: &Memory| attempt == 1);
         let mut syncer = BoundSyncer::default();
-        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), BTreeSet::from([7]));
+        syncer.set(addrs(&[("10.244.1.5", 7)]), ranges(), &BTreeSet::from([7]));
         syncer.run(&mut store);
         assert_eq!(store.memory.policy.bound.checked, BTreeSet::new());
         syncer.run(&mut store);

@@ -51,9 +51,15 @@ impl fmt::Display for Refused {
 impl Error for Refused {}
 
 impl Refused {
-    /// What made `error`, if it is that the server does not take an object as it is: nothing of ours has seen it.
-    pub fn as_invalid(error: &anyhow::Error) -> Option<&Self> {
-        error.downcast_ref::<Self>().filter(|refused| refused.code == 422)
+    /// What the server said, if `result` failed because it does not take an object as it is: nothing of ours has seen
+    /// it. Any other failure is one of the `problems`.
+    pub fn or_problem(result: Result<()>, problems: &mut Vec<String>) -> Option<String> {
+        let error = result.err()?;
+        let refused = error.downcast_ref::<Self>().filter(|refused| refused.code == 422);
+        if refused.is_none() {
+            problems.push(format!("{error:#}"));
+        }
+        refused.map(ToString::to_string)
     }
 }
 

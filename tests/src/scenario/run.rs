@@ -57,14 +57,7 @@ pub fn run(scenario: &Scenario, name: &str, options: &RunOptions) -> ScenarioRep
     }
     let mut problems = Vec::new();
     let result = drive(scenario, name, options, &mut report.probes, &mut problems);
-    let refused = result
-        .as_ref()
-        .err()
-        .and_then(Refused::as_invalid)
-        .map(ToString::to_string);
-    if refused.is_none() {
-        problems.extend(result.err().map(|error| format!("{error:#}")));
-    }
+    let refused = Refused::or_problem(result, &mut problems);
     let failed = report
         .probes
         .iter()

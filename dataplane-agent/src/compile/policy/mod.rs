@@ -228,6 +228,11 @@ impl PolicyCompiler {
         self.selected.iter()
     }
 
+    /// How many Pods a policy selects.
+    pub fn count_selected(&self, policy: &ObjectRef) -> usize {
+        self.selected.get(policy).map_or(0, BTreeSet::len)
+    }
+
     /// The Pod that policies take an address for.
     pub fn pod_at(&self, addr: IpAddr) -> Option<&Name> {
         self.owners.pod_at(addr)

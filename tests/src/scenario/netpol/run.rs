@@ -39,15 +39,7 @@ pub fn run(case: &Case, bed: &mut Option<Bed>, name: &str, options: &RunOptions)
         return report;
     }
     let result = run.drive(bed, name, options);
-    let refused = result
-        .as_ref()
-        .err()
-        .and_then(Refused::as_invalid)
-        .map(ToString::to_string);
-    if refused.is_none() {
-        run.problems
-            .extend(result.err().map(|error| format!("{error:#}")));
-    }
+    let refused = Refused::or_problem(result, &mut run.problems);
     let broken = !run.problems.is_empty() || refused.is_some();
     if !run.failed.is_empty() {
         let earlier = match bed.as_ref().map_or(0, |bed| bed.cases.saturating_sub(1)) {

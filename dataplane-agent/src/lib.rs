@@ -17,6 +17,7 @@ pub mod events;
 pub mod explain;
 pub mod health;
 pub mod host;
+pub mod load;
 pub mod logging;
 pub mod metrics;
 pub mod model;

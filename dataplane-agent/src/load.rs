@@ -1,0 +1,73 @@
+//! What goes over each Service, endpoint and Pod of a node, as the agent tells its commands: numbers that only grow, so that
+//! whoever asks twice knows the rates.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// The whole picture, at a moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    pub at: Timestamp,
+    /// Those that have frontends here, by name.
+    pub services: Vec<ServiceLoad>,
+    /// Pods of this node with programs at their interface, and Pods elsewhere that are endpoints, by name.
+    pub pods: Vec<PodLoad>,
+    /// Packets that were dropped, by reason as in `dataplane_packets_total`. Exact.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// What went over a Service, an endpoint or a Pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Connections, and flows of datagrams, that began. Exact.
+    pub connections: u64,
+    /// Packets of clients. One in 64 is counted, as 64.
+    pub packets_in: u64,
+    /// Bytes of clients, with their IP headers. Estimated from the same packets.
+    pub bytes_in: u64,
+    /// Packets of answers; estimated.
+    pub packets_out: u64,
+    /// Bytes of answers; estimated.
+    pub bytes_out: u64,
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceLoad {
+    /// `kind namespace/name`.
+    pub object: String,
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    /// Flows that it has now, half-open ones left out.
+    pub flows: u64,
+    pub endpoints: Vec<EndpointLoad>,
+}
+
+/// An endpoint, with what all Services have sent there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointLoad {
+    pub at: SocketAddr,
+    /// `namespace/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// `active`, `serving`, `draining` or `gone`.
+    pub state: String,
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+/// A Pod, as an endpoint and as one that policies are about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodLoad {
+    /// `namespace/name`.
+    pub pod: String,
+    /// It is on this node.
+    pub here: bool,
+    /// What came to it through Services.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    /// Packets that were dropped at its interface. Exact.
+    pub drops: u64,
+}

@@ -2,6 +2,7 @@
 
 mod claims;
 mod explain;
+mod load;
 mod machine;
 mod node_status;
 mod pods;
@@ -460,6 +461,9 @@ impl Agent {
                 self.publish_wanted(true);
                 let _gone = reply.send(self.wanted.borrow().revision);
             }
+            Ask::Load(reply) => {
+                let _gone = reply.send(self.load());
+            }
             Ask::Served(reply) => {
                 let _gone = reply.send(self.served());
             }
@@ -472,6 +476,9 @@ impl Agent {
             }
             Ask::EnforcedOf(pod, reply) => {
                 let _gone = reply.send(self.enforced_of(&pod));
+            }
+            Ask::PolicyNames(policies, reply) => {
+                let _gone = reply.send(self.policy_names(policies));
             }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());

@@ -26,8 +26,9 @@ use crate::{
     enforced::{Enforced, OfPod},
     explain::{Answered, tables::Query},
     host::Claim,
+    load::Load,
     logging,
-    model::Name,
+    model::{Name, policy::Direction},
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
     told::Told,
@@ -107,10 +108,14 @@ pub enum Ask {
     LookAgain(oneshot::Sender<u64>),
     /// What is served.
     Served(oneshot::Sender<Served>),
+    /// What goes over Services, endpoints and Pods.
+    Load(oneshot::Sender<Load>),
     /// What the tables say of a flow.
     Explain(Query, oneshot::Sender<Answered>),
     /// Whose these addresses are.
     Names(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
+    /// The names of policies.
+    PolicyNames(Policies, oneshot::Sender<Vec<String>>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
     /// What policies say about a Pod of this node.
@@ -119,6 +124,15 @@ pub enum Ask {
     Bind(Name, Claim, watch::Sender<Binding>),
     /// What policies have decided after the verdict with a number.
     Verdicts(u64, oneshot::Sender<Vec<Told>>),
+}
+
+/// Policies that somebody wants to know the names of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policies {
+    /// The one with this number in `RULES`.
+    Numbered(u32),
+    /// Those that have a say about the Pod with this address.
+    Selecting(IpAddr, Direction),
 }
 
 /// How far a pod is that a CNI plugin has told of.
@@ -233,7 +247,12 @@ impl Health {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
+            "/load" => match self.ask(Ask::Load).await {
+                Some(load) => Answer::of_health(true, to_json(&load)),
+                None => Answer::of_health(false, "{}\n".to_owned()),
+            },
             "/names" => self.names(uri).await,
+            "/policy-names" => self.policy_names(uri).await,
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
             "/explain" => self.explain(uri).await,
@@ -276,6 +295,23 @@ impl Health {
         match self.ask(|reply| Ask::Names(addrs, reply)).await {
             Some(names) => Answer::of_health(true, to_json(&names)),
             None => Answer::of_health(false, "{}\n".to_owned()),
+        }
+    }
+
+    /// The names of the policies in a path.
+    async fn policy_names(&self, uri: &Uri) -> Answer {
+        let number = text(uri, "number").and_then(|number| number.parse().ok());
+        let address = text(uri, "address").and_then(|addr| addr.parse().ok());
+        let direction = text(uri, "direction");
+        let direction = Direction::ALL.into_iter().find(|one| Some(one.as_str()) == direction);
+        let policies = match (number, address, direction) {
+            (Some(number), ..) => Policies::Numbered(number),
+            (None, Some(address), Some(direction)) => Policies::Selecting(address, direction),
+            _ => return Answer::not_found(),
+        };
+        match self.ask(|reply| Ask::PolicyNames(policies, reply)).await {
+            Some(names) => Answer::of_health(true, to_json(&names)),
+            None => Answer::of_health(false, "[]\n".to_owned()),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
+use dataplane_common::traffic;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -10,13 +11,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
     pub at: Timestamp,
-    /// Those that have frontends here, by name.
+    /// Those that have frontends here, by name. Of more than [`IDLE_AT_MOST`], those over which nothing has gone are left out.
     pub services: Vec<ServiceLoad>,
     /// Pods of this node with programs at their interface, and Pods elsewhere that are endpoints, by name.
     pub pods: Vec<PodLoad>,
     /// Packets that were dropped, by reason as in `dataplane_packets_total`. Exact.
     pub drops: BTreeMap<String, u64>,
 }
+
+/// See [`Load::services`].
+pub const IDLE_AT_MOST: usize = 1000;
 
 /// What went over a Service, an endpoint or a Pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +37,35 @@ pub struct Traffic {
     pub bytes_out: u64,
 }
 
+impl Traffic {
+    pub fn add(&mut self, more: &Traffic) {
+        self.connections += more.connections;
+        self.packets_in += more.packets_in;
+        self.bytes_in += more.bytes_in;
+        self.packets_out += more.packets_out;
+        self.bytes_out += more.bytes_out;
+    }
+}
+
+impl From<traffic::Traffic> for Traffic {
+    fn from(of_table: traffic::Traffic) -> Self {
+        let traffic::Traffic {
+            connections,
+            packets_in,
+            bytes_in,
+            packets_out,
+            bytes_out,
+        } = of_table;
+        Self {
+            connections,
+            packets_in,
+            bytes_in,
+            packets_out,
+            bytes_out,
+        }
+    }
+}
+
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceLoad {
@@ -40,8 +73,6 @@ pub struct ServiceLoad {
     pub object: String,
     #[serde(flatten)]
     pub traffic: Traffic,
-    /// Flows that it has now, half-open ones left out.
-    pub flows: u64,
     pub endpoints: Vec<EndpointLoad>,
 }
 

@@ -1,7 +1,11 @@
 //! Verdicts of policies, as the agent tells its commands.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use crate::bpf::sys;
 
 /// What was decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,4 +53,10 @@ pub struct Told {
     pub action: Option<String>,
     /// Verdicts about the pod that were not told before this one, because there were too many.
     pub untold: u32,
+}
+
+/// The time of day of a moment on the monotonic clock.
+pub fn wall_clock(at_ns: u64) -> Timestamp {
+    let age = sys::monotonic().saturating_sub(Duration::from_nanos(at_ns));
+    Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
 }

@@ -194,7 +194,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let flow = occupant.flow();
         if F::rewrite(flow) == F::rewrite(&work.reply) {
             // Ours: the request's entry was evicted, or the client begins anew. Enter both again.
-            world.count_flow(FlowEvent::Begun);
+            begun::<F, W>(world, work);
             return enter_both::<F, W>(world, work);
         }
         let meta = F::meta(flow);
@@ -208,7 +208,7 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         }
         match world.put_half_open(&work.key, &work.reply, false) {
             Ok(()) => {
-                world.count_flow(FlowEvent::Begun);
+                begun::<F, W>(world, work);
                 return Verdict::TRANSLATE;
             }
             Err(InsertError::Failed) => return Verdict::drop(Reason::FlowInsertFailed),
@@ -237,11 +237,20 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
     }
     match world.put_half_open(&work.key, &work.reply, true) {
         Ok(()) => {
-            world.count_flow(FlowEvent::Begun);
+            begun::<F, W>(world, work);
             Verdict::TRANSLATE
         }
         Err(_) => Verdict::drop(Reason::FlowInsertFailed),
     }
+}
+
+/// Counts a flow that begins.
+#[inline(always)]
+fn begun<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) {
+    let meta = F::meta(&work.reply);
+    world.count_flow(FlowEvent::Begun);
+    world.count_connection(meta.service, meta.backend);
+    work.has_begun = 1;
 }
 
 /// Remembers the backend of a datagram that is not its flow's first, though nobody has answered: flows that never are

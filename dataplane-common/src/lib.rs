@@ -13,11 +13,13 @@ pub mod datagram;
 pub mod device;
 pub mod enforce;
 pub mod flow;
+pub mod monitor;
 pub mod policy;
 pub mod reason;
 pub mod service;
 pub mod sock;
 pub mod source;
+pub mod traffic;
 
 pub mod answer;
 pub mod balance;

@@ -31,6 +31,7 @@ use crate::{
     sock::SockBackend,
     source,
     tables::{Entry, Env, InsertError, Route, Router, Tables},
+    traffic::{Sample, Traffic},
     unbound::{self, PodRange},
     verdict::{Action, Hook, Verdict},
 };
@@ -140,6 +141,22 @@ pub struct Memory {
     pub midstream_ticks: Cell<u32>,
     pub fragments: HeldFragments,
     pub policies: Policies,
+    pub traffic: MemoryTraffic,
+}
+
+/// What went over services and backends: every packet is one that is sampled.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryTraffic {
+    pub services: RefCell<HashMap<u32, Traffic>>,
+    pub backends: RefCell<HashMap<u32, Traffic>>,
+    pub pod_drops: RefCell<HashMap<u32, u64>>,
+}
+
+impl MemoryTraffic {
+    fn add(&self, service: u32, backend: u32, change: impl Fn(&mut Traffic)) {
+        change(self.services.borrow_mut().entry(service).or_default());
+        change(self.backends.borrow_mut().entry(backend).or_default());
+    }
 }
 
 /// The store of held fragments, and what comes out of it.
@@ -172,6 +189,7 @@ impl Default for Memory {
             midstream_ticks: Cell::new(0),
             fragments: HeldFragments::default(),
             policies: Policies::default(),
+            traffic: MemoryTraffic::default(),
         }
     }
 }
@@ -411,6 +429,8 @@ pub fn work<F: Family>() -> Work<F> {
         judged: Judged::default(),
         judged_first: Judged::default(),
         told: VerdictEvent::default(),
+        has_begun: 0,
+        unused: 0,
     }
 }
 
@@ -626,6 +646,27 @@ impl Env for Memory {
 
     fn count_flow(&self, event: FlowEvent) {
         self.flow_events.borrow_mut()[event as usize] += 1;
+    }
+
+    fn count_pod_drop(&self, ifindex: u32) {
+        *self
+            .traffic
+            .pod_drops
+            .borrow_mut()
+            .entry(ifindex)
+            .or_default() += 1;
+    }
+
+    fn count_connection(&self, service: u32, backend: u32) {
+        self.traffic.add(service, backend, |traffic| traffic.connections += 1);
+    }
+
+    fn is_sampled(&self) -> bool {
+        true
+    }
+
+    fn count_sample(&self, service: u32, backend: u32, sample: Sample) {
+        self.traffic.add(service, backend, |traffic| traffic.count(sample));
     }
 
     fn take_refusal(&self) -> bool {

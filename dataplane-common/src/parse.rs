@@ -353,7 +353,7 @@ fn addresses<A>(src: A, dst: A) -> Tuple<A> {
 
 /// Adds the ports of a TCP or UDP packet, and nothing is checked but that they are there.
 #[inline(always)]
-pub(crate) fn parse_ports<F: Family, P: Packet>(
+pub fn parse_ports<F: Family, P: Packet>(
     packet: &P,
     headers: &mut Headers<F::Addr>,
 ) -> Result<(), Reason> {

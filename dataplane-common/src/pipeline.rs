@@ -29,6 +29,7 @@ use crate::{
     service::{Scope, port_set_index, service_flags},
     source,
     tables::{Entry, Env, Router, Tables},
+    traffic::Sample,
     unbound,
     verdict::{Action, Hook, Verdict},
 };
@@ -122,6 +123,9 @@ pub struct Work<F: Family> {
     pub judged: Judged,
     pub judged_first: Judged,
     pub told: VerdictEvent,
+    /// 1: the packet is the first of a flow that has just begun. Whoever reads it sets it back.
+    pub has_begun: u32,
+    pub unused: u32,
 }
 
 /// In [`Work::service`]: an index that no table is large enough for.
@@ -212,7 +216,7 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
     if source::is_asked::<F, P, W>(packet, world, at) {
         let verdict = stages.source(packet, world, at);
         if verdict.action() == Action::Drop {
-            world.count(verdict.value());
+            count_drop(world, at, verdict);
             return verdict;
         }
     }
@@ -244,9 +248,18 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>, S: Stages<F, P, W>>(
         verdict = stages.guard(packet, world, at);
     }
     if verdict.action() == Action::Drop {
-        world.count(verdict.value());
+        count_drop(world, at, verdict);
     }
     verdict
+}
+
+/// Counts a packet that is dropped.
+#[inline(always)]
+fn count_drop<W: Env>(world: &W, at: &Context, verdict: Verdict) {
+    world.count(verdict.value());
+    if at.is_pod() {
+        world.count_pod_drop(at.ifindex);
+    }
 }
 
 /// Brings what [`glance`] has left undecided to an end.
@@ -635,8 +648,21 @@ pub(crate) fn finish<F: RewriteIp, P: Packet, W: World<F>>(
         Leave::TooBig(mtu) => return Verdict::to(Action::TooBig, mtu.into()),
         Leave::Drop(reason) => return Verdict::drop(reason),
     };
-    match rewrite::<F, P>(packet, at.l3, headers, F::rewrite(flow)) {
-        Some(()) => exit,
-        None => Verdict::drop(Reason::RewriteFailed),
+    if rewrite::<F, P>(packet, at.l3, headers, F::rewrite(flow)).is_none() {
+        return Verdict::drop(Reason::RewriteFailed);
     }
+    if world.is_sampled() {
+        let meta = F::meta(flow);
+        let bytes = if packet.is_gso() {
+            packet.len() - at.l3
+        } else {
+            headers.l3_len.into()
+        };
+        let sample = Sample {
+            bytes: bytes as u32,
+            is_reply: meta.flags & flow_flags::REPLY != 0,
+        };
+        world.count_sample(meta.service, meta.backend, sample);
+    }
+    exit
 }

@@ -9,6 +9,7 @@ use crate::{
     policy::{Judgement, PodPolicy, PolicyFlow, VerdictEvent},
     service::{Affinity, PortSet, ServiceHead},
     sock::SockBackend,
+    traffic::Sample,
     unbound::PodRange,
 };
 
@@ -114,6 +115,14 @@ pub trait Env {
     /// Counts a [`Reason`](crate::reason::Reason), given by its number.
     fn count(&self, reason: u32);
     fn count_flow(&self, event: FlowEvent);
+    /// Counts a packet that is dropped at a pod's interface.
+    fn count_pod_drop(&self, ifindex: u32);
+    /// Counts a connection that begins, at its service and its backend, if it has any.
+    fn count_connection(&self, service: u32, backend: u32);
+    /// Whether the packet at hand is the one in [`SAMPLED`](crate::traffic::SAMPLED) that is counted.
+    fn is_sampled(&self) -> bool;
+    /// Counts a packet that is sampled, for all that are not.
+    fn count_sample(&self, service: u32, backend: u32, sample: Sample);
     /// Takes one of this tick's refusals, if any is left.
     fn take_refusal(&self) -> bool;
     /// When a TCP flow was last begun in mid-stream, in ticks; 0 for never.

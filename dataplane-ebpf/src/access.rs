@@ -65,7 +65,7 @@ impl XdpPacket {
 impl XdpPacket {
     /// The length of the frame in all its buffers.
     #[inline(always)]
-    fn frame_len(&self) -> u64 {
+    pub fn frame_len(&self) -> u64 {
         if config(|c| &c.flags) & config_flags::XDP_FRAGS == 0 {
             return self.len() as u64;
         }

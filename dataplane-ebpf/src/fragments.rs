@@ -109,7 +109,7 @@ tables!(V6, DatagramKey6, Datagram6, DATAGRAMS_V6);
 /// `length` if it is at most `most`, which is below 16,384. Written so that the verifier of Linux 6.1 sees that it is not 0,
 /// which a comparison with 0 does not tell it. No frame has 0 bytes.
 #[inline(always)]
-fn some_bytes(length: usize, most: usize) -> Option<u32> {
+pub fn some_bytes(length: usize, most: usize) -> Option<u32> {
     let bounded = (length.wrapping_sub(1) & 0x3fff) + 1;
     (length <= most).then(|| bounded.min(most) as u32)
 }

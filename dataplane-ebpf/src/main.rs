@@ -2,6 +2,8 @@
 //! ([`access`]), maps and helpers ([`world`]), and turns its verdicts into return codes.
 #![no_std]
 #![no_main]
+// Additions that other CPUs see, see `traffic`.
+#![feature(asm_experimental_arch)]
 
 // Where aya-log's macros look for the ring buffer, see `debug`.
 extern crate self as aya_log_ebpf;
@@ -11,10 +13,12 @@ mod debug;
 mod enforce;
 mod fragments;
 mod maps;
+mod monitor;
 mod policies;
 mod sock;
 mod stages;
 mod tc;
+mod traffic;
 mod world;
 mod xdp;
 

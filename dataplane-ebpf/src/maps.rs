@@ -23,13 +23,14 @@ use dataplane_common::{
     },
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
     source::{SOURCE_PLACES, Source4, Source6},
+    traffic::Traffic,
     unbound::PodRange,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory for entries that are there alone; only the agent makes them.
 const NO_PREALLOC: usize = 1;
 /// `BPF_F_MMAPABLE`: the agent writes through a mapping, so that a head changes by one 64-bit store.
-const MMAPABLE: usize = 1 << 10;
+pub const MMAPABLE: usize = 1 << 10;
 
 #[btf_map]
 pub static FRONTENDS_V4: HashMap<FrontendKey4, Frontend, 65536> = HashMap::new();
@@ -148,6 +149,25 @@ pub static COUNTERS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new()
 /// By `dataplane_common::flow::FlowEvent`.
 #[btf_map]
 pub static FLOW_EVENTS: PerCpuArray<u64, { flow::FLOW_EVENTS as usize }> = PerCpuArray::new();
+
+/// What goes over each service and each backend, by their indices.
+#[btf_map]
+pub static SERVICE_TRAFFIC: Array<Traffic, 65536, MMAPABLE> = Array::new();
+#[btf_map]
+pub static BACKEND_TRAFFIC: Array<Traffic, 65536, MMAPABLE> = Array::new();
+/// Interface of a pod → packets that were dropped there.
+#[btf_map]
+pub static POD_DROPS: LruHashMap<u32, u64, 1024> = LruHashMap::new();
+
+/// `dataplane_common::monitor::Event`s, for whoever watches.
+#[btf_map]
+pub static EVENTS: RingBuf<(), 524288> = RingBuf::new();
+/// `dataplane_common::monitor::monitor_state`.
+#[btf_map]
+pub static MONITOR: Array<u32, 1> = Array::new();
+/// Events that found no room in `EVENTS`, or would have.
+#[btf_map]
+pub static EVENTS_MISSED: PerCpuArray<u64, 1> = PerCpuArray::new();
 
 /// How many refusals a CPU has sent in a tick.
 #[repr(C)]

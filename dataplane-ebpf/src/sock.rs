@@ -306,6 +306,7 @@ where
         return Err(REFUSED);
     };
     let picked = Picked::new::<F>(id, &backend, cookie);
+    world.count_connection(index, id);
     if l4_proto == proto::UDP {
         remember(&SOCK_CHOSEN, &key, &picked.backend);
     }

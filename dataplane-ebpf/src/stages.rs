@@ -16,6 +16,7 @@ use crate::{
     enforce::{no_policies, policies},
     fragments::{fragments, no_fragments},
     maps::{WORK_V4, WORK_V6},
+    monitor,
     world::{World, work},
 };
 
@@ -107,6 +108,7 @@ macro_rules! stages {
                 return Verdict::PASS.to_raw();
             };
             let (at, verdict) = (Context::from_raw(at), Verdict::from_raw(verdict));
+            monitor::concludes::<$family, _>(ctx, &at, work, verdict);
             conclude::<$family, _, _>(&mut $packet(ctx), &World::new(ctx), &at, work, verdict).to_raw()
         }
     };

@@ -22,7 +22,7 @@ use dataplane_common::{
     verdict::{Action, Hook, Verdict},
 };
 
-use crate::{access::SkbPacket, debug::process, stages::Apart, world::World};
+use crate::{access::SkbPacket, debug::process, monitor, stages::Apart, world::World};
 
 /// `TC_ACT_UNSPEC`, which is `TCX_NEXT`: whoever comes next at this hook sees the packet too.
 const NEXT: i32 = -1;
@@ -113,10 +113,24 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         }
         _ => Verdict::PASS,
     };
+    if verdict.action() == Action::Drop {
+        monitor::dropped(skb, &at, family_of(protocol), verdict.value());
+        return SHOT;
+    }
     if l3 == 0 {
         act_without_link_layer(skb, &world, hook, ifindex, verdict)
     } else {
         act(skb, hook, ifindex, verdict)
+    }
+}
+
+/// Of `skb->protocol`, which is one of IP's where it is asked.
+#[inline(always)]
+fn family_of(protocol: u32) -> u8 {
+    if u16::from_be(protocol as u16) == ethertype::IPV4 {
+        4
+    } else {
+        6
     }
 }
 
@@ -138,7 +152,6 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
     let to = verdict.value();
     match verdict.action() {
         Action::Pass => return NEXT,
-        Action::Drop => return SHOT,
         // A packet that goes straight into a pod meets no hook of ours on its way.
         Action::Pod if at_ingress => {
             // SAFETY: the context is valid while the program runs; helpers without other pointers.
@@ -180,7 +193,6 @@ fn act_without_link_layer(
     let to = verdict.value();
     let (device, flags) = match verdict.action() {
         Action::Pass => return NEXT,
-        Action::Drop => return SHOT,
         // Nothing enters or leaves a pod by a device without link layer.
         Action::Pod => {
             world.count(Reason::RewriteFailed as u32);

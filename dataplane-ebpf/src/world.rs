@@ -9,7 +9,8 @@ use aya_ebpf::{
     },
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_ns,
+        bpf_fib_lookup as fib_lookup, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_jiffies64,
+        bpf_ktime_get_ns,
     },
 };
 use dataplane_common::{
@@ -31,10 +32,11 @@ use dataplane_common::{
     sock::{SockBackend, SockKey4, SockKey6},
     source::source_place,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    traffic::{SAMPLED, Sample},
     unbound::PodRange,
 };
 
-use crate::{maps::*, policies};
+use crate::{maps::*, policies, traffic};
 
 /// Written by the agent before the object is loaded.
 #[unsafe(no_mangle)]
@@ -506,6 +508,27 @@ impl<C> Env for World<C> {
             // SAFETY: as in `count`.
             unsafe { *counter += 1 };
         }
+    }
+
+    #[inline(always)]
+    fn count_pod_drop(&self, ifindex: u32) {
+        traffic::count_pod_drop(ifindex);
+    }
+
+    #[inline(always)]
+    fn count_connection(&self, service: u32, backend: u32) {
+        traffic::count_connection(service, backend);
+    }
+
+    #[inline(always)]
+    fn is_sampled(&self) -> bool {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_get_prandom_u32() }.is_multiple_of(SAMPLED)
+    }
+
+    #[inline(always)]
+    fn count_sample(&self, service: u32, backend: u32, sample: Sample) {
+        traffic::count_sample(service.into(), backend.into(), sample.to_raw());
     }
 
     #[inline(always)]

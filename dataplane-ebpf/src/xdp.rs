@@ -11,7 +11,7 @@ use dataplane_common::{
     verdict::{Action, Hook, Verdict},
 };
 
-use crate::{access::XdpPacket, debug::process, stages::Apart, world::World};
+use crate::{access::XdpPacket, debug::process, monitor, stages::Apart, world::World};
 
 // No function may have a section's name, `xdp`.
 #[xdp(frags)]
@@ -51,7 +51,11 @@ fn run(ctx: &XdpContext) -> u32 {
         Action::Transmit if verdict.value() == ifindex => xdp_action::XDP_TX,
         // SAFETY: a helper without pointers.
         Action::Transmit => unsafe { bpf_redirect(verdict.value(), 0) as u32 },
-        Action::Drop => xdp_action::XDP_DROP,
+        Action::Drop => {
+            let family = if u16::from_be(kind) == ethertype::IPV4 { 4 } else { 6 };
+            monitor::dropped(ctx.ctx, &at, family, verdict.value());
+            xdp_action::XDP_DROP
+        }
         // XDP leaves all these to TC.
         _ => {
             world.count(Reason::RewriteFailed as u32);

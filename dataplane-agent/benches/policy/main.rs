@@ -247,6 +247,7 @@ fn verdicts(
         for (crowd, ours) in CROWDS.iter().zip(&net[1..]).skip(1) {
             let ours = less(ours, without);
             let what = format!("  {}", crowd.name);
+            let aim = if crowd.is_mixed() { f64::INFINITY } else { aim };
             results.add(Row::of(what, NEW_FLOWS, alone.clone(), ours, aim, String::new()));
         }
     }

@@ -111,7 +111,14 @@ impl std::fmt::Display for Row {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let of = &self.comparison;
         let (low, high) = of.between;
-        let judged = if of.is_over {
+        let aim = if of.limit.is_finite() {
+            format!("<= {:.2}", of.limit)
+        } else {
+            "none".to_owned()
+        };
+        let judged = if of.limit.is_infinite() {
+            ""
+        } else if of.is_over {
             "MISSED"
         } else if of.ratio > of.limit {
             "above, within noise"
@@ -120,8 +127,8 @@ impl std::fmt::Display for Row {
         };
         write!(
             f,
-            "{:<46} {:>8} {:>9.1} {:>9.1} {:>6.2}  ({low:>6.2} to {high:<6.2})  <= {:.2} {judged}{}",
-            self.what, self.flows, of.base, of.ours, of.ratio, of.limit, self.note
+            "{:<46} {:>8} {:>9.1} {:>9.1} {:>6.2}  ({low:>6.2} to {high:<6.2})  {aim} {judged}{}",
+            self.what, self.flows, of.base, of.ours, of.ratio, self.note
         )
     }
 }

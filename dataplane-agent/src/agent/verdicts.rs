@@ -1,20 +1,20 @@
 //! What policies have decided, in words: events of the kernel side, with the names of pods, policies and rules.
 
-use std::{collections::VecDeque, net::IpAddr, time::Duration};
+use std::{collections::VecDeque, net::IpAddr};
 
 use dataplane_common::{
     addr::{AnyAddr, proto},
     policy::{NO_RULE_INDEX, RuleAction, VerdictEvent},
     reason::Reason,
 };
-use jiff::Timestamp;
 
 use super::Agent;
 use crate::{
-    bpf::{sys, verdicts::Verdicts},
+    bpf::verdicts::Verdicts,
+    health::Policies,
     model::policy::Direction,
     sync::encode,
-    told::{Told, ToldVerdict},
+    told::{Told, ToldVerdict, wall_clock},
 };
 
 /// As many are kept for those who ask.
@@ -136,10 +136,26 @@ impl Agent {
         } else {
             event.dst_be
         };
-        let pod = self.policies.pod_at(address(event, own))?;
-        let policies = &self.policies.pods().get(pod)?.policies[direction(event) as usize];
-        let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+        let names = self.selecting(address(event, own), direction(event));
         (!names.is_empty()).then(|| names.join(", "))
+    }
+
+    /// The policies that have a say about the pod with an address.
+    fn selecting(&self, addr: IpAddr, direction: Direction) -> Vec<String> {
+        let name = self.policies.pod_at(addr);
+        let pod = name.and_then(|name| self.policies.pods().get(name));
+        let policies = pod.iter().flat_map(|pod| &pod.policies[direction as usize]);
+        policies.map(ToString::to_string).collect()
+    }
+
+    pub(super) fn policy_names(&self, of: Policies) -> Vec<String> {
+        match of {
+            Policies::Numbered(number) => {
+                let policy = self.policy_syncer.policy(number);
+                policy.map(ToString::to_string).into_iter().collect()
+            }
+            Policies::Selecting(addr, direction) => self.selecting(addr, direction),
+        }
     }
 }
 
@@ -154,12 +170,6 @@ fn direction(event: &VerdictEvent) -> Direction {
 /// An address of the event's family.
 fn address(event: &VerdictEvent, addr: AnyAddr) -> IpAddr {
     encode::ip(addr, event.family == 6)
-}
-
-/// The time of day of a moment on the monotonic clock.
-fn wall_clock(at_ns: u64) -> Timestamp {
-    let age = sys::monotonic().saturating_sub(Duration::from_nanos(at_ns));
-    Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
 #[cfg(test)]

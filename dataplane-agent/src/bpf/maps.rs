@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Names and entries of the maps whose size is set at load time; the others keep the object's.
-pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 37] {
+pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 40] {
     let Sizes {
         limits,
         affinity,
@@ -49,6 +49,9 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 37] {
         (map_names::FRONTENDS_V6, frontends),
         (map_names::SERVICES, services),
         (map_names::BACKENDS, backends),
+        (map_names::SERVICE_TRAFFIC, services),
+        (map_names::BACKEND_TRAFFIC, backends),
+        (map_names::POD_DROPS, pods),
         (map_names::MAGLEV, maglev),
         (map_names::RANGES_V4, source_ranges),
         (map_names::RANGES_V6, source_ranges),

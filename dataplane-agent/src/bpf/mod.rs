@@ -3,6 +3,7 @@
 
 pub mod counters;
 pub mod debug_log;
+pub mod events;
 pub mod kernel;
 pub mod links;
 pub mod loader;
@@ -144,6 +145,12 @@ pub mod map_names {
     pub const SOCK_CHOSEN: &str = "SOCK_CHOSEN";
     pub const SOCK_REVERSE_V4: &str = "SOCK_REVERSE_V4";
     pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
+    pub const SERVICE_TRAFFIC: &str = "SERVICE_TRAFFIC";
+    pub const BACKEND_TRAFFIC: &str = "BACKEND_TRAFFIC";
+    pub const POD_DROPS: &str = "POD_DROPS";
+    pub const EVENTS: &str = "EVENTS";
+    pub const EVENTS_MISSED: &str = "EVENTS_MISSED";
+    pub const MONITOR: &str = "MONITOR";
     pub const COUNTERS: &str = "COUNTERS";
     pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
     pub const MIDSTREAM: &str = "MIDSTREAM";

@@ -44,6 +44,12 @@ pub fn purpose(table: &str) -> Option<&'static str> {
         names::SOCK_REVERSE_V4 | names::SOCK_REVERSE_V6 => {
             "socket and backend → the address that its process asked for"
         }
+        names::SERVICE_TRAFFIC => "service → connections, packets and bytes that went over it",
+        names::BACKEND_TRAFFIC => "backend → connections, packets and bytes that went over it",
+        names::POD_DROPS => "interface of a pod → packets that were dropped there",
+        names::EVENTS => "ring buffer of single packets for `monitor`",
+        names::EVENTS_MISSED => "what found no room there, for each CPU",
+        names::MONITOR => "whether anybody watches",
         names::COUNTERS => "packets by reason, for each CPU",
         names::FLOW_EVENTS => "what happened to flows, for each CPU",
         "REFUSALS" => "refusals sent just now, for each CPU",

@@ -28,6 +28,7 @@ use dataplane_common::{
     service::{Affinity, Frontend, PortSet, RANGE_SERVICE_BITS, Service, ServiceHead},
     sock::SockBackend,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
+    traffic::Sample,
     unbound::PodRange,
     verdict::{Action, Verdict},
 };
@@ -506,6 +507,16 @@ impl Env for World {
     }
 
     fn count_flow(&self, _event: FlowEvent) {}
+
+    fn count_pod_drop(&self, _ifindex: u32) {}
+
+    fn count_connection(&self, _service: u32, _backend: u32) {}
+
+    fn is_sampled(&self) -> bool {
+        false
+    }
+
+    fn count_sample(&self, _service: u32, _backend: u32, _sample: Sample) {}
 
     fn take_refusal(&self) -> bool {
         true

@@ -1,8 +1,7 @@
 //! `flows`: connections through Services as the pinned tables have them, with the names that a running agent knows.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::Path,
 };
 
@@ -11,21 +10,16 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
-    ask,
+    names::Names,
     output::{Output, table},
     pinned,
 };
 use crate::{
-    compile::FrontendAddr,
     explain::{End, Port},
     model::Protocol,
-    served::{self, Served},
     store::flows::{self, Flow, FlowState},
     sync::encode,
 };
-
-/// Addresses of one question to the agent.
-const AT_ONCE: usize = 100;
 
 /// Which flows to show.
 #[derive(Debug, Default, clap::Args)]
@@ -92,14 +86,6 @@ struct Shown {
     idle_seconds: u64,
 }
 
-/// Who has which address, as far as an agent says.
-#[derive(Default)]
-struct Names {
-    pods: HashMap<IpAddr, String>,
-    /// By [`served::at`].
-    services: HashMap<String, String>,
-}
-
 /// Prints the flows of the tables under `bpffs` that `filter` lets through.
 pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyhow::Result<()> {
     let pins = pinned(bpffs)?;
@@ -110,12 +96,12 @@ pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyh
         .any(|who| matches!(who, Some(Who::Named(_))));
     let mut names = Names::default();
     let asked = if by_name {
-        names.learn(socket, &flows)
+        learn(&mut names, socket, &flows)
     } else {
         Ok(())
     };
     asked.context("names are known to a running agent alone; filter by addresses without one")?;
-    let mut shown: Vec<Shown> = flows.iter().map(|flow| names.shown(flow)).collect();
+    let mut shown: Vec<Shown> = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
     shown.retain(|shown| filter.lets_named_through(shown));
     let found = shown.len();
     if filter.limit > 0 {
@@ -124,11 +110,20 @@ pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyh
     if !by_name {
         flows.truncate(shown.len());
         // Without an agent addresses have to do.
-        if names.learn(socket, &flows).is_ok() {
-            shown = flows.iter().map(|flow| names.shown(flow)).collect();
+        if learn(&mut names, socket, &flows).is_ok() {
+            shown = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
         }
     }
     output.print(&shown, |shown| render(shown, found))
+}
+
+/// Asks an agent for the names of what is in these flows.
+fn learn(names: &mut Names, socket: &Path, flows: &[Flow]) -> anyhow::Result<()> {
+    names.learn_services(socket)?;
+    let ends = flows
+        .iter()
+        .flat_map(|flow| [flow.client.ip(), flow.backend.ip()]);
+    names.learn_pods(socket, ends)
 }
 
 impl Filter {
@@ -156,52 +151,15 @@ impl Filter {
     }
 }
 
-impl Names {
-    /// Asks an agent for the names of what is in these flows.
-    fn learn(&mut self, socket: &Path, flows: &[Flow]) -> anyhow::Result<()> {
-        let served: Served = ask::value(socket, "/services")?;
-        for object in served.objects {
-            let name = match object.object.split_once(' ') {
-                Some(("Service", name)) => format!("svc/{name}"),
-                _ => object.object,
-            };
-            for frontend in object.frontends {
-                self.services.insert(frontend.at, name.clone());
-            }
-        }
-        let ends = flows
-            .iter()
-            .flat_map(|flow| [flow.client.ip(), flow.backend.ip()]);
-        let addrs: Vec<IpAddr> = ends.collect::<BTreeSet<_>>().into_iter().collect();
-        for some in addrs.chunks(AT_ONCE) {
-            let list: Vec<String> = some.iter().map(ToString::to_string).collect();
-            let known: HashMap<IpAddr, String> =
-                ask::value(socket, &format!("/names?of={}", list.join(",")))?;
-            self.pods.extend(known);
-        }
-        Ok(())
-    }
-
-    fn shown(&self, flow: &Flow) -> Shown {
-        let protocol = encode::protocol(flow.proto);
-        let any = match flow.asked {
-            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        // Its own address first, then the node ports.
-        let service = [flow.asked.ip(), any].into_iter().find_map(|addr| {
-            let port = flow.asked.port();
-            let proto = protocol?;
-            self.services
-                .get(&served::at(&FrontendAddr { addr, port, proto }))
-        });
-        let pod = |addr: SocketAddr| self.pods.get(&addr.ip()).cloned();
-        Shown {
-            protocol: protocol.map_or("other", Protocol::as_str),
+impl Shown {
+    fn of(flow: &Flow, names: &Names) -> Self {
+        let pod = |addr: SocketAddr| names.pod(addr.ip()).cloned();
+        Self {
+            protocol: encode::protocol(flow.proto).map_or("other", Protocol::as_str),
             from: flow.client,
             from_pod: pod(flow.client),
             to: flow.asked,
-            service: service.cloned(),
+            service: names.service(flow.proto, flow.asked).cloned(),
             endpoint: flow.backend,
             endpoint_pod: pod(flow.backend),
             seen_as: flow.seen_as,
@@ -287,18 +245,14 @@ mod tests {
     #[test]
     fn names_stand_before_addresses() {
         let mut names = Names::default();
-        names
-            .pods
-            .insert("10.244.2.6".parse().unwrap(), "shop/db-0".to_owned());
-        names
-            .services
-            .insert("node port 30080/TCP (IPv4)".to_owned(), "svc/shop/db".to_owned());
-        let text = render(&[names.shown(&flow())], 3);
+        names.name_pod("10.244.2.6".parse().unwrap(), "shop/db-0");
+        names.name_service("node port 30080/TCP (IPv4)", "svc/shop/db");
+        let text = render(&[Shown::of(&flow(), &names)], 3);
         assert!(text.contains("svc/shop/db (192.0.2.11:30080)"), "{text}");
         assert!(text.contains("shop/db-0 (10.244.2.6:8080)"), "{text}");
         assert!(text.ends_with("2 more: --limit 0 shows all\n"), "{text}");
         let by_name = |name: &str| filter(|filter| filter.to = Some(Who::Named(name.to_owned())));
-        let shown = names.shown(&flow());
+        let shown = Shown::of(&flow(), &names);
         assert!(by_name("svc/shop/db").lets_named_through(&shown));
         assert!(by_name("shop/db-0").lets_named_through(&shown));
         assert!(!by_name("shop/web").lets_named_through(&shown));

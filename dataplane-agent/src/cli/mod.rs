@@ -9,6 +9,8 @@ pub mod flows;
 pub mod log;
 pub mod manual;
 pub mod maps;
+pub mod monitor;
+pub mod names;
 pub mod output;
 pub mod policies;
 pub mod preflight;
@@ -112,6 +114,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             socket,
             output,
         } => flows::run(&bpffs, &socket, &filter, output)?,
+        Command::Monitor {
+            filter,
+            bpffs,
+            socket,
+            output,
+        } => monitor::run(&bpffs, &socket, &filter, output)?,
         Command::Maps { bpffs, output } => maps::run(&bpffs, output)?,
         Command::Cleanup {
             kube_proxy_rules: true,

@@ -18,6 +18,7 @@ use dataplane_common::{
         Frontend, FrontendKey4, FrontendKey6, PORT_SETS, PortSet, RANGE_SERVICE_BITS, Service, SourceRange4,
         SourceRange6,
     },
+    traffic::Traffic,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -76,6 +77,8 @@ pub struct BpfStore {
     services: Array<Service>,
     backends: Array<Backend>,
     maglev: Array<u64>,
+    service_traffic: Array<Traffic>,
+    backend_traffic: Array<Traffic>,
     ranges4: Table<Prefix<SourceRange4>, u32>,
     ranges6: Table<Prefix<SourceRange6>, u32>,
     ports: Table<u32, PortSet>,
@@ -109,6 +112,8 @@ impl BpfStore {
             services,
             backends,
             maglev,
+            service_traffic: Array::open(pins, names::SERVICE_TRAFFIC)?,
+            backend_traffic: Array::open(pins, names::BACKEND_TRAFFIC)?,
             ranges4,
             ranges6: Table::open(pins, names::RANGES_V6)?,
             ports: Table::open(pins, names::PORTS)?,
@@ -140,10 +145,17 @@ impl Store for BpfStore {
     }
 
     fn write_service(&mut self, index: u32, service: &Service) -> Result<(), StoreError> {
+        // What the one before has seen is not this one's.
+        if self.services.read(index)?.head.generation != service.head.generation {
+            self.service_traffic.write(index, &Traffic::default())?;
+        }
         self.services.write(index, service)
     }
 
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), StoreError> {
+        if self.backends.read(id)?.head.generation != backend.head.generation {
+            self.backend_traffic.write(id, &Traffic::default())?;
+        }
         self.backends.write(id, backend)
     }
 

@@ -13,6 +13,7 @@ pub mod memory;
 pub mod policy;
 pub mod served;
 pub mod sockets;
+pub mod traffic;
 
 use std::net::IpAddr;
 

@@ -42,12 +42,18 @@ pub struct TableBackend {
 impl TableBackend {
     #[must_use]
     pub fn state(&self) -> &'static str {
-        match self.state {
-            backend_state::ACTIVE => "active",
-            backend_state::DRAINING => "draining",
-            backend_state::SERVING => "serving",
-            _ => "gone",
-        }
+        state(self.state)
+    }
+}
+
+/// A [`backend_state`] in a word.
+#[must_use]
+pub fn state(state: u8) -> &'static str {
+    match state {
+        backend_state::ACTIVE => "active",
+        backend_state::DRAINING => "draining",
+        backend_state::SERVING => "serving",
+        _ => "gone",
     }
 }
 

@@ -128,7 +128,7 @@ impl Syncer {
 }
 
 /// What the table says of a backend id: it is mapped, so nothing of it is kept beside.
-fn read(store: &dyn Store, id: u32) -> Backend {
+pub(super) fn read(store: &dyn Store, id: u32) -> Backend {
     // Only an id beyond the table's end cannot be read.
     store.read_backend(id).unwrap_or_default()
 }

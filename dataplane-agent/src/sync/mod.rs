@@ -11,6 +11,7 @@ mod desired;
 pub mod encode;
 mod frontends;
 mod ids;
+mod placed;
 pub mod policy;
 mod programmed;
 mod ranges;
@@ -30,6 +31,7 @@ use std::{
 use dataplane_common::{device::Device, service::Frontend};
 
 pub use self::backends::serves;
+pub use self::placed::Placed;
 pub use self::restore::find_slice;
 use self::{
     desired::{Desired, Touched},

@@ -2,6 +2,8 @@
 //! floor programs that do only the unavoidable lookups of a case, on maps of the same shape and size.
 #![no_std]
 #![no_main]
+// Additions that other CPUs see, see `traffic`.
+#![feature(asm_experimental_arch)]
 
 use core::ptr;
 
@@ -36,6 +38,8 @@ mod access;
 mod maps;
 #[path = "../policies.rs"]
 mod policies;
+#[path = "../traffic.rs"]
+mod traffic;
 #[path = "../world.rs"]
 mod world;
 

@@ -1,0 +1,92 @@
+//! What goes over Services, endpoints and Pods, with the names that only the loop knows.
+
+use std::{collections::BTreeMap, io, net::SocketAddr};
+
+use jiff::Timestamp;
+
+use super::Agent;
+use crate::{
+    bpf::counters,
+    load::{EndpointLoad, IDLE_AT_MOST, Load, PodLoad, ServiceLoad, Traffic},
+    metrics::kernel_side,
+    model::ObjectRef,
+    store::{served, traffic::TrafficTables},
+    sync::{Placed, encode},
+};
+
+impl Agent {
+    /// All zeros where the tables cannot be read.
+    pub(super) fn load(&self) -> Load {
+        tokio::task::block_in_place(|| self.try_load())
+            .inspect_err(|error| tracing::warn!(%error, "failed to read what goes over Services"))
+            .unwrap_or_default()
+    }
+
+    fn try_load(&self) -> io::Result<Load> {
+        let Some(tables) = &self.tables else {
+            return Ok(Load::default());
+        };
+        let counts = TrafficTables::open(&tables.pins)?;
+        let mut pods: BTreeMap<String, PodLoad> = BTreeMap::new();
+        let drops = counts.drops()?;
+        for (ifindex, pod) in self.host.iter().flat_map(|host| &host.bound_pods) {
+            let here = pods.entry(pod.clone()).or_default();
+            here.here = true;
+            here.drops += drops.get(ifindex).copied().unwrap_or(0);
+        }
+        let placed = self.syncer.placed(&*self.store);
+        let is_short = placed.len() <= IDLE_AT_MOST;
+        let mut services = Vec::new();
+        for (object, placed) in placed {
+            let service = self.service_load(&counts, &object, &placed);
+            for endpoint in &service.endpoints {
+                if let Some(pod) = &endpoint.pod {
+                    pods.entry(pod.clone()).or_default().traffic.add(&endpoint.traffic);
+                }
+            }
+            if is_short || service.traffic != Traffic::default() {
+                services.push(service);
+            }
+        }
+        services.sort_unstable_by(|one, other| one.object.cmp(&other.object));
+        for (name, pod) in &mut pods {
+            pod.pod.clone_from(name);
+        }
+        let drops = counters::read(&tables.pins)?.into_iter();
+        let drops = drops.filter(|(reason, count)| *count > 0 && kernel_side::outcome(*reason).0 == "dropped");
+        Ok(Load {
+            at: Timestamp::now(),
+            services,
+            pods: pods.into_values().collect(),
+            drops: drops
+                .map(|(reason, count)| (reason.label().to_owned(), count))
+                .collect(),
+        })
+    }
+
+    fn service_load(&self, counts: &TrafficTables, object: &ObjectRef, placed: &Placed) -> ServiceLoad {
+        let mut traffic = Traffic::default();
+        for index in &placed.services {
+            traffic.add(&counts.service(*index).into());
+        }
+        let mut endpoints: Vec<EndpointLoad> = Vec::new();
+        for (id, backend) in &placed.backends {
+            let Some(owned) = encode::owned_backend(backend) else {
+                continue;
+            };
+            let addr = owned.key.addr;
+            endpoints.push(EndpointLoad {
+                at: SocketAddr::new(addr, owned.key.port),
+                pod: self.policies.pod_at(addr).map(ToString::to_string),
+                state: served::state(backend.head.state).to_owned(),
+                traffic: counts.backend(*id).into(),
+            });
+        }
+        endpoints.sort_unstable_by_key(|endpoint| endpoint.at);
+        ServiceLoad {
+            object: object.to_string(),
+            traffic,
+            endpoints,
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! `monitor`: what happens to single packets, as it happens: drops, refusals, translations, and what policies have allowed where the agent
+//! is told of that. It reads the pinned ring itself, so no agent has to run; one that does knows the names.
+
+mod capture;
+mod seen;
+
+use std::{
+    io::{self, Write},
+    net::IpAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use dataplane_common::{
+    monitor::{Event, EventKind},
+    policy::{NO_RULE_INDEX, RuleAction},
+    reason::Reason,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time,
+};
+
+pub use self::seen::Word;
+use self::{
+    capture::Capture,
+    seen::{By, Seen},
+};
+use super::{ask, flows::Who, names::Names, pinned};
+use crate::{
+    bpf::events::Watch,
+    explain::Port,
+    model::policy::Direction,
+    netlink::{
+        socket::RequestSocket,
+        tables::{Link, dump_links},
+    },
+    told::{Told, ToldVerdict},
+};
+
+/// Between two looks at the ring.
+const LOOK: Duration = Duration::from_millis(20);
+/// Names and devices are asked for again after this time, and so is an agent that did not answer.
+const NAMES_FOR: Duration = Duration::from_secs(10);
+/// Between two questions about verdicts.
+const VERDICTS: Duration = Duration::from_millis(200);
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// A line each.
+    Text,
+    /// A JSON object a line.
+    Json,
+    /// The packets, for Wireshark: `monitor -o pcapng | wireshark -k -i -`.
+    Pcapng,
+}
+
+/// What to show.
+#[derive(Debug, Default, clap::Args)]
+pub struct Filter {
+    /// From this Pod (namespace/name), address or range of them.
+    #[arg(long)]
+    pub from: Option<Who>,
+    /// To this Service (svc/namespace/name), Pod, address or range of them, before or behind the translation.
+    #[arg(long)]
+    pub to: Option<Who>,
+    /// The port that the packet is for, before or behind the translation, such as 80/TCP.
+    #[arg(long)]
+    pub port: Option<Port>,
+    /// What became of it; several.
+    #[arg(long, value_enum)]
+    pub verdict: Vec<Word>,
+    /// Why, as in `dataplane_packets_total`; several.
+    #[arg(long, value_parser = reason)]
+    pub reason: Vec<Reason>,
+    /// Stop after so many.
+    #[arg(long)]
+    pub count: Option<u64>,
+    /// Stop after so many seconds.
+    #[arg(long)]
+    pub seconds: Option<u64>,
+}
+
+/// A reason by its label.
+fn reason(text: &str) -> Result<Reason, String> {
+    let found = Reason::ALL.iter().copied().find(|reason| reason.label() == text);
+    found.ok_or_else(|| {
+        let labels: Vec<&str> = Reason::ALL.iter().map(|reason| reason.label()).collect();
+        format!("no reason is called so; there are {}", labels.join(", "))
+    })
+}
+
+impl Filter {
+    fn lets_through(&self, seen: &Seen) -> bool {
+        let is = |who: &Option<Who>, addrs: &[Option<IpAddr>], names: &[&Option<String>]| match who {
+            None => true,
+            Some(Who::Within(range)) => addrs.iter().flatten().any(|addr| range.contains(addr)),
+            Some(Who::Named(name)) => names.iter().any(|known| known.as_ref() == Some(name)),
+        };
+        let of_port = |port: Port| {
+            port.proto.is_some_and(|proto| proto.as_str() == seen.protocol)
+                && [seen.port(), seen.endpoint.map(|at| at.port())].contains(&Some(port.number))
+        };
+        is(&self.from, &[seen.from], &[&seen.from_pod])
+            && is(
+                &self.to,
+                &[seen.to, seen.endpoint.map(|at| at.ip())],
+                &[&seen.to_pod, &seen.service, &seen.endpoint_pod],
+            )
+            && self.port.is_none_or(of_port)
+            && (self.verdict.is_empty() || self.verdict.contains(&seen.verdict))
+            && (self.reason.is_empty() || self.reason.iter().any(|reason| reason.label() == seen.reason))
+    }
+}
+
+/// Prints what happens until it is told to stop, or has shown what was asked for.
+pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, format: Format) -> anyhow::Result<()> {
+    let pins = pinned(bpffs)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("failed to start the runtime")?;
+    runtime.block_on(async {
+        // Before the kernel side is told, which it has to be again when this ends.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut monitor = Monitor {
+            watch: Watch::begin(&pins)?,
+            who: Known::new(socket),
+            filter,
+            out: Out::new(format)?,
+            shown: 0,
+            verdicts_after: None,
+            asked: None,
+        };
+        let until = filter.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        loop {
+            if !monitor.look()? || until.is_some_and(|until| Instant::now() >= until) {
+                break;
+            }
+            tokio::select! {
+                () = time::sleep(LOOK) => {}
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
+        monitor.end();
+        Ok(())
+    })
+}
+
+struct Monitor<'a> {
+    watch: Watch,
+    who: Known<'a>,
+    filter: &'a Filter,
+    out: Out,
+    shown: u64,
+    /// The last verdict that the agent has told.
+    verdicts_after: Option<u64>,
+    asked: Option<Instant>,
+}
+
+impl Monitor<'_> {
+    /// Shows what has happened since the last look; whether to look again.
+    fn look(&mut self) -> anyhow::Result<bool> {
+        let mut events = Vec::new();
+        while let Some(event) = self.watch.take() {
+            events.push(event);
+        }
+        self.watch.go_on();
+        self.who.learn(&events);
+        for event in &events {
+            let mut seen = Seen::of(event, &self.who.names);
+            seen.device.clone_from(&self.who.device(event.ifindex));
+            if event.reason == Reason::PolicyDenied as u32 && event.kind == EventKind::Dropped as u8 {
+                seen.by = self.decided_by(event, &seen);
+            }
+            if !self.show(&seen, Some(event))? {
+                return Ok(false);
+            }
+        }
+        for told in self.allowed() {
+            if !self.show(&Seen::of_verdict(told), None)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn show(&mut self, seen: &Seen, event: Option<&Event>) -> anyhow::Result<bool> {
+        if !self.filter.lets_through(seen) {
+            return Ok(true);
+        }
+        self.shown += 1;
+        self.out.print(seen, event)?;
+        Ok(self.filter.count.is_none_or(|count| self.shown < count))
+    }
+
+    /// The policy and the rule that denied a packet; where no rule did, the policies that isolate the pod.
+    fn decided_by(&mut self, event: &Event, seen: &Seen) -> Option<By> {
+        if event.rule == NO_RULE_INDEX {
+            let (own, direction) = if seen.hook == "from_pod" {
+                (seen.from?, Direction::Egress)
+            } else {
+                (seen.to?, Direction::Ingress)
+            };
+            let direction = direction.as_str();
+            let policies = self.who.policies(format!("address={own}&direction={direction}"));
+            return Some(By {
+                policies,
+                ..By::default()
+            });
+        }
+        let rule = self.watch.rule(event)?;
+        let action = RuleAction::ALL.iter().find(|action| **action as u8 == rule.action);
+        Some(By {
+            policies: self.who.policies(format!("number={}", rule.policy)),
+            rule: Some(rule.place),
+            action: action.map(|action| action.label().to_owned()),
+        })
+    }
+
+    /// Verdicts of policies that are no drops, which no ring tells of.
+    fn allowed(&mut self) -> Vec<Told> {
+        if !self.who.is_there() || self.asked.is_some_and(|asked| asked.elapsed() < VERDICTS) {
+            return Vec::new();
+        }
+        self.asked = Some(Instant::now());
+        let after = self.verdicts_after.unwrap_or(0);
+        let told: Vec<Told> =
+            ask::value(self.who.socket, &format!("/verdicts?after={after}")).unwrap_or_default();
+        // What was decided before this began is for `verdicts`.
+        let is_first = self.verdicts_after.is_none();
+        self.verdicts_after = Some(told.last().map_or(after, |told| told.number));
+        let is_new = |told: &Told| !is_first && told.verdict != ToldVerdict::Denied;
+        told.into_iter().filter(is_new).collect()
+    }
+
+    /// Says what was missed.
+    fn end(&mut self) {
+        let missed = self.watch.missed();
+        if missed > 0 {
+            // Nothing is left to report to when stderr is closed.
+            let _closed = writeln!(
+                io::stderr(),
+                "missed {missed} events: there were more than can be told; counters have them all"
+            );
+        }
+    }
+}
+
+/// What an agent and the kernel know of names.
+struct Known<'a> {
+    socket: &'a Path,
+    names: Names,
+    devices: Vec<Link>,
+    policies: std::collections::HashMap<String, Vec<String>>,
+    asked_for: std::collections::HashSet<IpAddr>,
+    since: Option<Instant>,
+    is_there: bool,
+}
+
+impl<'a> Known<'a> {
+    fn new(socket: &'a Path) -> Self {
+        Self {
+            socket,
+            names: Names::default(),
+            devices: Vec::new(),
+            policies: std::collections::HashMap::new(),
+            asked_for: std::collections::HashSet::new(),
+            since: None,
+            is_there: false,
+        }
+    }
+
+    fn is_there(&mut self) -> bool {
+        if self.since.is_none_or(|since| since.elapsed() >= NAMES_FOR) {
+            self.since = Some(Instant::now());
+            self.policies.clear();
+            self.asked_for.clear();
+            self.devices = RequestSocket::open()
+                .and_then(|mut socket| dump_links(&mut socket))
+                .unwrap_or_default();
+            self.is_there = self.names.learn_services(self.socket).is_ok();
+        }
+        self.is_there
+    }
+
+    /// Asks for the names of those in events that are not known.
+    fn learn(&mut self, events: &[Event]) {
+        if events.is_empty() || !self.is_there() {
+            return;
+        }
+        let ends = events.iter().flat_map(seen::addresses);
+        let unknown: Vec<IpAddr> = ends.filter(|addr| self.asked_for.insert(*addr)).collect();
+        self.is_there = self.names.learn_pods(self.socket, unknown.into_iter()).is_ok();
+    }
+
+    fn device(&self, ifindex: u32) -> String {
+        let link = self.devices.iter().find(|link| link.ifindex == ifindex);
+        link.map_or_else(|| ifindex.to_string(), |link| link.name.clone())
+    }
+
+    fn policies(&mut self, of: String) -> Vec<String> {
+        if let Some(known) = self.policies.get(&of) {
+            return known.clone();
+        }
+        let names: Vec<String> = if self.is_there {
+            ask::value(self.socket, &format!("/policy-names?{of}")).unwrap_or_default()
+        } else {
+            Vec::new()
+        };
+        self.policies.insert(of, names.clone());
+        names
+    }
+}
+
+/// Where it goes.
+enum Out {
+    Text,
+    Json,
+    Pcapng(Capture<io::Stdout>),
+}
+
+impl Out {
+    fn new(format: Format) -> anyhow::Result<Self> {
+        Ok(match format {
+            Format::Text => Out::Text,
+            Format::Json => Out::Json,
+            Format::Pcapng => {
+                use io::IsTerminal as _;
+                anyhow::ensure!(
+                    !io::stdout().is_terminal(),
+                    "packets are nothing for a terminal: `monitor -o pcapng | wireshark -k -i -`"
+                );
+                Out::Pcapng(Capture::begin(io::stdout())?)
+            }
+        })
+    }
+
+    fn print(&mut self, seen: &Seen, event: Option<&Event>) -> anyhow::Result<()> {
+        let mut stdout = io::stdout();
+        let printed = match (self, event) {
+            (Out::Text, _) => writeln!(stdout, "{seen}"),
+            (Out::Json, _) => writeln!(stdout, "{}", serde_json::to_string(seen)?),
+            (Out::Pcapng(capture), Some(event)) => return capture.write(seen, event),
+            // A verdict without its packet.
+            (Out::Pcapng(_), None) => Ok(()),
+        };
+        printed.and_then(|()| stdout.flush()).context("failed to print")
+    }
+}

@@ -1,0 +1,337 @@
+//! An event in words.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use dataplane_common::{
+    addr::{AnyAddr, V4, V6, proto},
+    memory::Frame,
+    monitor::{Event, EventKind},
+    parse::{Fragment, Headers, parse_ports},
+    reason::Reason,
+    rewrite::RewriteIp,
+};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    cli::names::Names,
+    sync::encode,
+    told::{Told, ToldVerdict, wall_clock},
+};
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Word {
+    Drop,
+    /// Answered as by a host with a closed port.
+    Refuse,
+    /// Larger than the path's MTU; its sender is told.
+    TooBig,
+    /// The first of a flow through a Service, sent to an endpoint.
+    Translate,
+    /// A policy allows the flow; told with `--verdicts all` of `run`.
+    Allow,
+    /// A policy that is a dry run would deny it.
+    WouldDeny,
+    /// A policy that is a dry run would allow it.
+    WouldAllow,
+}
+
+impl Word {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Word::Drop => "drop",
+            Word::Refuse => "refuse",
+            Word::TooBig => "too-big",
+            Word::Translate => "translate",
+            Word::Allow => "allow",
+            Word::WouldDeny => "would-deny",
+            Word::WouldAllow => "would-allow",
+        }
+    }
+}
+
+/// What decided, where policies did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct By {
+    /// The one whose rule decided, or all that isolate the pod; empty where no agent knows.
+    pub policies: Vec<String>,
+    pub rule: Option<u32>,
+    pub action: Option<String>,
+}
+
+/// What is shown of an event.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Seen {
+    pub time: Timestamp,
+    pub verdict: Word,
+    /// As in `dataplane_packets_total`; empty where there is none.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub reason: String,
+    pub hook: &'static str,
+    pub device: String,
+    pub protocol: &'static str,
+    pub from: Option<IpAddr>,
+    pub from_port: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_pod: Option<String>,
+    pub to: Option<IpAddr>,
+    pub to_port: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to_pod: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint_pod: Option<String>,
+    /// What the endpoint sees in place of the client's address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seen_as: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Bytes of the packet.
+    pub length: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by: Option<By>,
+    /// The words of a verdict that the agent told.
+    #[serde(skip)]
+    told: Option<String>,
+}
+
+/// Addresses and ports of a packet, as far as its first bytes tell.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ends {
+    proto: u8,
+    from: Option<IpAddr>,
+    to: Option<IpAddr>,
+    ports: Option<(u16, u16)>,
+}
+
+fn ends(event: &Event) -> Ends {
+    if event.family == 4 {
+        ends_of::<V4>(event)
+    } else {
+        ends_of::<V6>(event)
+    }
+}
+
+fn ends_of<F: RewriteIp>(event: &Event) -> Ends {
+    let bytes = &event.bytes[..usize::from(event.captured).min(event.bytes.len())];
+    let frame = Frame::new(bytes.to_vec());
+    let mut headers = Headers::default();
+    let is_ipv6 = F::VERSION == 6;
+    if F::parse_ip(&frame, event.l3.into(), &mut headers).is_err() {
+        return Ends::default();
+    }
+    let ip = |addr: F::Addr| Some(encode::ip(F::to_any(addr), is_ipv6));
+    let mut ends = Ends {
+        proto: headers.proto,
+        from: ip(headers.tuple.src),
+        to: ip(headers.tuple.dst),
+        ports: None,
+    };
+    let has_ports = matches!(headers.proto, proto::TCP | proto::UDP | proto::SCTP);
+    if has_ports && headers.fragment != Fragment::Later && parse_ports::<F, _>(&frame, &mut headers).is_ok() {
+        let tuple = &headers.tuple;
+        ends.ports = Some((u16::from_be(tuple.sport_be), u16::from_be(tuple.dport_be)));
+    }
+    ends
+}
+
+/// Whose names are of interest.
+pub fn addresses(event: &Event) -> impl Iterator<Item = IpAddr> + use<> {
+    let ends = ends(event);
+    let goes = endpoint(event).map(|(_, to)| to.ip());
+    [ends.from, ends.to, goes].into_iter().flatten()
+}
+
+/// What the packet of a flow that begins becomes.
+fn endpoint(event: &Event) -> Option<(SocketAddr, SocketAddr)> {
+    let ip = |addr: AnyAddr| encode::ip(addr, event.family == 6);
+    (event.kind == EventKind::Begun as u8).then(|| {
+        (
+            SocketAddr::new(ip(event.src_be), u16::from_be(event.sport_be)),
+            SocketAddr::new(ip(event.dst_be), u16::from_be(event.dport_be)),
+        )
+    })
+}
+
+fn protocol(number: u8) -> &'static str {
+    match number {
+        proto::TCP => "TCP",
+        proto::UDP => "UDP",
+        proto::SCTP => "SCTP",
+        proto::ICMP => "ICMP",
+        proto::ICMPV6 => "ICMPv6",
+        _ => "other",
+    }
+}
+
+fn hook(number: u8) -> &'static str {
+    const HOOKS: [&str; 6] = ["xdp", "from_netdev", "to_netdev", "to_lo", "from_pod", "to_pod"];
+    HOOKS.get(usize::from(number)).copied().unwrap_or("unknown")
+}
+
+impl Seen {
+    pub fn of(event: &Event, names: &Names) -> Self {
+        let Ends { proto, from, to, ports } = ends(event);
+        let pod = |addr: Option<IpAddr>| names.pod(addr?).cloned();
+        let reason = Reason::ALL.get(event.reason as usize).map(|reason| reason.label());
+        let goes = endpoint(event);
+        let asked = to.zip(ports).map(|(to, (_, port))| SocketAddr::new(to, port));
+        let came = from.zip(ports).map(|(from, (port, _))| SocketAddr::new(from, port));
+        let verdict = match EventKind::ALL.get(usize::from(event.kind)) {
+            Some(EventKind::Refused) => Word::Refuse,
+            Some(EventKind::TooBig) => Word::TooBig,
+            Some(EventKind::Begun) => Word::Translate,
+            Some(EventKind::Dropped) | None => Word::Drop,
+        };
+        Self {
+            time: wall_clock(event.at_ns),
+            verdict,
+            reason: match verdict {
+                Word::Translate => String::new(),
+                _ => reason.unwrap_or("unknown").to_owned(),
+            },
+            hook: hook(event.hook),
+            device: event.ifindex.to_string(),
+            protocol: protocol(proto),
+            from,
+            from_port: ports.map(|(from, _)| from),
+            from_pod: pod(from),
+            to,
+            to_port: ports.map(|(_, to)| to),
+            to_pod: pod(to),
+            service: asked.and_then(|asked| names.service(proto, asked)).cloned(),
+            endpoint: goes.map(|(_, to)| to),
+            endpoint_pod: pod(goes.map(|(_, to)| to.ip())),
+            seen_as: goes.map(|(from, _)| from).filter(|from| Some(*from) != came),
+            mtu: (verdict == Word::TooBig).then_some(event.mtu),
+            length: event.length,
+            by: None,
+            told: None,
+        }
+    }
+
+    /// A verdict that the agent has told, with the names that it has put into it.
+    pub fn of_verdict(told: Told) -> Self {
+        let end = |text: &str| -> (Option<IpAddr>, Option<String>) {
+            match text.split_once(" (") {
+                Some((pod, addr)) => (addr.trim_end_matches(')').parse().ok(), Some(pod.to_owned())),
+                None => (text.parse().ok(), None),
+            }
+        };
+        let ((from, from_pod), (to, to_pod)) = (end(&told.from), end(&told.to));
+        let (port, protocol) = told.port.split_once('/').unwrap_or(("", &told.port));
+        let numbers = [proto::TCP, proto::UDP, proto::SCTP, proto::ICMP, proto::ICMPV6];
+        let protocol = numbers.into_iter().map(self::protocol).find(|name| *name == protocol);
+        Self {
+            time: told.time,
+            verdict: match told.verdict {
+                ToldVerdict::Denied => Word::Drop,
+                ToldVerdict::Allowed => Word::Allow,
+                ToldVerdict::WouldDeny => Word::WouldDeny,
+                ToldVerdict::WouldAllow => Word::WouldAllow,
+            },
+            reason: told.reason,
+            hook: if told.direction == "egress" { "from_pod" } else { "to_pod" },
+            device: String::new(),
+            protocol: protocol.unwrap_or("other"),
+            from,
+            from_port: None,
+            from_pod,
+            to,
+            to_port: port.parse().ok(),
+            to_pod,
+            service: None,
+            endpoint: None,
+            endpoint_pod: None,
+            seen_as: None,
+            mtu: None,
+            length: 0,
+            by: Some(By {
+                policies: told.policy.into_iter().collect(),
+                rule: told.rule,
+                action: told.action,
+            }),
+            told: None,
+        }
+    }
+
+    /// That the packet is for.
+    pub fn port(&self) -> Option<u16> {
+        self.to_port
+    }
+
+    /// Why, in words.
+    pub fn why(&self) -> String {
+        let mut text = self.reason.clone();
+        if let Some(mtu) = self.mtu {
+            text += &format!(": {} bytes, MTU {mtu}", self.length);
+        }
+        match &self.by {
+            Some(By { policies, rule: Some(rule), .. }) if policies.is_empty() => {
+                text += &format!(": rule {rule} of a policy whose name a running agent knows");
+            }
+            Some(By { policies, rule: Some(rule), .. }) => {
+                text += &format!(": {}, rule {rule}", policies.join(", "));
+            }
+            Some(By { policies, rule: None, .. }) if !policies.is_empty() => {
+                text += &format!(": no rule of {}", policies.join(", "));
+            }
+            _ => {}
+        }
+        text
+    }
+}
+
+struct End<'a>(Option<IpAddr>, Option<u16>, Option<&'a String>);
+
+impl fmt::Display for End<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let End(addr, port, name) = self;
+        let at = match (addr, port) {
+            (Some(addr), Some(port)) => SocketAddr::new(*addr, *port).to_string(),
+            (Some(addr), None) => addr.to_string(),
+            (None, Some(port)) => format!("port {port}"),
+            (None, None) => "?".to_owned(),
+        };
+        match name {
+            Some(name) => write!(f, "{name} ({at})"),
+            None => f.write_str(&at),
+        }
+    }
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = self.time.strftime("%H:%M:%S%.3f");
+        let to = self.service.as_ref().or(self.to_pod.as_ref());
+        write!(
+            f,
+            "{time} {:<11} {:<11} {:<15} {} -> {} {}",
+            self.verdict.as_str(),
+            self.hook,
+            self.device,
+            End(self.from, self.from_port, self.from_pod.as_ref()),
+            End(self.to, self.to_port, to),
+            self.protocol,
+        )?;
+        if let Some(endpoint) = self.endpoint {
+            let end = End(Some(endpoint.ip()), Some(endpoint.port()), self.endpoint_pod.as_ref());
+            write!(f, " to {end}")?;
+        }
+        if let Some(seen_as) = self.seen_as {
+            write!(f, " as {seen_as}")?;
+        }
+        match self.why() {
+            why if why.is_empty() => Ok(()),
+            why => write!(f, ": {why}"),
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The names of addresses, as far as a running agent says.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+};
+
+use super::ask;
+use crate::{
+    compile::FrontendAddr,
+    served::{self, Served},
+    sync::encode,
+};
+
+/// Addresses of one question to the agent.
+const AT_ONCE: usize = 100;
+
+/// Who has which address.
+#[derive(Debug, Default)]
+pub struct Names {
+    pods: HashMap<IpAddr, String>,
+    /// By [`served::at`].
+    services: HashMap<String, String>,
+}
+
+impl Names {
+    /// Asks the agent which Services are where.
+    pub fn learn_services(&mut self, socket: &Path) -> anyhow::Result<()> {
+        let served: Served = ask::value(socket, "/services")?;
+        self.services.clear();
+        for object in served.objects {
+            let name = match object.object.split_once(' ') {
+                Some(("Service", name)) => format!("svc/{name}"),
+                _ => object.object,
+            };
+            for frontend in object.frontends {
+                self.services.insert(frontend.at, name.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the agent which Pods have these addresses.
+    pub fn learn_pods(&mut self, socket: &Path, addrs: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
+        let addrs: Vec<IpAddr> = addrs.collect::<BTreeSet<_>>().into_iter().collect();
+        for some in addrs.chunks(AT_ONCE) {
+            let list: Vec<String> = some.iter().map(ToString::to_string).collect();
+            let known: HashMap<IpAddr, String> =
+                ask::value(socket, &format!("/names?of={}", list.join(",")))?;
+            self.pods.extend(known);
+        }
+        Ok(())
+    }
+
+    /// `namespace/name`.
+    #[must_use]
+    pub fn pod(&self, addr: IpAddr) -> Option<&String> {
+        self.pods.get(&addr)
+    }
+
+    /// `svc/namespace/name`, or what else is there: at its own address first, then the node ports.
+    #[must_use]
+    pub fn service(&self, proto: u8, at: SocketAddr) -> Option<&String> {
+        let any = match at {
+            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let proto = encode::protocol(proto)?;
+        [at.ip(), any].into_iter().find_map(|addr| {
+            let port = at.port();
+            self.services
+                .get(&served::at(&FrontendAddr { addr, port, proto }))
+        })
+    }
+
+    #[cfg(test)]
+    pub fn name_pod(&mut self, addr: IpAddr, name: &str) {
+        self.pods.insert(addr, name.to_owned());
+    }
+
+    #[cfg(test)]
+    pub fn name_service(&mut self, at: &str, name: &str) {
+        self.services.insert(at.to_owned(), name.to_owned());
+    }
+}

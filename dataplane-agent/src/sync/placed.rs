@@ -1,0 +1,38 @@
+//! Where the tables have what each object wants, for whoever reads what they count.
+
+use std::collections::HashMap;
+
+use dataplane_common::backend::Backend;
+
+use super::{Syncer, backends, encode, service_ids::ServiceId};
+use crate::{model::ObjectRef, store::Store};
+
+/// The places of one Service, or of a Pod with host ports.
+#[derive(Debug, Default)]
+pub struct Placed {
+    /// Indexes into `SERVICES`.
+    pub services: Vec<u32>,
+    /// Ids of all endpoints that it has, or has had and whose connections may go on.
+    pub backends: Vec<(u32, Backend)>,
+}
+
+impl Syncer {
+    /// Of every object that is wanted, in no order.
+    pub fn placed(&self, store: &dyn Store) -> Vec<(ObjectRef, Placed)> {
+        let mut backends: HashMap<u32, Vec<(u32, Backend)>> = HashMap::new();
+        for id in self.programmed.backend_ids.iter() {
+            let backend = backends::read(store, id);
+            backends.entry(backend.owner).or_default().push((id, backend));
+        }
+        let mut placed: HashMap<ObjectRef, Placed> = HashMap::new();
+        for key in self.desired.balancers() {
+            let index = self.programmed.service_ids.get(&ServiceId::Known(key.clone()));
+            placed.entry(key.owner).or_default().services.extend(index);
+        }
+        for (owner, of_owner) in &mut placed {
+            // Owners are known by their hashes: the two that share one have each other's.
+            of_owner.backends = backends.get(&encode::owner(owner)).cloned().unwrap_or_default();
+        }
+        placed.into_iter().collect()
+    }
+}

@@ -1,0 +1,74 @@
+//! What goes over services and backends: additions to elements that all CPUs share, which is why hardly any packet makes one.
+
+use core::arch::asm;
+
+use aya_ebpf::btf_maps::Array;
+use dataplane_common::traffic::{SAMPLED, Sample, Traffic};
+
+use crate::{
+    maps::{BACKEND_TRAFFIC, MMAPABLE, POD_DROPS, SERVICE_TRAFFIC},
+    world::{Aligned, insert},
+};
+
+type Map = Array<Traffic, 65536, MMAPABLE>;
+
+#[inline(always)]
+fn elements(service: u32, backend: u32) -> [Option<*mut Traffic>; 2] {
+    let element = |map: &Map, index| map.get_ptr_mut(index);
+    [
+        element(&SERVICE_TRAFFIC, service),
+        element(&BACKEND_TRAFFIC, backend),
+    ]
+}
+
+/// Adds to a number that other CPUs add to. In the kernel's words, because the target has no atomics in Rust.
+///
+/// # Safety
+/// The field of an element that exists.
+#[inline(always)]
+unsafe fn add(to: *mut u64, more: u64) {
+    // SAFETY: the caller's; fields of elements are aligned.
+    unsafe { asm!("lock *(u64 *)({to} + 0) += {more}", to = in(reg) to, more = in(reg) more) };
+}
+
+#[inline(always)]
+pub fn count_connection(service: u32, backend: u32) {
+    for traffic in elements(service, backend).into_iter().flatten() {
+        // SAFETY: an element that exists.
+        unsafe { add(&raw mut (*traffic).connections, 1) };
+    }
+}
+
+/// See `Env::count_pod_drop`.
+#[inline(always)]
+pub fn count_pod_drop(ifindex: u32) {
+    let key = Aligned(ifindex);
+    if let Some(drops) = POD_DROPS.get_ptr_mut(key.in_place()) {
+        // SAFETY: an element that exists.
+        unsafe { add(drops, 1) };
+    } else {
+        let first = Aligned(1u64);
+        let _ = insert(&POD_DROPS, key.in_place(), first.in_place(), 0);
+    }
+}
+
+/// See `Env::count_sample`. Verified apart, so that what it needs is not in the way of the packets that are not counted.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn count_sample(service: u64, backend: u64, sample: u64) -> u64 {
+    let sample = Sample::from_raw(sample);
+    let bytes = u64::from(sample.bytes) * u64::from(SAMPLED);
+    for traffic in elements(service as u32, backend as u32).into_iter().flatten() {
+        // SAFETY: an element that exists.
+        unsafe {
+            if sample.is_reply {
+                add(&raw mut (*traffic).packets_out, SAMPLED.into());
+                add(&raw mut (*traffic).bytes_out, bytes);
+            } else {
+                add(&raw mut (*traffic).packets_in, SAMPLED.into());
+                add(&raw mut (*traffic).bytes_in, bytes);
+            }
+        }
+    }
+    0
+}

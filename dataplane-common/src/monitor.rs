@@ -1,7 +1,7 @@
 //! `EVENTS`, what is told of single packets to whoever watches, and `MONITOR`, whether anybody does.
 //!
 //! Where nobody watches, a drop costs one load. A reader sets [`monitor_state::WATCHED`]. Whoever finds the ring full sets
-//! [`monitor_state::FULL`], and from then on events are only counted, in `EVENTS_MISSED`, until the reader has made room and asks for more:
+//! [`monitor_state::FULL`], and from then on events are only counted, as [`Reason::EventMissed`](crate::reason::Reason::EventMissed), until the reader has made room and asks for more:
 //! so it bounds what it costs the datapath by how often it asks, and knows how much it has missed.
 
 use bytemuck::{Pod, Zeroable};
@@ -87,26 +87,23 @@ const _: () = assert!(size_of::<Event>() == 80 + CAPTURED);
 /// What is to be told, in one number: functions that are verified apart have no other arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct What {
+    /// [`EventKind`].
     pub kind: u8,
-    /// 4 or 6.
-    pub family: u8,
+    /// [`Hook`](crate::verdict::Hook).
+    pub hook: u8,
+    /// Offset of the IP header.
+    pub l3: u8,
     /// The reason, or the MTU.
     pub value: u32,
 }
 
 impl What {
     #[inline(always)]
-    pub fn new(kind: EventKind, family: u8, value: u32) -> Self {
-        Self {
-            kind: kind as u8,
-            family,
-            value,
-        }
-    }
-
-    #[inline(always)]
     pub fn to_raw(self) -> u64 {
-        u64::from(self.value) << 32 | u64::from(self.family) << 8 | u64::from(self.kind)
+        u64::from(self.value) << 32
+            | u64::from(self.l3) << 16
+            | u64::from(self.hook) << 8
+            | u64::from(self.kind)
     }
 
     /// What [`Self::to_raw`] was made of.
@@ -114,7 +111,8 @@ impl What {
     pub fn from_raw(raw: u64) -> Self {
         Self {
             kind: raw as u8,
-            family: (raw >> 8) as u8,
+            hook: (raw >> 8) as u8,
+            l3: (raw >> 16) as u8,
             value: (raw >> 32) as u32,
         }
     }

@@ -156,7 +156,7 @@ pub struct Judged {
     pub would_be: u32,
 }
 
-/// Value of `VERDICTS_TOLD`, by ifindex: how many verdicts about a pod are told in a tick.
+/// Value of `VERDICTS_TOLD`, by ifindex: how many verdicts about a pod are told in a tick, and how many of its packets were dropped.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct VerdictBudget {
@@ -166,6 +166,9 @@ pub struct VerdictBudget {
     pub untold: u32,
     /// When one was told last, in ticks.
     pub ticks: u32,
+    pub unused: u32,
+    /// Packets that were dropped at the interface, each of them.
+    pub dropped: u64,
 }
 
 /// The map of one element that loaders make of the object's variables. It holds `POLICY_REVISION`, and is pinned under that name.
@@ -288,7 +291,7 @@ const _: () = assert!(size_of::<PolicyFlowKey4>() == 16);
 const _: () = assert!(size_of::<PolicyFlowKey6>() == 40);
 const _: () = assert!(size_of::<PolicyFlow>() == 16);
 const _: () = assert!(size_of::<VerdictEvent>() == 72);
-const _: () = assert!(size_of::<VerdictBudget>() == 12);
+const _: () = assert!(size_of::<VerdictBudget>() == 24);
 const _: () = assert!(size_of::<Hits>() == 16);
 const _: () = assert!(size_of::<Judged>() == 24);
 const _: () = assert!(size_of::<RuleBits>() == 128);

@@ -89,6 +89,8 @@ reasons! {
     RewriteFailed = "rewrite-failed",
     /// Dropped: a pod sent it whose address its source is not.
     SourceNotOwn = "source-not-own",
+    /// Not told: what `monitor` would have shown of a packet, had there been room.
+    EventMissed = "event-missed",
 }
 
 /// Elements of `COUNTERS`.

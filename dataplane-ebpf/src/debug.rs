@@ -58,11 +58,15 @@ pub struct Seen<A> {
     proto: u8,
 }
 
+/// A packet of either family.
+#[repr(C)]
+struct SeenBy {
+    v4: Seen<u32>,
+    v6: Seen<AnyAddr>,
+}
 /// Scratch space.
 #[btf_map]
-static WORK_SEEN_V4: PerCpuArray<Seen<u32>, 1> = PerCpuArray::new();
-#[btf_map]
-static WORK_SEEN_V6: PerCpuArray<Seen<AnyAddr>, 1> = PerCpuArray::new();
+static WORK_SEEN: PerCpuArray<SeenBy, 1> = PerCpuArray::new();
 
 /// What a line needs of a family.
 pub trait Shown: RewriteIp {
@@ -152,7 +156,7 @@ macro_rules! lines {
             #[inline(always)]
             fn seen<'a>() -> Option<&'a mut Seen<$addr>> {
                 // SAFETY: a per-CPU element; programs that use it do not nest, see `world::work`.
-                $seen.get_ptr_mut(0).map(|seen| unsafe { &mut *seen })
+                WORK_SEEN.get_ptr_mut(0).map(|seen| unsafe { &mut (*seen).$seen })
             }
             #[inline(always)]
             fn dropped(hook: u32, ifindex: u32, reason: u32) {
@@ -220,7 +224,7 @@ macro_rules! lines {
 lines!(
     V4,
     u32,
-    WORK_SEEN_V4,
+    v4,
     offset_of!(Ipv4Header, src_be),
     |addr| u32::from_be(addr),
     debug_dropped4,
@@ -229,7 +233,7 @@ lines!(
 lines!(
     V6,
     AnyAddr,
-    WORK_SEEN_V6,
+    v6,
     offset_of!(Ipv6Header, src_be),
     |addr| bytemuck::cast::<_, [u8; 16]>(addr),
     debug_dropped6,
@@ -269,7 +273,7 @@ static HOOKS: Names<11, 8> = Names::new(["xdp", "from_netdev", "to_netdev", "to_
 /// By [`Action`], as far as a packet leaves with it.
 static ACTIONS: Names<8, 8> = Names::new(["pass", "drop", "pod", "host", "transmit", "resolve", "answer"]);
 /// By [`Reason`].
-static REASON_LABELS: Names<24, 32> = Names::new(reason_labels());
+static REASON_LABELS: Names<24, 64> = Names::new(reason_labels());
 /// By [`proto_name`].
 static PROTOS: Names<5, 8> = Names::new(["other", "tcp", "udp", "icmp", "icmp6"]);
 

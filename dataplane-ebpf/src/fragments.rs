@@ -22,7 +22,7 @@ use dataplane_common::{
 
 use crate::{
     access::SkbPacket,
-    maps::{DATAGRAMS_V4, DATAGRAMS_V6, FRAGMENT_SOURCES, HELD, WORK_ASIDE, WORK_HELD, WORK_V4, WORK_V6},
+    maps::{DATAGRAMS_V4, DATAGRAMS_V6, FRAGMENT_SOURCES, HELD, WORK_SCRATCH, WORK_V4, WORK_V6},
     stages::Apart,
     world::{Aligned, World, insert, work},
 };
@@ -86,14 +86,15 @@ macro_rules! tables {
             }
             #[inline(always)]
             fn copy(&self, packet: &SkbPacket, head: HeldHead) -> bool {
-                let (Some(copy), Some(length)) = (
-                    WORK_HELD.get_ptr_mut(0),
+                let (Some(scratch), Some(length)) = (
+                    WORK_SCRATCH.get_ptr_mut(0),
                     some_bytes(packet.len(), HELD_BYTES),
                 ) else {
                     return false;
                 };
                 // SAFETY: a per-CPU element with room for as many bytes; see `world::work`.
                 unsafe {
+                    let copy = &raw mut (*scratch).held;
                     (*copy).head = head;
                     let to = (&raw mut (*copy).bytes).cast();
                     bpf_skb_load_bytes(packet.0.cast(), 0, to, length) == 0
@@ -131,11 +132,11 @@ unsafe fn replace(packet: &mut SkbPacket, bytes: *const u8, length: u32) -> bool
 impl Store<SkbPacket> for SkbWorld {
     #[inline(always)]
     fn put(&self, place: u32) -> Result<(), InsertError> {
-        let Some(copy) = WORK_HELD.get_ptr(0) else {
+        let Some(scratch) = WORK_SCRATCH.get_ptr(0) else {
             return Err(InsertError::Failed);
         };
         // SAFETY: a per-CPU element, see `world::work`.
-        let copy = unsafe { &*copy };
+        let copy = unsafe { &(*scratch).held };
         HELD.insert(Aligned(place).in_place(), copy, BPF_NOEXIST.into())
             .map_err(|_| InsertError::Exists)
     }
@@ -153,13 +154,16 @@ impl Store<SkbPacket> for SkbWorld {
 
     #[inline(always)]
     fn set_aside(&self, packet: &SkbPacket) -> bool {
-        let (Some(aside), Some(length)) = (WORK_ASIDE.get_ptr_mut(0), some_bytes(packet.len(), FIRST_BYTES))
-        else {
+        let (Some(scratch), Some(length)) = (
+            WORK_SCRATCH.get_ptr_mut(0),
+            some_bytes(packet.len(), FIRST_BYTES),
+        ) else {
             return false;
         };
         // SAFETY: a per-CPU element with room for as many bytes. What is sent again at an egress hook runs programs within
         // this one, but none of them releases anything: that takes a first fragment.
         unsafe {
+            let aside = &raw mut (*scratch).aside;
             (*aside).length = length;
             let to = (&raw mut (*aside).bytes).cast();
             bpf_skb_load_bytes(packet.0.cast(), 0, to, length) == 0
@@ -168,11 +172,12 @@ impl Store<SkbPacket> for SkbWorld {
 
     #[inline(always)]
     fn restore(&self, packet: &mut SkbPacket) {
-        let Some(aside) = WORK_ASIDE.get_ptr(0) else {
+        let Some(scratch) = WORK_SCRATCH.get_ptr(0) else {
             return;
         };
         // SAFETY: as above; the length is read once, and checked.
         unsafe {
+            let aside = &raw const (*scratch).aside;
             let length = ptr::read_volatile(&raw const (*aside).length);
             if let Some(length) = some_bytes(length as usize, FIRST_BYTES) {
                 replace(packet, (&raw const (*aside).bytes).cast(), length);

@@ -155,9 +155,6 @@ pub static FLOW_EVENTS: PerCpuArray<u64, { flow::FLOW_EVENTS as usize }> = PerCp
 pub static SERVICE_TRAFFIC: Array<Traffic, 65536, MMAPABLE> = Array::new();
 #[btf_map]
 pub static BACKEND_TRAFFIC: Array<Traffic, 65536, MMAPABLE> = Array::new();
-/// Interface of a pod → packets that were dropped there.
-#[btf_map]
-pub static POD_DROPS: LruHashMap<u32, u64, 1024> = LruHashMap::new();
 
 /// `dataplane_common::monitor::Event`s, for whoever watches.
 #[btf_map]
@@ -165,18 +162,6 @@ pub static EVENTS: RingBuf<(), 524288> = RingBuf::new();
 /// `dataplane_common::monitor::monitor_state`.
 #[btf_map]
 pub static MONITOR: Array<u32, 1> = Array::new();
-/// Events that found no room in `EVENTS`, or would have.
-#[btf_map]
-pub static EVENTS_MISSED: PerCpuArray<u64, 1> = PerCpuArray::new();
-
-/// How many refusals a CPU has sent in a tick.
-#[repr(C)]
-pub struct Refusals {
-    pub ticks: u32,
-    pub sent: u32,
-}
-#[btf_map]
-pub static REFUSALS: PerCpuArray<Refusals, 1> = PerCpuArray::new();
 
 /// When a TCP flow was last begun in mid-stream, in ticks; or [`flow::MIDSTREAM_LEFT`].
 #[btf_map]
@@ -191,9 +176,6 @@ pub struct RouteQuery(pub [u64; 8]);
 pub static WORK_V4: PerCpuArray<Work<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 pub static WORK_V6: PerCpuArray<Work<V6>, 1> = PerCpuArray::new();
-/// Scratch space: what the routing table is asked, and answers.
-#[btf_map]
-pub static ROUTE: PerCpuArray<RouteQuery, 1> = PerCpuArray::new();
 
 /// A frame that gives its place to others for a while.
 #[repr(C)]
@@ -201,9 +183,24 @@ pub struct Aside {
     pub length: u32,
     pub bytes: [u8; FIRST_BYTES],
 }
-/// Scratch space: a fragment on its way into `HELD`.
+
+/// How many refusals a CPU has sent in a tick.
+#[repr(C)]
+pub struct Refusals {
+    pub ticks: u32,
+    pub sent: u32,
+}
+
+/// What a CPU needs now and then. In one map: a program may have 64 of them at the most.
+#[repr(C)]
+pub struct Scratch {
+    /// What the routing table is asked, and answers.
+    pub route: RouteQuery,
+    /// A fragment on its way into `HELD`.
+    pub held: Held,
+    /// A first fragment while held ones are sent on.
+    pub aside: Aside,
+    pub refusals: Refusals,
+}
 #[btf_map]
-pub static WORK_HELD: PerCpuArray<Held, 1> = PerCpuArray::new();
-/// Scratch space: a first fragment while held ones are sent on.
-#[btf_map]
-pub static WORK_ASIDE: PerCpuArray<Aside, 1> = PerCpuArray::new();
+pub static WORK_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();

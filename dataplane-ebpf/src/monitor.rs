@@ -4,69 +4,85 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_RB_NO_WAKEUP, xdp_md},
-    helpers::generated::{
-        bpf_ktime_get_ns, bpf_skb_load_bytes, bpf_xdp_load_bytes,
-    },
+    helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes, bpf_xdp_load_bytes},
+    maps::ring_buf::RingBufEntry,
 };
-use aya_ebpf::maps::ring_buf::RingBufEntry;
 use dataplane_common::{
-    addr::{Family, V4, V6},
+    addr::{Family, V4, V6, ethertype},
     config::config_flags,
     monitor::{CAPTURED, Event, EventKind, What, monitor_state},
     packet::Packet,
-    pipeline::{Context, Work},
+    pipeline::Work,
     policy::{Judgement, NO_RULE_INDEX},
     reason::Reason,
-    verdict::{Action, Verdict},
+    tables::Env,
+    verdict::{Action, Hook, Verdict},
 };
 
 use crate::{
     access::{SkbPacket, XdpPacket},
     fragments::some_bytes,
-    maps::{EVENTS, EVENTS_MISSED, MONITOR, WORK_V4, WORK_V6},
-    world::{config, work},
+    maps::{EVENTS, MONITOR, WORK_V4, WORK_V6},
+    world::{World, config, work},
 };
 
 /// A context whose packets can be told of.
 pub trait Watched {
-    /// Tells of a packet; arguments are [`Context::to_raw`] and [`What::to_raw`].
-    fn tell(ctx: *mut Self, at: u64, what: u64);
+    fn tell(ctx: *mut Self, what: What);
 }
 
 impl Watched for __sk_buff {
     #[inline(always)]
-    fn tell(ctx: *mut Self, at: u64, what: u64) {
-        tell_skb(ctx, at, what);
+    fn tell(ctx: *mut Self, what: What) {
+        tell_skb(ctx, what.to_raw());
     }
 }
 
 impl Watched for xdp_md {
     #[inline(always)]
-    fn tell(ctx: *mut Self, at: u64, what: u64) {
-        tell_xdp(ctx, at, what);
+    fn tell(ctx: *mut Self, what: What) {
+        tell_xdp(ctx, what.to_raw());
     }
 }
 
 /// Whether anybody watches.
 #[inline(always)]
-pub fn is_watched() -> bool {
+fn is_watched() -> bool {
     MONITOR.get_ptr(0).is_some_and(|state| {
         // SAFETY: an element that exists; one aligned load.
         unsafe { ptr::read_volatile(state) != monitor_state::IDLE }
     })
 }
 
-/// Tells of a packet that is dropped, if anybody watches.
+/// Tells of a packet, if anybody watches. What is told of it is asked of the context, so that nobody has to keep it.
 #[inline(always)]
-pub fn dropped<C: Watched>(ctx: *mut C, at: &Context, family: u8, reason: u32) {
+fn tell<C: Watched>(ctx: *mut C, kind: EventKind, hook: Hook, l3: usize, value: u32) {
     if is_watched() {
-        C::tell(ctx, at.to_raw(), What::new(EventKind::Dropped, family, reason).to_raw());
+        let what = What {
+            kind: kind as u8,
+            hook: hook as u8,
+            l3: l3 as u8,
+            value,
+        };
+        C::tell(ctx, what);
     }
 }
 
-/// Tells of what is about to be concluded, if anybody watches.
+/// Tells of a packet that is dropped.
 #[inline(always)]
-pub fn concludes<F: Family, C: Watched>(ctx: *mut C, at: &Context, work: &mut Work<F>, verdict: Verdict) {
+pub fn dropped<C: Watched>(ctx: *mut C, hook: Hook, l3: usize, reason: u32) {
+    tell(ctx, EventKind::Dropped, hook, l3, reason);
+}
+
+/// Tells of what is about to be concluded.
+#[inline(always)]
+pub fn concludes<F: Family, C: Watched>(
+    ctx: *mut C,
+    hook: Hook,
+    l3: usize,
+    work: &mut Work<F>,
+    verdict: Verdict,
+) {
     let has_begun = work.has_begun != 0;
     work.has_begun = 0;
     let kind = match verdict.action() {
@@ -75,9 +91,7 @@ pub fn concludes<F: Family, C: Watched>(ctx: *mut C, at: &Context, work: &mut Wo
         Action::TooBig => EventKind::TooBig,
         _ => return,
     };
-    if is_watched() {
-        C::tell(ctx, at.to_raw(), What::new(kind, F::VERSION, verdict.value()).to_raw());
-    }
+    tell(ctx, kind, hook, l3, verdict.value());
 }
 
 /// Room for an event; where there is none, it is counted as missed.
@@ -92,24 +106,22 @@ fn reserve() -> Option<RingBufEntry<Event>> {
         // SAFETY: as above; one aligned store.
         unsafe { ptr::write_volatile(state, monitor_state::FULL) };
     }
-    if let Some(missed) = EVENTS_MISSED.get_ptr_mut(0) {
-        // SAFETY: a per-CPU element, and programs do not migrate while they run.
-        unsafe { *missed += 1 };
-    }
+    World::<__sk_buff>::new(ptr::null_mut()).count(Reason::EventMissed as u32);
     None
 }
 
-/// Everything but the packet's bytes.
+/// Everything but the packet's bytes. All of it is written: what is reserved has what was there before.
 ///
 /// # Safety
 /// `event` is reserved.
 #[inline(always)]
-unsafe fn describe(event: *mut Event, at: u64, what: u64) {
-    let (at, what) = (Context::from_raw(at), What::from_raw(what));
-    // SAFETY: the caller's. All of it is written, since what is reserved has what was there before.
+unsafe fn describe(event: *mut Event, what: What, ifindex: u32, protocol_be: u16, length: usize) {
+    let is_v4 = u16::from_be(protocol_be) == ethertype::IPV4;
+    // SAFETY: the caller's.
     unsafe {
         (*event).at_ns = bpf_ktime_get_ns();
-        (*event).ifindex = at.ifindex;
+        (*event).ifindex = ifindex;
+        (*event).length = length as u32;
         (*event).reason = what.value;
         (*event).rule = NO_RULE_INDEX;
         (*event).service = u32::MAX;
@@ -121,12 +133,12 @@ unsafe fn describe(event: *mut Event, at: u64, what: u64) {
         (*event).mtu = 0;
         (*event).captured = 0;
         (*event).kind = what.kind;
-        (*event).hook = at.hook as u8;
-        (*event).l3 = at.l3 as u8;
-        (*event).family = what.family;
+        (*event).hook = what.hook;
+        (*event).l3 = what.l3;
+        (*event).family = if is_v4 { 4 } else { 6 };
         (*event).unused = [0; 4];
     }
-    if what.family == 4 {
+    if is_v4 {
         if let Some(work) = work(&WORK_V4) {
             // SAFETY: the caller's.
             unsafe { describe_work::<V4>(event, work, what) };
@@ -168,16 +180,18 @@ unsafe fn describe_work<F: Family>(event: *mut Event, work: &Work<F>, what: What
 /// See [`Watched::tell`]. Nobody is woken: who watches looks again and again.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn tell_skb(ctx: *mut __sk_buff, at: u64, what: u64) -> u64 {
+extern "C" fn tell_skb(ctx: *mut __sk_buff, what: u64) -> u64 {
     let Some(mut reserved) = reserve() else {
         return 0;
     };
     let event = reserved.as_mut_ptr();
     let length = SkbPacket(ctx).len();
-    // SAFETY: a reserved record, with room for as many bytes; the helper checks the packet's length.
+    // SAFETY: a reserved record, with room for as many bytes; the context is valid while the program runs, each field is a load of
+    // its own, and the helper checks the packet's length.
     unsafe {
-        describe(event, at, what);
-        (*event).length = length as u32;
+        let ifindex = ptr::read_volatile(&raw const (*ctx).ifindex);
+        let protocol = ptr::read_volatile(&raw const (*ctx).protocol);
+        describe(event, What::from_raw(what), ifindex, protocol as u16, length);
         if let Some(captured) = some_bytes(length.min(CAPTURED), CAPTURED)
             && bpf_skb_load_bytes(ctx.cast(), 0, (&raw mut (*event).bytes).cast(), captured) == 0
         {
@@ -191,17 +205,18 @@ extern "C" fn tell_skb(ctx: *mut __sk_buff, at: u64, what: u64) -> u64 {
 /// See [`tell_skb`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn tell_xdp(ctx: *mut xdp_md, at: u64, what: u64) -> u64 {
+extern "C" fn tell_xdp(ctx: *mut xdp_md, what: u64) -> u64 {
     let Some(mut reserved) = reserve() else {
         return 0;
     };
     let event = reserved.as_mut_ptr();
     let packet = XdpPacket(ctx);
+    let length = packet.frame_len() as usize;
+    let protocol = packet.load::<u16>(12).unwrap_or(0);
     // SAFETY: as in `tell_skb`.
     unsafe {
-        describe(event, at, what);
-        let length = packet.frame_len() as usize;
-        (*event).length = length as u32;
+        let ifindex = ptr::read_volatile(&raw const (*ctx).ingress_ifindex);
+        describe(event, What::from_raw(what), ifindex, protocol, length);
         let bytes = &raw mut (*event).bytes;
         if config(|c| &c.flags) & config_flags::XDP_FRAGS != 0 {
             if let Some(captured) = some_bytes(length.min(CAPTURED), CAPTURED)

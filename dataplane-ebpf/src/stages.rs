@@ -108,7 +108,7 @@ macro_rules! stages {
                 return Verdict::PASS.to_raw();
             };
             let (at, verdict) = (Context::from_raw(at), Verdict::from_raw(verdict));
-            monitor::concludes::<$family, _>(ctx, &at, work, verdict);
+            monitor::concludes::<$family, _>(ctx, at.hook, at.l3, work, verdict);
             conclude::<$family, _, _>(&mut $packet(ctx), &World::new(ctx), &at, work, verdict).to_raw()
         }
     };

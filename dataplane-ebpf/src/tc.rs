@@ -114,23 +114,13 @@ fn run(skb: *mut __sk_buff, hook: Hook, l3: usize) -> i32 {
         _ => Verdict::PASS,
     };
     if verdict.action() == Action::Drop {
-        monitor::dropped(skb, &at, family_of(protocol), verdict.value());
+        monitor::dropped(skb, hook, l3, verdict.value());
         return SHOT;
     }
     if l3 == 0 {
         act_without_link_layer(skb, &world, hook, ifindex, verdict)
     } else {
         act(skb, hook, ifindex, verdict)
-    }
-}
-
-/// Of `skb->protocol`, which is one of IP's where it is asked.
-#[inline(always)]
-fn family_of(protocol: u32) -> u8 {
-    if u16::from_be(protocol as u16) == ethertype::IPV4 {
-        4
-    } else {
-        6
     }
 }
 

@@ -3,10 +3,13 @@
 use core::arch::asm;
 
 use aya_ebpf::btf_maps::Array;
-use dataplane_common::traffic::{SAMPLED, Sample, Traffic};
+use dataplane_common::{
+    policy::VerdictBudget,
+    traffic::{SAMPLED, Sample, Traffic},
+};
 
 use crate::{
-    maps::{BACKEND_TRAFFIC, MMAPABLE, POD_DROPS, SERVICE_TRAFFIC},
+    maps::{BACKEND_TRAFFIC, MMAPABLE, SERVICE_TRAFFIC, VERDICTS_TOLD},
     world::{Aligned, insert},
 };
 
@@ -43,12 +46,15 @@ pub fn count_connection(service: u32, backend: u32) {
 #[inline(always)]
 pub fn count_pod_drop(ifindex: u32) {
     let key = Aligned(ifindex);
-    if let Some(drops) = POD_DROPS.get_ptr_mut(key.in_place()) {
+    if let Some(told) = VERDICTS_TOLD.get_ptr_mut(key.in_place()) {
         // SAFETY: an element that exists.
-        unsafe { add(drops, 1) };
+        unsafe { add(&raw mut (*told).dropped, 1) };
     } else {
-        let first = Aligned(1u64);
-        let _ = insert(&POD_DROPS, key.in_place(), first.in_place(), 0);
+        let first = Aligned(VerdictBudget {
+            dropped: 1,
+            ..VerdictBudget::default()
+        });
+        let _ = insert(&VERDICTS_TOLD, key.in_place(), first.in_place(), 0);
     }
 }
 

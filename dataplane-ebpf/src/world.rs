@@ -446,7 +446,7 @@ impl<C> Env for World<C> {
             let first = Aligned(VerdictBudget {
                 ticks: now,
                 told: 1,
-                untold: 0,
+                ..VerdictBudget::default()
             });
             let _ = insert(&VERDICTS_TOLD, key.in_place(), first.in_place(), 0);
             return Some(0);
@@ -533,12 +533,13 @@ impl<C> Env for World<C> {
 
     #[inline(always)]
     fn take_refusal(&self) -> bool {
-        let Some(refusals) = REFUSALS.get_ptr_mut(0) else {
+        let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
             return false;
         };
         let now = self.now_ticks();
         // SAFETY: as in `count`.
         unsafe {
+            let refusals = &raw mut (*scratch).refusals;
             if (*refusals).ticks != now {
                 (*refusals).ticks = now;
                 (*refusals).sent = 0;
@@ -556,9 +557,10 @@ impl<C> Env for World<C> {
     #[inline(always)]
     fn forget(&self, number: u32) -> u32 {
         // The verifier follows this way too, though an element of an array is always there.
-        let Some(scratch) = ROUTE.get_ptr_mut(0) else {
+        let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
             return 0;
         };
+        // The route's words.
         let scratch = scratch.cast::<u32>();
         // SAFETY: a per-CPU element, larger than a word and aligned, whose content nobody needs between two queries.
         // Volatile: the number has to come from memory.
@@ -586,11 +588,12 @@ const AF_INET6: u8 = 10;
 impl<F: Family, C> Router<F> for World<C> {
     #[inline(always)]
     fn route(&self, ifindex: u32, src: &F::Addr, dst: &F::Addr, proto: u8, len: u16) -> Route {
-        let Some(query) = ROUTE.get_ptr_mut(0) else {
+        let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
             return Route::None;
         };
         // SAFETY: a per-CPU element of the helper's size and alignment, all of whose fields are integers.
         let params = unsafe {
+            let query = &raw mut (*scratch).route;
             *query = RouteQuery([0; 8]);
             &mut *query.cast::<bpf_fib_lookup>()
         };

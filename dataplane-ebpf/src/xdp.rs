@@ -52,8 +52,7 @@ fn run(ctx: &XdpContext) -> u32 {
         // SAFETY: a helper without pointers.
         Action::Transmit => unsafe { bpf_redirect(verdict.value(), 0) as u32 },
         Action::Drop => {
-            let family = if u16::from_be(kind) == ethertype::IPV4 { 4 } else { 6 };
-            monitor::dropped(ctx.ctx, &at, family, verdict.value());
+            monitor::dropped(ctx.ctx, Hook::Xdp, ETHERNET_LEN, verdict.value());
             xdp_action::XDP_DROP
         }
         // XDP leaves all these to TC.

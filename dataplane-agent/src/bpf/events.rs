@@ -12,6 +12,7 @@ use aya::maps::{Map, MapData, RingBuf};
 use dataplane_common::{
     monitor::{Event, monitor_state},
     policy::PolicyRule,
+    reason::Reason,
 };
 
 use super::{
@@ -45,7 +46,7 @@ pub enum WatchError {
 pub struct Watch {
     ring: RingBuf<MapData>,
     state: MapFd<u32, u32>,
-    missed: PerCpuFd<u64>,
+    counters: PerCpuFd<u64>,
     rules: MapFd<u32, PolicyRule>,
     /// Missed before this began.
     missed_before: u64,
@@ -83,13 +84,13 @@ impl Watch {
             RingBuf::try_from(Map::RingBuf(data)).map_err(io::Error::other)
         })?;
         let cpus = possible_cpus().map_err(|source| WatchError::Open {
-            name: names::EVENTS_MISSED,
+            name: names::COUNTERS,
             source,
         })?;
         let mut watch = Self {
             ring,
             state: open(pins, names::MONITOR, MapFd::new)?,
-            missed: open(pins, names::EVENTS_MISSED, |fd| PerCpuFd::new(fd, cpus))?,
+            counters: open(pins, names::COUNTERS, |fd| PerCpuFd::new(fd, cpus))?,
             rules: open(pins, names::RULES, MapFd::new)?,
             missed_before: 0,
             began_ns: u64::try_from(sys::monotonic().as_nanos()).unwrap_or(u64::MAX),
@@ -103,7 +104,8 @@ impl Watch {
     }
 
     fn count_missed(&self) -> u64 {
-        self.missed.lookup(0).map_or(0, |of_cpus| of_cpus.iter().sum())
+        let of_cpus = self.counters.lookup(Reason::EventMissed as u32);
+        of_cpus.map_or(0, |of_cpus| of_cpus.iter().sum())
     }
 
     fn set(&self, state: u32) {

@@ -30,7 +30,7 @@ use super::{
 use crate::config::Sizes;
 
 /// Begins the names of maps that are renewed with the programs: read-only data, those of aya-log, scratch space.
-const RENEWED_MAPS: [&str; 4] = [".rodata", "AYA_", "WORK_", "ROUTE"];
+const RENEWED_MAPS: [&str; 3] = [".rodata", "AYA_", "WORK_"];
 
 /// The name under which one of the object's maps is pinned: bpffs allows no dots.
 pub(super) fn pinned_as(name: &str) -> &str {

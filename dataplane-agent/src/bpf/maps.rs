@@ -51,7 +51,7 @@ pub fn sizes_by_name(sizes: &Sizes) -> [(&'static str, u32); 40] {
         (map_names::BACKENDS, backends),
         (map_names::SERVICE_TRAFFIC, services),
         (map_names::BACKEND_TRAFFIC, backends),
-        (map_names::POD_DROPS, pods),
+        (map_names::VERDICTS_TOLD, pods),
         (map_names::MAGLEV, maglev),
         (map_names::RANGES_V4, source_ranges),
         (map_names::RANGES_V6, source_ranges),

@@ -147,9 +147,8 @@ pub mod map_names {
     pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
     pub const SERVICE_TRAFFIC: &str = "SERVICE_TRAFFIC";
     pub const BACKEND_TRAFFIC: &str = "BACKEND_TRAFFIC";
-    pub const POD_DROPS: &str = "POD_DROPS";
+    pub const VERDICTS_TOLD: &str = "VERDICTS_TOLD";
     pub const EVENTS: &str = "EVENTS";
-    pub const EVENTS_MISSED: &str = "EVENTS_MISSED";
     pub const MONITOR: &str = "MONITOR";
     pub const COUNTERS: &str = "COUNTERS";
     pub const FLOW_EVENTS: &str = "FLOW_EVENTS";

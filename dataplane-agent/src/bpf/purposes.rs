@@ -39,20 +39,19 @@ pub fn purpose(table: &str) -> Option<&'static str> {
         names::SET_HITS => "how often no rule of a set has decided",
         names::POLICY_FLOWS_V4 | names::POLICY_FLOWS_V6 => "untranslated flow of a pod that policies allow",
         names::VERDICTS => "ring buffer of verdicts for user space",
-        "VERDICTS_TOLD" => "interface of a pod → how many verdicts were told of it just now",
+        names::VERDICTS_TOLD => {
+            "interface of a pod → how many verdicts were told of it just now, and its packets that were dropped"
+        }
         names::SOCK_CHOSEN => "socket and service → the backend it was given",
         names::SOCK_REVERSE_V4 | names::SOCK_REVERSE_V6 => {
             "socket and backend → the address that its process asked for"
         }
         names::SERVICE_TRAFFIC => "service → connections, packets and bytes that went over it",
         names::BACKEND_TRAFFIC => "backend → connections, packets and bytes that went over it",
-        names::POD_DROPS => "interface of a pod → packets that were dropped there",
         names::EVENTS => "ring buffer of single packets for `monitor`",
-        names::EVENTS_MISSED => "what found no room there, for each CPU",
         names::MONITOR => "whether anybody watches",
         names::COUNTERS => "packets by reason, for each CPU",
         names::FLOW_EVENTS => "what happened to flows, for each CPU",
-        "REFUSALS" => "refusals sent just now, for each CPU",
         names::MIDSTREAM => "when a TCP flow was last begun in mid-stream",
         LAYOUTS => "layouts of these tables, for other versions",
         _ => return None,

@@ -71,6 +71,7 @@ pub fn outcome(reason: Reason) -> (&'static str, &'static str) {
         "Held" => "held",
         "Sent on" => "released",
         "Judged" => "judged",
+        "Not told" => "untold",
         _ => "other",
     };
     (outcome, meaning)

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io, os::fd::AsFd, sync::atomic::Ordering};
 
-use dataplane_common::traffic::Traffic;
+use dataplane_common::{policy::VerdictBudget, traffic::Traffic};
 
 use crate::bpf::{
     map_names as names,
@@ -18,7 +18,7 @@ const WORDS: usize = size_of::<Traffic>() / size_of::<u64>();
 pub struct TrafficTables {
     services: MappedArray,
     backends: MappedArray,
-    drops: MapFd<u32, u64>,
+    told: MapFd<u32, VerdictBudget>,
 }
 
 impl TrafficTables {
@@ -27,7 +27,7 @@ impl TrafficTables {
         Ok(Self {
             services: mapped(names::SERVICE_TRAFFIC)?,
             backends: mapped(names::BACKEND_TRAFFIC)?,
-            drops: MapFd::new(pins.open_map(names::POD_DROPS)?)?,
+            told: MapFd::new(pins.open_map(names::VERDICTS_TOLD)?)?,
         })
     }
 
@@ -46,8 +46,8 @@ impl TrafficTables {
     /// Packets that were dropped, by the interface of the pod.
     pub fn drops(&self) -> io::Result<HashMap<u32, u64>> {
         let mut all = HashMap::new();
-        self.drops.for_each(|ifindex, drops| {
-            all.insert(*ifindex, *drops);
+        self.told.for_each(|ifindex, told| {
+            all.insert(*ifindex, told.dropped);
         })?;
         Ok(all)
     }

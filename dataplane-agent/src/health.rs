@@ -303,7 +303,9 @@ impl Health {
         let number = text(uri, "number").and_then(|number| number.parse().ok());
         let address = text(uri, "address").and_then(|addr| addr.parse().ok());
         let direction = text(uri, "direction");
-        let direction = Direction::ALL.into_iter().find(|one| Some(one.as_str()) == direction);
+        let direction = Direction::ALL
+            .into_iter()
+            .find(|one| Some(one.as_str()) == direction);
         let policies = match (number, address, direction) {
             (Some(number), ..) => Policies::Numbered(number),
             (None, Some(address), Some(direction)) => Policies::Selecting(address, direction),

@@ -649,16 +649,12 @@ impl Env for Memory {
     }
 
     fn count_pod_drop(&self, ifindex: u32) {
-        *self
-            .traffic
-            .pod_drops
-            .borrow_mut()
-            .entry(ifindex)
-            .or_default() += 1;
+        *self.traffic.pod_drops.borrow_mut().entry(ifindex).or_default() += 1;
     }
 
     fn count_connection(&self, service: u32, backend: u32) {
-        self.traffic.add(service, backend, |traffic| traffic.connections += 1);
+        self.traffic
+            .add(service, backend, |traffic| traffic.connections += 1);
     }
 
     fn is_sampled(&self) -> bool {
@@ -666,7 +662,8 @@ impl Env for Memory {
     }
 
     fn count_sample(&self, service: u32, backend: u32, sample: Sample) {
-        self.traffic.add(service, backend, |traffic| traffic.count(sample));
+        self.traffic
+            .add(service, backend, |traffic| traffic.count(sample));
     }
 
     fn take_refusal(&self) -> bool {

@@ -353,10 +353,7 @@ fn addresses<A>(src: A, dst: A) -> Tuple<A> {
 
 /// Adds the ports of a TCP or UDP packet, and nothing is checked but that they are there.
 #[inline(always)]
-pub fn parse_ports<F: Family, P: Packet>(
-    packet: &P,
-    headers: &mut Headers<F::Addr>,
-) -> Result<(), Reason> {
+pub fn parse_ports<F: Family, P: Packet>(packet: &P, headers: &mut Headers<F::Addr>) -> Result<(), Reason> {
     [headers.tuple.sport_be, headers.tuple.dport_be] = packet.load(headers.l4()).ok_or(Reason::Truncated)?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `SERVICE_TRAFFIC` and `BACKEND_TRAFFIC`: what goes over each service and each backend, by their indices.
 //!
 //! Connections are counted when they begin, each of them. Packets would each write to memory that all CPUs share, or take a place for
-//! each CPU and backend; one in [`SAMPLED`] is counted, for that many. After n counted packets the standard error is about 1/√n: 1 % at
+//! each CPU and backend; one in [`SAMPLED`], at random, is counted, for that many. After n counted packets the standard error is about 1/√n: 1 % at
 //! 640,000 packets.
 
 use bytemuck::{Pod, Zeroable};

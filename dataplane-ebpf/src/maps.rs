@@ -201,6 +201,8 @@ pub struct Scratch {
     /// A first fragment while held ones are sent on.
     pub aside: Aside,
     pub refusals: Refusals,
+    /// Translated packets until one is counted.
+    pub until_sample: u32,
 }
 #[btf_map]
 pub static WORK_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();

@@ -2,14 +2,14 @@
 
 use core::arch::asm;
 
-use aya_ebpf::btf_maps::Array;
+use aya_ebpf::{btf_maps::Array, helpers::generated::bpf_get_prandom_u32};
 use dataplane_common::{
     policy::VerdictBudget,
     traffic::{SAMPLED, Sample, Traffic},
 };
 
 use crate::{
-    maps::{BACKEND_TRAFFIC, MMAPABLE, SERVICE_TRAFFIC, VERDICTS_TOLD},
+    maps::{BACKEND_TRAFFIC, MMAPABLE, SERVICE_TRAFFIC, VERDICTS_TOLD, WORK_SCRATCH},
     world::{Aligned, insert},
 };
 
@@ -58,10 +58,15 @@ pub fn count_pod_drop(ifindex: u32) {
     }
 }
 
-/// See `Env::count_sample`. Verified apart, so that what it needs is not in the way of the packets that are not counted.
+/// See `Env::count_sample`. The next packet that is counted is 1 to 2 × [`SAMPLED`] - 1 packets away, at random: what comes in turns is not
+/// always met at the same place. Verified apart, so that what it needs is not in the way of the packets that are not counted.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn count_sample(service: u64, backend: u64, sample: u64) -> u64 {
+    if let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) {
+        // SAFETY: a per-CPU element, see `world::work`; a helper without arguments.
+        unsafe { (*scratch).until_sample = bpf_get_prandom_u32() % (2 * SAMPLED - 1) };
+    }
     let sample = Sample::from_raw(sample);
     let bytes = u64::from(sample.bytes) * u64::from(SAMPLED);
     for traffic in elements(service as u32, backend as u32).into_iter().flatten() {

@@ -9,8 +9,7 @@ use aya_ebpf::{
     },
     btf_maps::{HashMap, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_jiffies64,
-        bpf_ktime_get_ns,
+        bpf_fib_lookup as fib_lookup, bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_ns,
     },
 };
 use dataplane_common::{
@@ -32,7 +31,7 @@ use dataplane_common::{
     sock::{SockBackend, SockKey4, SockKey6},
     source::source_place,
     tables::{Entry, Env, InsertError, PolicyEntry, Route, Router, Tables},
-    traffic::{SAMPLED, Sample},
+    traffic::Sample,
     unbound::PodRange,
 };
 
@@ -522,8 +521,15 @@ impl<C> Env for World<C> {
 
     #[inline(always)]
     fn is_sampled(&self) -> bool {
-        // SAFETY: a helper without arguments.
-        unsafe { bpf_get_prandom_u32() }.is_multiple_of(SAMPLED)
+        let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
+            return false;
+        };
+        // SAFETY: as in `count`.
+        unsafe {
+            let until = (*scratch).until_sample;
+            (*scratch).until_sample = until.wrapping_sub(1);
+            until == 0
+        }
     }
 
     #[inline(always)]

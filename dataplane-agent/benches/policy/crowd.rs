@@ -124,7 +124,11 @@ fn addr(net: u8, number: usize) -> Ipv4Addr {
 impl Crowd {
     /// Several things at once: what is promised is about each alone.
     pub fn is_mixed(&self) -> bool {
-        [self.rules > 1, self.policies > 1, self.peers > 1].into_iter().filter(|many| *many).count() > 1
+        [self.rules > 1, self.policies > 1, self.peers > 1]
+            .into_iter()
+            .filter(|many| *many)
+            .count()
+            > 1
     }
 
     const fn new(name: &'static str, rules: u16, policies: usize, peers: usize) -> Self {

@@ -7,6 +7,7 @@ mod crowd;
 mod datapath;
 mod memory;
 mod rounds;
+mod watched;
 
 use std::{
     net::{IpAddr, SocketAddrV4},
@@ -153,6 +154,7 @@ fn main() -> Result<ExitCode> {
         }
     }
     established(&args, &device, &mut results).context("failed to measure established flows")?;
+    watched::watched(&args, &device, &mut results).context("failed to measure drops that are watched")?;
     if args.wants("memory") {
         for memory in memory::measure(&args.objects).context("failed to measure the memory")? {
             println!("{memory}");

@@ -41,7 +41,10 @@ impl Agent {
             let service = self.service_load(&counts, &object, &placed);
             for endpoint in &service.endpoints {
                 if let Some(pod) = &endpoint.pod {
-                    pods.entry(pod.clone()).or_default().traffic.add(&endpoint.traffic);
+                    pods.entry(pod.clone())
+                        .or_default()
+                        .traffic
+                        .add(&endpoint.traffic);
                 }
             }
             if is_short || service.traffic != Traffic::default() {
@@ -53,7 +56,8 @@ impl Agent {
             pod.pod.clone_from(name);
         }
         let drops = counters::read(&tables.pins)?.into_iter();
-        let drops = drops.filter(|(reason, count)| *count > 0 && kernel_side::outcome(*reason).0 == "dropped");
+        let drops =
+            drops.filter(|(reason, count)| *count > 0 && kernel_side::outcome(*reason).0 == "dropped");
         Ok(Load {
             at: Timestamp::now(),
             services,

@@ -53,22 +53,13 @@ pub struct Watch {
     began_ns: u64,
     period: Instant,
     taken: u32,
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Watch").finish_non_exhaustive()
     }
-}
-
-fn open<T>(
-    pins: &Pins,
-    name: &'static str,
-    open: impl FnOnce(OwnedFd) -> io::Result<T>,
-) -> Result<T, WatchError> {
-    let opened = pins.open_map(name).and_then(open);
-    opened.map_err(|source| WatchError::Open { name, source })
 }
 
 impl Watch {
@@ -79,19 +70,24 @@ impl Watch {
             TryLockError::WouldBlock => WatchError::Taken,
             TryLockError::Error(error) => WatchError::Lock(error),
         })?;
-        let ring = open(pins, names::EVENTS, |fd| {
+        Self::over(|name| pins.open_map(name), Some(lock))
+    }
+
+    /// The same over maps that are found by name, of which there is no other reader while `lock` is open.
+    pub fn over(find: impl Fn(&str) -> io::Result<OwnedFd>, lock: Option<File>) -> Result<Self, WatchError> {
+        let named = |name| move |source| WatchError::Open { name, source };
+        let ring = find(names::EVENTS).and_then(|fd| {
             let data = MapData::from_fd(fd).map_err(io::Error::other)?;
             RingBuf::try_from(Map::RingBuf(data)).map_err(io::Error::other)
-        })?;
-        let cpus = possible_cpus().map_err(|source| WatchError::Open {
-            name: names::COUNTERS,
-            source,
-        })?;
+        });
+        let state = find(names::MONITOR).and_then(MapFd::new);
+        let counters = find(names::COUNTERS).and_then(|fd| PerCpuFd::new(fd, possible_cpus()?));
+        let rules = find(names::RULES).and_then(MapFd::new);
         let mut watch = Self {
-            ring,
-            state: open(pins, names::MONITOR, MapFd::new)?,
-            counters: open(pins, names::COUNTERS, |fd| PerCpuFd::new(fd, cpus))?,
-            rules: open(pins, names::RULES, MapFd::new)?,
+            ring: ring.map_err(named(names::EVENTS))?,
+            state: state.map_err(named(names::MONITOR))?,
+            counters: counters.map_err(named(names::COUNTERS))?,
+            rules: rules.map_err(named(names::RULES))?,
             missed_before: 0,
             began_ns: u64::try_from(sys::monotonic().as_nanos()).unwrap_or(u64::MAX),
             period: Instant::now(),

@@ -133,7 +133,9 @@ pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, format: Format) -> anyh
             verdicts_after: None,
             asked: None,
         };
-        let until = filter.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        let until = filter
+            .seconds
+            .map(|seconds| Instant::now() + Duration::from_secs(seconds));
         loop {
             if !monitor.look()? || until.is_some_and(|until| Instant::now() >= until) {
                 break;
@@ -212,7 +214,9 @@ impl Monitor<'_> {
             });
         }
         let rule = self.watch.rule(event)?;
-        let action = RuleAction::ALL.iter().find(|action| **action as u8 == rule.action);
+        let action = RuleAction::ALL
+            .iter()
+            .find(|action| **action as u8 == rule.action);
         Some(By {
             policies: self.who.policies(format!("number={}", rule.policy)),
             rule: Some(rule.place),

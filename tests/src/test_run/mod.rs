@@ -98,6 +98,16 @@ pub fn apart(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &cpus).context("failed to stay on one CPU")
 }
 
+/// Puts the calling thread on all CPUs but one, where there are others.
+pub fn on_other(cpu: usize) {
+    let mut cpus = CpuSet::new();
+    for other in (0..CpuSet::count()).filter(|other| *other != cpu) {
+        // CPUs that there are not are left out by the kernel.
+        let _set = cpus.set(other);
+    }
+    let _only_one = sched_setaffinity(Pid::from_raw(0), &cpus);
+}
+
 /// A veth with a neighbour that needs no resolution, in the calling process's namespace.
 pub fn make_device() -> Result<Device> {
     let netns = NetNs::open(Path::new("/proc/thread-self/ns/net"))?;

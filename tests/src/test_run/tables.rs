@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::mem::size_of;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::Ebpf;
@@ -194,6 +194,16 @@ pub fn memlock(object: &Ebpf, name: &str) -> Result<u64> {
     bytes
         .and_then(|bytes| bytes.trim().parse().ok())
         .with_context(|| format!("{path} does not say how large {name} is"))
+}
+
+/// Another descriptor of a map.
+pub fn descriptor(object: &Ebpf, name: &str) -> Result<OwnedFd> {
+    let map = object.map(name).with_context(|| format!("no map {name}"))?;
+    let data = match map {
+        Map::PerCpuArray(data) | Map::RingBuf(data) => data,
+        _ => table(object, name)?,
+    };
+    Ok(data.fd().as_fd().try_clone_to_owned()?)
 }
 
 /// An element of a per-CPU array of counters, summed over CPUs.

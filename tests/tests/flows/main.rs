@@ -2,6 +2,7 @@
 //! every backend. Real packets in a cluster of two nodes; needs root and the agent that `cargo xtask build` makes.
 
 mod flood;
+mod monitor;
 mod rollout;
 mod seen;
 mod stage;

@@ -48,7 +48,9 @@ impl<W: Write> Capture<W> {
             data: Cow::Borrowed(bytes),
             options: vec![EnhancedPacketOption::Comment(Cow::Owned(comment))],
         };
-        self.writer.write_pcapng_block(block).context("failed to write a packet")?;
+        self.writer
+            .write_pcapng_block(block)
+            .context("failed to write a packet")?;
         self.writer.get_mut().flush().context("failed to write a packet")
     }
 
@@ -57,7 +59,11 @@ impl<W: Write> Capture<W> {
         if let Some(known) = self.interfaces.get(&key) {
             return Ok(*known);
         }
-        let linktype = if event.l3 == 0 { DataLink::RAW } else { DataLink::ETHERNET };
+        let linktype = if event.l3 == 0 {
+            DataLink::RAW
+        } else {
+            DataLink::ETHERNET
+        };
         let block = InterfaceDescriptionBlock {
             linktype,
             snaplen: 0,
@@ -66,7 +72,9 @@ impl<W: Write> Capture<W> {
                 InterfaceDescriptionOption::IfTsResol(RESOLUTION),
             ],
         };
-        self.writer.write_pcapng_block(block).context("failed to write an interface")?;
+        self.writer
+            .write_pcapng_block(block)
+            .context("failed to write an interface")?;
         let number = u32::try_from(self.interfaces.len()).unwrap_or(u32::MAX);
         self.interfaces.insert(key, number);
         Ok(number)

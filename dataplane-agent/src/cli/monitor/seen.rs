@@ -179,12 +179,21 @@ fn hook(number: u8) -> &'static str {
 
 impl Seen {
     pub fn of(event: &Event, names: &Names) -> Self {
-        let Ends { proto, from, to, ports } = ends(event);
+        let Ends {
+            proto,
+            from,
+            to,
+            ports,
+        } = ends(event);
         let pod = |addr: Option<IpAddr>| names.pod(addr?).cloned();
-        let reason = Reason::ALL.get(event.reason as usize).map(|reason| reason.label());
+        let reason = Reason::ALL
+            .get(event.reason as usize)
+            .map(|reason| reason.label());
         let goes = endpoint(event);
         let asked = to.zip(ports).map(|(to, (_, port))| SocketAddr::new(to, port));
-        let came = from.zip(ports).map(|(from, (port, _))| SocketAddr::new(from, port));
+        let came = from
+            .zip(ports)
+            .map(|(from, (port, _))| SocketAddr::new(from, port));
         let verdict = match EventKind::ALL.get(usize::from(event.kind)) {
             Some(EventKind::Refused) => Word::Refuse,
             Some(EventKind::TooBig) => Word::TooBig,
@@ -229,7 +238,10 @@ impl Seen {
         let ((from, from_pod), (to, to_pod)) = (end(&told.from), end(&told.to));
         let (port, protocol) = told.port.split_once('/').unwrap_or(("", &told.port));
         let numbers = [proto::TCP, proto::UDP, proto::SCTP, proto::ICMP, proto::ICMPV6];
-        let protocol = numbers.into_iter().map(self::protocol).find(|name| *name == protocol);
+        let protocol = numbers
+            .into_iter()
+            .map(self::protocol)
+            .find(|name| *name == protocol);
         Self {
             time: told.time,
             verdict: match told.verdict {
@@ -239,7 +251,11 @@ impl Seen {
                 ToldVerdict::WouldAllow => Word::WouldAllow,
             },
             reason: told.reason,
-            hook: if told.direction == "egress" { "from_pod" } else { "to_pod" },
+            hook: if told.direction == "egress" {
+                "from_pod"
+            } else {
+                "to_pod"
+            },
             device: String::new(),
             protocol: protocol.unwrap_or("other"),
             from,
@@ -275,13 +291,23 @@ impl Seen {
             text += &format!(": {} bytes, MTU {mtu}", self.length);
         }
         match &self.by {
-            Some(By { policies, rule: Some(rule), .. }) if policies.is_empty() => {
+            Some(By {
+                policies,
+                rule: Some(rule),
+                ..
+            }) if policies.is_empty() => {
                 text += &format!(": rule {rule} of a policy whose name a running agent knows");
             }
-            Some(By { policies, rule: Some(rule), .. }) => {
+            Some(By {
+                policies,
+                rule: Some(rule),
+                ..
+            }) => {
                 text += &format!(": {}, rule {rule}", policies.join(", "));
             }
-            Some(By { policies, rule: None, .. }) if !policies.is_empty() => {
+            Some(By {
+                policies, rule: None, ..
+            }) if !policies.is_empty() => {
                 text += &format!(": no rule of {}", policies.join(", "));
             }
             _ => {}
@@ -323,7 +349,11 @@ impl fmt::Display for Seen {
             self.protocol,
         )?;
         if let Some(endpoint) = self.endpoint {
-            let end = End(Some(endpoint.ip()), Some(endpoint.port()), self.endpoint_pod.as_ref());
+            let end = End(
+                Some(endpoint.ip()),
+                Some(endpoint.port()),
+                self.endpoint_pod.as_ref(),
+            );
             write!(f, " to {end}")?;
         }
         if let Some(seen_as) = self.seen_as {

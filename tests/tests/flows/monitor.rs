@@ -1,0 +1,157 @@
+//! What `monitor` shows of packets as things happen to them, and what is counted of Services and endpoints; with an agent and without.
+
+use std::process::Output;
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use dataplane_tests::agent;
+use serde_json::Value;
+
+use crate::stage::{Mode, Stage};
+
+const NODE: &str = "node1";
+const AT: &str = "10.96.0.41:80";
+const CONNECTIONS: u64 = 20;
+/// Long enough for a machine that is busy.
+const WITHIN: &str = "120";
+
+#[test]
+fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
+    let Some(agent) = agent::built() else {
+        return Ok(());
+    };
+    let mode = Mode {
+        socket_lb: "off",
+        datapath: "tc",
+    };
+    let mut stage = Stage::set("monitor", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
+    stage.open("client1", "counted", AT, CONNECTIONS as u32)?;
+    counted(&stage.agents.ask(NODE, "/load")?)?;
+
+    let begun = watched(
+        &stage,
+        &["--verdict", "translate", "--to", "svc/ns1/svc1", "--count", "3"],
+    )?;
+    let begun = lines(&begun)?;
+    ensure!(begun.len() == 3, "{begun:?}");
+    for one in &begun {
+        let is_endpoint = ["ns1/be1", "ns1/be2"]
+            .iter()
+            .any(|pod| one["endpoint_pod"] == *pod);
+        ensure!(
+            one["from_pod"] == "ns1/client1"
+                && one["to"] == "10.96.0.41"
+                && one["to_port"] == 80
+                && one["service"] == "svc/ns1/svc1"
+                && one["protocol"] == "TCP"
+                && one["hook"] == "from_pod"
+                && is_endpoint,
+            "{one}"
+        );
+    }
+
+    stage.put(&[("be1", None), ("be2", None)])?;
+    stage.settle()?;
+    let refused = watched(
+        &stage,
+        &[
+            "--from",
+            "ns1/client1",
+            "--reason",
+            "no-endpoints",
+            "--count",
+            "2",
+        ],
+    )?;
+    for one in lines(&refused)? {
+        ensure!(
+            one["verdict"] == "refuse" && one["reason"] == "no-endpoints",
+            "{one}"
+        );
+    }
+    let packets = captured(&stage)?;
+    ensure!(packets.starts_with(&[0x0a, 0x0d, 0x0d, 0x0a]), "{packets:?}");
+    ensure!(
+        String::from_utf8_lossy(&packets).contains("no-endpoints"),
+        "the packet's comment is missing"
+    );
+    let unknown = run(&stage, "json", &["--reason", "none-such"])?;
+    let text = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    ensure!(
+        !unknown.status.success() && text.contains("no reason is called so"),
+        "{text}"
+    );
+
+    stage.agents.kill_all();
+    let alone = watched(
+        &stage,
+        &["--from", "10.244.1.10", "--verdict", "refuse", "--count", "1"],
+    )?;
+    let alone = lines(&alone)?;
+    ensure!(
+        alone.len() == 1 && alone[0]["from_pod"].is_null() && alone[0]["to"] == "10.96.0.41",
+        "{alone:?}"
+    );
+    Ok(())
+}
+
+/// Each connection is counted at the Service and at one of its endpoints.
+fn counted(load: &Value) -> Result<()> {
+    let services = load["services"].as_array().context("no services")?;
+    let service = services
+        .iter()
+        .find(|service| service["object"] == "Service ns1/svc1");
+    let service = service.with_context(|| format!("no svc1 in {load}"))?;
+    let endpoints = service["endpoints"].as_array().context("no endpoints")?;
+    let of_endpoints: u64 = endpoints
+        .iter()
+        .filter_map(|one| one["connections"].as_u64())
+        .sum();
+    ensure!(
+        service["connections"] == CONNECTIONS && of_endpoints == CONNECTIONS,
+        "{service}"
+    );
+    Ok(())
+}
+
+/// What `monitor` prints while a client connects again and again.
+fn watched(stage: &Stage, arguments: &[&str]) -> Result<Output> {
+    while_connecting(stage, || run(stage, "json", arguments))
+}
+
+fn captured(stage: &Stage) -> Result<Vec<u8>> {
+    let arguments = ["--verdict", "refuse", "--count", "1"];
+    Ok(while_connecting(stage, || run(stage, "pcapng", &arguments))?.stdout)
+}
+
+fn while_connecting(stage: &Stage, watch: impl Fn() -> Result<Output> + Send) -> Result<Output> {
+    thread::scope(|scope| {
+        let watching = scope.spawn(watch);
+        let mut herd = 0;
+        while !watching.is_finished() {
+            // Those that are refused are no less of interest.
+            let _refused = stage.open("client1", &format!("herd{herd}"), AT, 1);
+            herd += 1;
+        }
+        let output = watching
+            .join()
+            .ok()
+            .context("the thread of `monitor` has panicked")??;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{text}");
+        Ok(output)
+    })
+}
+
+fn run(stage: &Stage, format: &str, arguments: &[&str]) -> Result<Output> {
+    let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
+    let fixed = ["monitor", "--bpffs", &bpffs, "-o", format, "--seconds", WITHIN];
+    stage.agents.asking(NODE, &[&fixed, arguments].concat())
+}
+
+fn lines(output: &Output) -> Result<Vec<Value>> {
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))
+        .collect()
+}

@@ -57,6 +57,8 @@ const RECLAIM_AFTER: Duration = Duration::from_millis(100);
 const AUDIT: Duration = Duration::from_mins(1);
 /// A run of so many writes leaves much free memory behind.
 const MANY_WRITES: usize = 10_000;
+/// Verdicts of before a start wait so long for names.
+const NAMES_WITHIN: Duration = Duration::from_secs(30);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -132,12 +134,14 @@ async fn start(config: Config) -> anyhow::Result<()> {
         constants,
     });
     let mut verdicts = open_verdicts(&config);
+    let nameless_at = Instant::now() + NAMES_WITHIN;
     tracing::info!(node = config.node_name, source = ?config.source, "started");
     let mut grace_period: Option<JoinHandle<io::Result<()>>> = None;
     loop {
         let reclaim_at = agent.reclaim_at.filter(|_| grace_period.is_none());
         let retry_at = agent.retry_at;
         let listen_at = agent.listen_at;
+        let tells = agent.has_started() || Instant::now() > nameless_at;
         tokio::select! {
             batch = batches.recv() => agent.take_batch(batch.context("the source has ended")?),
             changed = host.changed() => {
@@ -146,7 +150,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 agent.take_host(state);
             }
             Some(ask) = asked.recv() => agent.answer(ask),
-            readable = readable(verdicts.as_ref()) => match (readable, &mut verdicts) {
+            readable = readable(verdicts.as_ref()), if tells => match (readable, &mut verdicts) {
                 (Ok(()), Some(verdicts)) => agent.take_verdicts(verdicts),
                 (Ok(()), None) => {}
                 (Err(error), _) => {
@@ -440,7 +444,7 @@ impl Agent {
     /// Endpoints that changed before the start say nothing of how long we take.
     fn note_trigger(&mut self, object: &Object) {
         if let Object::EndpointSlice(slice) = object
-            && self.progress.borrow().started
+            && self.has_started()
             && let Some(changed_ns) = slice.changed_ns
         {
             self.triggers.push(changed_ns.get());
@@ -628,8 +632,13 @@ impl Agent {
         }
     }
 
+    /// Whether all that the source holds has been programmed once.
+    fn has_started(&self) -> bool {
+        self.progress.borrow().started
+    }
+
     fn audit(&mut self) {
-        if !self.progress.borrow().started {
+        if !self.has_started() {
             return;
         }
         let differing = task::block_in_place(|| {

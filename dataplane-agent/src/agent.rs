@@ -134,14 +134,12 @@ async fn start(config: Config) -> anyhow::Result<()> {
         constants,
     });
     let mut verdicts = open_verdicts(&config);
-    let nameless_at = Instant::now() + NAMES_WITHIN;
     tracing::info!(node = config.node_name, source = ?config.source, "started");
     let mut grace_period: Option<JoinHandle<io::Result<()>>> = None;
     loop {
         let reclaim_at = agent.reclaim_at.filter(|_| grace_period.is_none());
         let retry_at = agent.retry_at;
         let listen_at = agent.listen_at;
-        let tells = agent.has_started() || Instant::now() > nameless_at;
         tokio::select! {
             batch = batches.recv() => agent.take_batch(batch.context("the source has ended")?),
             changed = host.changed() => {
@@ -150,7 +148,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 agent.take_host(state);
             }
             Some(ask) = asked.recv() => agent.answer(ask),
-            readable = readable(verdicts.as_ref()), if tells => match (readable, &mut verdicts) {
+            readable = readable(verdicts.as_ref()), if agent.tells() => match (readable, &mut verdicts) {
                 (Ok(()), Some(verdicts)) => agent.take_verdicts(verdicts),
                 (Ok(()), None) => {}
                 (Err(error), _) => {
@@ -246,6 +244,8 @@ pub struct Agent {
     expected: pods::Expected,
     claims: claims::Claims,
     verdicts: verdicts::Kept,
+    /// When verdicts are told without the names of who is not known yet.
+    nameless_at: Instant,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
     tables: Option<explain::Tables>,
@@ -317,6 +317,7 @@ impl Agent {
             expected: pods::Expected::default(),
             claims: claims::Claims::default(),
             verdicts: verdicts::Kept::default(),
+            nameless_at: Instant::now() + NAMES_WITHIN,
             store,
             sockets: None,
             tables: None,
@@ -635,6 +636,11 @@ impl Agent {
     /// Whether all that the source holds has been programmed once.
     fn has_started(&self) -> bool {
         self.progress.borrow().started
+    }
+
+    /// Whether verdicts are taken. Before everything is known, those of while no agent ran would get no names.
+    fn tells(&self) -> bool {
+        self.has_started() || Instant::now() > self.nameless_at
     }
 
     fn audit(&mut self) {

@@ -39,10 +39,16 @@ pub trait Known: fmt::Debug {
 /// Of one end.
 #[derive(Debug)]
 pub enum Decided {
-    Here(Step),
+    Here(Box<Step>),
     Elsewhere(String),
     /// It is no Pod.
     Nowhere,
+}
+
+impl Decided {
+    pub fn here(step: Step) -> Self {
+        Self::Here(Box::new(step))
+    }
 }
 
 /// The verdicts that a packet has met.
@@ -114,7 +120,7 @@ impl Known for Named<'_> {
         if let Some(reason) = reasons::exempt(self.index, pod, direction, peer.0, other)
             && (is_here || pod.host_network || other == Some(&pod.name))
         {
-            return Decided::Here(Step::exempt(direction, at, reason));
+            return Decided::here(Step::exempt(direction, at, reason));
         }
         let Some(ifindex) = self.interface(world, own) else {
             let what = format!("{} of {}", direction.as_str(), pod.name);
@@ -129,7 +135,7 @@ impl Known for Named<'_> {
             Decision::of(self.index, policy, direction, rule.place)
         };
         let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
-        Decided::Here(match told.verdict(ifindex, direction) {
+        Decided::here(match told.verdict(ifindex, direction) {
             Some(event) => {
                 let audit = told.dry_run(ifindex, direction);
                 let audit = audit.map(|event| (allows(event), decision(event)));

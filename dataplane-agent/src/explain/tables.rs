@@ -289,7 +289,7 @@ impl<'a> Here<'a> {
         told: Told<'_>,
     ) {
         match self.known.decided(&self.world, direction, ends, told) {
-            Decided::Here(step) => explained.push(step),
+            Decided::Here(step) => explained.push(*step),
             Decided::Elsewhere(text) => explained.elsewhere.push(text),
             Decided::Nowhere => {}
         }

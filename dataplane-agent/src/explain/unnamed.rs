@@ -45,13 +45,13 @@ impl Known for Unnamed {
         };
         let at = place(own);
         if world.interface_of(peer.0) == Some(ifindex) {
-            return Decided::Here(Step::exempt(direction, at, reasons::ITSELF));
+            return Decided::here(Step::exempt(direction, at, reasons::ITSELF));
         }
         if direction == Direction::Ingress && world.is_own(peer.0) {
-            return Decided::Here(Step::exempt(direction, at, reasons::OWN_NODE));
+            return Decided::here(Step::exempt(direction, at, reasons::OWN_NODE));
         }
         let of = |allowed, rule: Option<Decision>, reason, dry_run| {
-            Decided::Here(Step {
+            Decided::here(Step {
                 direction: direction.as_str().into(),
                 at: at.clone(),
                 allowed,

@@ -129,7 +129,9 @@ impl<'a> EnforcedTables<'a> {
         }
         if revision == REVISION_NONE {
             // No hook asks for what is left of rows.
-            pods.values_mut().for_each(|pod| *pod = PodPolicy::default());
+            for pod in pods.values_mut() {
+                *pod = PodPolicy::default();
+            }
         }
         let mut tables = Self {
             store,
@@ -193,17 +195,14 @@ impl<'a> EnforcedTables<'a> {
             rules: rows.len(),
             ..TableDirection::default()
         };
-        let mut add = |hits: Hits, is_in_force: bool| {
+        for hits in rows.iter().map(|row| row.hits).chain([self.undecided(set)?]) {
+            direction.verdicts += hits.decided;
             direction.dry_run += hits.dry_run;
-            if is_in_force {
-                direction.verdicts += hits.decided;
-            }
-        };
-        rows.iter().for_each(|row| add(row.hits, true));
-        add(self.undecided(set)?, true);
+        }
         if audit != set {
-            self.rows(audit)?.iter().for_each(|row| add(row.hits, false));
-            add(self.undecided(audit)?, false);
+            let rows = self.rows(audit)?;
+            let hits = rows.iter().map(|row| row.hits).chain([self.undecided(audit)?]);
+            direction.dry_run += hits.map(|hits| hits.dry_run).sum::<u64>();
         }
         Ok(direction)
     }

@@ -58,6 +58,8 @@ const RECLAIM_AFTER: Duration = Duration::from_millis(100);
 const AUDIT: Duration = Duration::from_mins(1);
 /// A run of so many writes leaves much free memory behind.
 const MANY_WRITES: usize = 10_000;
+/// Verdicts of before a start wait so long for names.
+const NAMES_WITHIN: Duration = Duration::from_secs(30);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until it is told to stop. The datapath stays.
@@ -147,7 +149,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
                 agent.take_host(state);
             }
             Some(ask) = asked.recv() => agent.answer(ask),
-            readable = readable(verdicts.as_ref()) => match (readable, &mut verdicts) {
+            readable = readable(verdicts.as_ref()), if agent.tells() => match (readable, &mut verdicts) {
                 (Ok(()), Some(verdicts)) => agent.take_verdicts(verdicts),
                 (Ok(()), None) => {}
                 (Err(error), _) => {
@@ -243,6 +245,8 @@ pub struct Agent {
     expected: pods::Expected,
     claims: claims::Claims,
     verdicts: verdicts::Kept,
+    /// When verdicts are told without the names of who is not known yet.
+    nameless_at: Instant,
     store: Box<dyn Store + Send>,
     sockets: Option<HostSockets>,
     tables: Option<explain::Tables>,
@@ -314,6 +318,7 @@ impl Agent {
             expected: pods::Expected::default(),
             claims: claims::Claims::default(),
             verdicts: verdicts::Kept::default(),
+            nameless_at: Instant::now() + NAMES_WITHIN,
             store,
             sockets: None,
             tables: None,
@@ -441,7 +446,7 @@ impl Agent {
     /// Endpoints that changed before the start say nothing of how long we take.
     fn note_trigger(&mut self, object: &Object) {
         if let Object::EndpointSlice(slice) = object
-            && self.progress.borrow().started
+            && self.has_started()
             && let Some(changed_ns) = slice.changed_ns
         {
             self.triggers.push(changed_ns.get());
@@ -635,8 +640,18 @@ impl Agent {
         }
     }
 
+    /// Whether all that the source holds has been programmed once.
+    fn has_started(&self) -> bool {
+        self.progress.borrow().started
+    }
+
+    /// Whether verdicts are taken. Before everything is known, those of while no agent ran would get no names.
+    fn tells(&self) -> bool {
+        self.has_started() || Instant::now() > self.nameless_at
+    }
+
     fn audit(&mut self) {
-        if !self.progress.borrow().started {
+        if !self.has_started() {
             return;
         }
         let differing = task::block_in_place(|| {

@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Deserialize;
 
 use crate::{
-    cli::{flows::Filter, monitor, output::Output, services::Listing},
+    cli::{alone::Places, flows::Filter, monitor, output::Output, services::Listing},
     config::{
         Config, DatapathMode, FastPath, NodePortAddresses, PolicyChanges, PolicyMode, PortRange, ServiceEcho,
         Sizes, SocketLb, SourceConfig, SourceRangesFor, Verdicts,
@@ -78,8 +78,9 @@ pub enum Command {
         /// The folder of manifests.
         folder: PathBuf,
     },
-    /// Say whether policies allow a new flow, and which rule decides; exit status 1 if they do not. A running agent leads a packet
-    /// through its tables, without a trace; with --manifests, what they say is compiled, and no agent is asked.
+    /// Say whether policies allow a new flow, and which rule decides; exit status 1 if they do not. A packet is led through the pinned
+    /// tables, without a trace, by a running agent, which knows names, else by addresses; with --manifests, what they say is compiled,
+    /// and no agent is asked.
     Explain {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
@@ -96,9 +97,8 @@ pub enum Command {
         /// A folder of manifests to explain from, instead of the tables of the agent.
         #[arg(long)]
         manifests: Option<PathBuf>,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
@@ -116,12 +116,8 @@ pub enum Command {
     Services {
         /// Only this Service: namespace/name.
         service: Option<String>,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
-        /// The BPF file system of the agent.
-        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
-        bpffs: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         /// Only what is not served, and why.
         #[arg(long)]
         problems: bool,
@@ -130,11 +126,10 @@ pub enum Command {
         output: Listing,
     },
     /// Say what policies have denied lately and by which rule, and what dry runs would have changed; with `--verdicts all` of
-    /// `run`, what they have allowed too.
+    /// `run`, what they have allowed too. Without a running agent: what waits for one, by addresses, and stays.
     Verdicts {
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         /// Go on with what comes.
         #[arg(short, long)]
         follow: bool,
@@ -142,13 +137,13 @@ pub enum Command {
         output: Output,
     },
     /// Say which policies select Pods of this node, how often each rule has decided and what dry runs would have changed, and
-    /// what of policies is not honoured; or of one Pod, the rules of both directions in the order in which they are asked.
+    /// what of policies is not honoured; or of one Pod, the rules of both directions in the order in which they are asked. Without a
+    /// running agent: what the pinned tables say of each Pod, by addresses.
     Policies {
-        /// A Pod of this node: `NAMESPACE/NAME`.
+        /// A Pod of this node: `NAMESPACE/NAME`, or one of its addresses.
         pod: Option<String>,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
@@ -164,12 +159,8 @@ pub enum Command {
     Flows {
         #[command(flatten)]
         filter: Filter,
-        /// The BPF file system of the agent.
-        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
-        bpffs: PathBuf,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
@@ -179,12 +170,8 @@ pub enum Command {
     Monitor {
         #[command(flatten)]
         filter: monitor::Filter,
-        /// The BPF file system of the agent.
-        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
-        bpffs: PathBuf,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         #[arg(short, long, value_enum, default_value = "text")]
         output: monitor::Format,
     },
@@ -201,12 +188,8 @@ pub enum Command {
     Bugreport {
         /// Where to, `-` for stdout [default: dataplane-bugreport-TIME.tar.gz in the current folder].
         to: Option<PathBuf>,
-        /// The BPF file system of the agent.
-        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
-        bpffs: PathBuf,
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
     },
     /// Show or change the levels of a running agent's log.
     Log {
@@ -238,6 +221,24 @@ pub enum Command {
         #[arg(long)]
         kube_proxy_rules: bool,
     },
+}
+
+/// Where a running agent is asked, and where its tables are.
+#[derive(Debug, Args)]
+pub struct Tables {
+    /// The BPF file system of the agent.
+    #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+    bpffs: PathBuf,
+    /// The agent's socket.
+    #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+    socket: PathBuf,
+}
+
+impl Tables {
+    pub fn places(&self) -> Places<'_> {
+        let Self { bpffs, socket } = self;
+        Places { bpffs, socket }
+    }
 }
 
 #[derive(Debug, Args)]

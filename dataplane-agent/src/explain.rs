@@ -1,10 +1,13 @@
 //! What the policies of a cluster say of a flow, and why: from objects alone, for whose two ends the tables are compiled and
-//! asked as the datapath asks them; or from the tables of this node as they are, through which a packet is led ([`tables`]).
+//! asked as the datapath asks them; or from the tables of this node as they are, through which a packet is led ([`tables`]),
+//! with names ([`known`]) or without ([`unnamed`]).
 
 mod ends;
+pub mod known;
 pub mod packet;
 mod reasons;
 pub mod tables;
+pub mod unnamed;
 
 use std::{borrow::Cow, collections::BTreeSet, net::IpAddr};
 

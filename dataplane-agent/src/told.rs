@@ -1,11 +1,16 @@
-//! Verdicts of policies, as the agent tells its commands.
+//! Verdicts of policies, as the agent tells its commands: events of the kernel side, in words.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
+use dataplane_common::{
+    addr::{AnyAddr, proto},
+    policy::{PolicyRule, RuleAction, VerdictEvent},
+    reason::Reason,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::bpf::sys;
+use crate::{bpf::sys, model::policy::Direction, sync::encode};
 
 /// What was decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +58,59 @@ pub struct Told {
     pub action: Option<String>,
     /// Verdicts about the pod that were not told before this one, because there were too many.
     pub untold: u32,
+}
+
+impl Told {
+    /// An event. `name_of`: what to call an address; whose policy has decided, the caller may know.
+    pub fn of(event: &VerdictEvent, rule: Option<PolicyRule>, name_of: impl Fn(IpAddr) -> String) -> Self {
+        let reason = Reason::ALL.get(event.reason as usize).copied();
+        let [from, to] = [event.src_be, event.dst_be].map(|addr| name_of(address(event, addr)));
+        let port = u16::from_be(event.dport_be);
+        let action = rule.and_then(|rule| {
+            let mut actions = RuleAction::ALL.iter();
+            actions.find(|action| **action as u8 == rule.action)
+        });
+        Self {
+            number: 0,
+            time: wall_clock(event.at_ns),
+            verdict: match reason {
+                Some(Reason::PolicyAllowed) => ToldVerdict::Allowed,
+                Some(Reason::DryRunDenied) => ToldVerdict::WouldDeny,
+                Some(Reason::DryRunAllowed) => ToldVerdict::WouldAllow,
+                _ => ToldVerdict::Denied,
+            },
+            reason: reason.map_or("unknown", Reason::label).to_owned(),
+            direction: direction(event).as_str().to_owned(),
+            from,
+            to,
+            port: match event.proto {
+                proto::TCP => format!("{port}/TCP"),
+                proto::UDP => format!("{port}/UDP"),
+                proto::SCTP => format!("{port}/SCTP"),
+                proto::ICMP => "ICMP".to_owned(),
+                proto::ICMPV6 => "ICMPv6".to_owned(),
+                other => format!("protocol {other}"),
+            },
+            policy: None,
+            rule: rule.map(|rule| rule.place),
+            action: action.map(|action| action.label().to_owned()),
+            untold: event.untold,
+        }
+    }
+}
+
+/// Of the pod whose policies these are.
+pub fn direction(event: &VerdictEvent) -> Direction {
+    if event.outward != 0 {
+        Direction::Egress
+    } else {
+        Direction::Ingress
+    }
+}
+
+/// An address of the event's family.
+pub fn address(event: &VerdictEvent, addr: AnyAddr) -> IpAddr {
+    encode::ip(addr, event.family == 6)
 }
 
 /// The time of day of a moment on the monotonic clock.

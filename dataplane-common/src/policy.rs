@@ -191,6 +191,16 @@ impl RuleBits {
         self.words[rule as usize / 64] |= 1 << (rule % 64);
     }
 
+    pub fn has(&self, rule: u32) -> bool {
+        let word = self.words.get(rule as usize / 64);
+        word.is_some_and(|word| word >> (rule % 64) & 1 == 1)
+    }
+
+    /// The last rule.
+    pub fn last(&self) -> Option<u32> {
+        (0..SET_RULES).rev().find(|rule| self.has(*rule))
+    }
+
     /// Adds all rules of another.
     pub fn extend(&mut self, other: &RuleBits) {
         for (word, other) in self.words.iter_mut().zip(other.words) {
@@ -629,6 +639,8 @@ mod tests {
         let all = RuleBits {
             words: [u64::MAX; RULE_WORDS],
         };
+        assert!(bits.has(700) && !bits.has(701) && !bits.has(SET_RULES));
+        assert_eq!((bits.last(), RuleBits::default().last()), (Some(1023), None));
         let from = |from| lowest(&bits, &all, RULE_WORDS as u8, from);
         assert_eq!(
             [0, 1, 63, 64, 65, 128, 701, 1023].map(from),

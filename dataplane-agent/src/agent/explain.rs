@@ -7,6 +7,7 @@ use crate::{
     bpf::{pins::Pins, world::World},
     explain::{
         Answered, Explained,
+        known::Named,
         tables::{Failed, Here, Query},
     },
 };
@@ -33,13 +34,17 @@ impl Agent {
         let tables = self.tables.as_ref().ok_or(Failed::NoTables)?;
         let bound = self.host.as_ref().map(|host| self.bound_pods(host));
         let bound = bound.into_iter().flatten();
-        let here = Here {
-            world: World::open(&tables.pins, tables.constants)?,
+        let known = Named {
             node: &self.node_name,
             index: &self.index,
             compiler: &self.policies,
             interfaces: bound.map(|(ifindex, pod)| (pod.name, ifindex)).collect(),
             syncer: &self.policy_syncer,
+        };
+        let here = Here {
+            world: World::open(&tables.pins, tables.constants)?,
+            index: &self.index,
+            known: &known,
         };
         here.explain(query)
     }

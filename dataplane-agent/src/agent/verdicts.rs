@@ -1,20 +1,15 @@
-//! What policies have decided, in words: events of the kernel side, with the names of pods, policies and rules.
+//! What policies have decided: events of the kernel side, with the names of pods, policies and rules.
 
 use std::{collections::VecDeque, net::IpAddr};
 
-use dataplane_common::{
-    addr::{AnyAddr, proto},
-    policy::{NO_RULE_INDEX, RuleAction, VerdictEvent},
-    reason::Reason,
-};
+use dataplane_common::{policy::VerdictEvent, reason::Reason};
 
 use super::Agent;
 use crate::{
     bpf::verdicts::Verdicts,
     health::Policies,
     model::policy::Direction,
-    sync::encode,
-    told::{Told, ToldVerdict, wall_clock},
+    told::{Told, address, direction},
 };
 
 /// As many are kept for those who ask.
@@ -50,15 +45,13 @@ impl Agent {
     /// Takes what the kernel side has told.
     pub fn take_verdicts(&mut self, verdicts: &mut Verdicts) {
         while let Some(event) = verdicts.take() {
-            let rule = verdicts.rule(&event).filter(|_| event.rule != NO_RULE_INDEX);
-            let mut told = self.describe(&event);
+            let rule = verdicts.rule(&event);
+            let mut told = Told::of(&event, rule, |addr| self.name_of(addr));
+            if let Some(pod) = self.sender_of(&event) {
+                told.from = format!("{pod} as {}", told.from);
+            }
             if let Some(rule) = rule {
                 told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
-                told.rule = Some(rule.place);
-                let action = RuleAction::ALL
-                    .iter()
-                    .find(|action| **action as u8 == rule.action);
-                told.action = action.map(|action| action.label().to_owned());
             } else if event.reason != Reason::SourceNotOwn as u32 {
                 told.policy = self.selected_by(&event);
             }
@@ -74,41 +67,6 @@ impl Agent {
                 "policy verdict"
             );
             self.verdicts.push(told);
-        }
-    }
-
-    fn describe(&self, event: &VerdictEvent) -> Told {
-        let reason = Reason::ALL.get(event.reason as usize).copied();
-        let [from, to] = [event.src_be, event.dst_be].map(|addr| address(event, addr));
-        let port = u16::from_be(event.dport_be);
-        Told {
-            number: 0,
-            time: wall_clock(event.at_ns),
-            verdict: match reason {
-                Some(Reason::PolicyAllowed) => ToldVerdict::Allowed,
-                Some(Reason::DryRunDenied) => ToldVerdict::WouldDeny,
-                Some(Reason::DryRunAllowed) => ToldVerdict::WouldAllow,
-                _ => ToldVerdict::Denied,
-            },
-            reason: reason.map_or("unknown", Reason::label).to_owned(),
-            direction: direction(event).as_str().to_owned(),
-            from: match self.sender_of(event) {
-                Some(pod) => format!("{pod} as {}", self.name_of(from)),
-                None => self.name_of(from),
-            },
-            to: self.name_of(to),
-            port: match event.proto {
-                proto::TCP => format!("{port}/TCP"),
-                proto::UDP => format!("{port}/UDP"),
-                proto::SCTP => format!("{port}/SCTP"),
-                proto::ICMP => "ICMP".to_owned(),
-                proto::ICMPV6 => "ICMPv6".to_owned(),
-                other => format!("protocol {other}"),
-            },
-            policy: None,
-            rule: None,
-            action: None,
-            untold: event.untold,
         }
     }
 
@@ -157,19 +115,6 @@ impl Agent {
             Policies::Selecting(addr, direction) => self.selecting(addr, direction),
         }
     }
-}
-
-fn direction(event: &VerdictEvent) -> Direction {
-    if event.outward != 0 {
-        Direction::Egress
-    } else {
-        Direction::Ingress
-    }
-}
-
-/// An address of the event's family.
-fn address(event: &VerdictEvent, addr: AnyAddr) -> IpAddr {
-    encode::ip(addr, event.family == 6)
 }
 
 #[cfg(test)]

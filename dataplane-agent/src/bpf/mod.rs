@@ -1,6 +1,7 @@
 //! Everything that talks to the kernel's BPF: the object and its names, the loader, pins, links and system calls.
 //! Nothing else in the agent makes a BPF system call.
 
+pub mod constants;
 pub mod counters;
 pub mod debug_log;
 pub mod events;

@@ -3,6 +3,7 @@
 //! taken for new ones, so the tables of flows are empty.
 
 mod balance;
+mod ends;
 
 use std::{
     cell::{OnceCell, RefCell},
@@ -21,7 +22,7 @@ use dataplane_common::{
     pipeline::{Context, Stages, Work, process},
     policy::{
         self, Judgement, PeerRulesKey, PeerTables, PodPolicy, PolicyFlow, PolicyRule, PolicySet,
-        PolicyTables, PortRulesKey, REVISION_NONE, RuleBits, VerdictEvent, port_prefix,
+        PolicyTables, PortRulesKey, RuleBits, VerdictEvent, port_prefix,
     },
     reason::Reason,
     rewrite::RewriteIp,
@@ -152,11 +153,6 @@ impl World {
     /// A rule, by an event's [`VerdictEvent::rule`].
     pub fn rule(&self, index: u32) -> Option<PolicyRule> {
         self.policies.rule(index).copied()
-    }
-
-    /// Whether an interface is closed because nobody knows whose it is.
-    pub fn is_unknown(&self, ifindex: u32) -> bool {
-        self.policy_revision() != REVISION_NONE && self.pod_policy(ifindex).is_none()
     }
 
     /// What a map has; a failure is remembered, and ends the run.

@@ -13,14 +13,7 @@ use anyhow::{Context, ensure};
 use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
 
-use super::{ask, output::print};
-
-/// Where agents are asked, and tables found.
-#[derive(Clone, Copy, Debug)]
-pub struct Places<'a> {
-    pub bpffs: &'a Path,
-    pub socket: &'a Path,
-}
+use super::{alone::Places, ask, output::print};
 
 /// Our own commands, by the file that each becomes. Each has its way to say that no agent runs, or no tables are pinned.
 const COMMANDS: &[(&str, &[&str])] = &[

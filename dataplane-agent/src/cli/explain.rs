@@ -1,15 +1,23 @@
-//! `explain`: what policies say of a flow, by the tables of a running agent or by a folder of manifests.
+//! `explain`: what policies say of a flow, by the tables and a running agent's names, by the tables alone, or by a folder of manifests.
 
 use std::{fmt::Write as _, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 
 use super::{
+    alone::{self, Places},
     ask::ask,
     output::{Output, print},
+    pinned,
 };
 use crate::{
-    explain::{Answered, Explained, Place, explain, tables::Query},
+    attach::inspect,
+    bpf::{constants, links::Links, pins::Pins, world::World},
+    explain::{
+        Answered, End, Explained, Place, explain,
+        tables::{Here, Query},
+        unnamed::Unnamed,
+    },
     model::{Index, Kind, Rejected},
     source::{Change, manifests::Folder},
 };
@@ -20,13 +28,13 @@ const WITHIN: Duration = Duration::from_mins(1);
 /// Prints the answer; fails when the flow is denied, so that a script can ask.
 pub fn run(
     manifests: Option<&Path>,
-    socket: &Path,
+    places: Places<'_>,
     query: &Query,
     output: Output,
 ) -> anyhow::Result<ExitCode> {
     let (explained, problems) = match manifests {
         Some(folder) => by_manifests(folder, query)?,
-        None => (by_tables(socket, query)?, Vec::new()),
+        None => (by_tables(places, query)?, Vec::new()),
     };
     let text = match output {
         Output::Json => {
@@ -44,8 +52,8 @@ pub fn run(
     })
 }
 
-/// What the tables of the agent at `socket` say.
-fn by_tables(socket: &Path, query: &Query) -> anyhow::Result<Vec<Explained>> {
+/// What the tables of an agent say, with the names that it knows.
+fn by_tables(places: Places<'_>, query: &Query) -> anyhow::Result<Vec<Explained>> {
     let Query {
         from,
         to,
@@ -58,15 +66,50 @@ fn by_tables(socket: &Path, query: &Query) -> anyhow::Result<Vec<Explained>> {
     }
     let is_plain = |character: char| character.is_ascii_alphanumeric() || "/?=&_.:-".contains(character);
     ensure!(path.chars().all(is_plain), "no object is called so: {from}, {to}");
-    let answer = ask(socket, &path, WITHIN).with_context(|| {
-        let socket = socket.display();
-        format!("failed to reach an agent at {socket} (with --manifests, none is asked)")
-    })?;
+    let answer = ask(places.socket, &path, WITHIN)
+        .with_context(|| format!("failed to reach an agent at {}", places.socket.display()));
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => {
+            let is_addr = |end: &End| matches!(end, End::Addr(_));
+            if !is_addr(from) || !is_addr(to) {
+                let way_out = "give addresses, or a folder with --manifests";
+                return Err(alone::only_an_agent(&error, "names", way_out));
+            }
+            return alone::instead(&error, || by_tables_alone(places.bpffs, query));
+        }
+    };
     let Answered { flows, error } = answer.value()?;
     match error {
         Some(error) => anyhow::bail!(error),
         None => Ok(flows),
     }
+}
+
+/// What the pinned tables say.
+fn by_tables_alone(bpffs: &Path, query: &Query) -> anyhow::Result<Vec<Explained>> {
+    let pins = pinned(bpffs)?;
+    let constants = constants::of_programs(programs(&pins))?;
+    let here = Here {
+        world: World::open(&pins, constants).context("failed to open the pinned tables")?,
+        index: &Index::new(""),
+        known: &Unnamed,
+    };
+    Ok(here.explain(query)?)
+}
+
+/// The ids of the programs that are attached.
+fn programs(pins: &Pins) -> Vec<u32> {
+    let links = Links::new(pins);
+    let of_links = pins.list_links().unwrap_or_default().into_iter();
+    let of_links: Vec<u32> = of_links.filter_map(|link| links.program_id(link)).collect();
+    if !of_links.is_empty() {
+        return of_links;
+    }
+    // Before 6.6 those of TC are filters.
+    let attached = inspect::attachments(pins.bpffs(), None).unwrap_or_default();
+    let ours = attached.iter().filter(|one| one.ours);
+    ours.map(|one| one.program_id).collect()
 }
 
 /// What the policies in a folder say, and what of them cannot be honoured.

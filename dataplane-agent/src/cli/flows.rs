@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
+    alone::Places,
     names::Names,
     output::{Output, table},
     pinned,
@@ -86,8 +87,9 @@ struct Shown {
     idle_seconds: u64,
 }
 
-/// Prints the flows of the tables under `bpffs` that `filter` lets through.
-pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyhow::Result<()> {
+/// Prints the flows of the tables that `filter` lets through.
+pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Result<()> {
+    let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
     let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
     flows.retain(|flow| filter.lets_through(flow));

@@ -1,5 +1,6 @@
 //! The commands.
 
+pub mod alone;
 pub mod ask;
 pub mod bugreport;
 pub mod check;
@@ -54,7 +55,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             port,
             source_port,
             manifests,
-            socket,
+            tables,
             output,
         } => {
             let query = Query {
@@ -63,43 +64,32 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 port,
                 source_port,
             };
-            return explain::run(manifests.as_deref(), &socket, &query, output);
+            return explain::run(manifests.as_deref(), tables.places(), &query, output);
         }
         Command::Wait { socket, timeout } => wait::run(&socket, timeout)?,
         Command::Services {
             service,
-            socket,
-            bpffs,
+            tables,
             problems,
             output,
         } => {
-            let service = service.as_deref();
-            services::run(
-                &services::Asked {
-                    service,
-                    socket: &socket,
-                    bpffs: &bpffs,
-                    problems,
-                },
-                output,
-            )?;
+            let asked = services::Asked {
+                service: service.as_deref(),
+                places: tables.places(),
+                problems,
+            };
+            services::run(&asked, output)?;
         }
-        Command::Policies { pod, socket, output } => match pod {
-            Some(pod) => policies::run_for(&pod, &socket, output)?,
-            None => policies::run(&socket, output)?,
+        Command::Policies { pod, tables, output } => match pod {
+            Some(pod) => policies::run_for(&pod, tables.places(), output)?,
+            None => policies::run(tables.places(), output)?,
         },
         Command::Verdicts {
-            socket,
+            tables,
             follow,
             output,
-        } => verdicts::run(&socket, follow, output)?,
-        Command::Bugreport { to, bpffs, socket } => {
-            let places = bugreport::Places {
-                bpffs: &bpffs,
-                socket: &socket,
-            };
-            bugreport::run(places, to)?;
-        }
+        } => verdicts::run(tables.places(), follow, output)?,
+        Command::Bugreport { to, tables } => bugreport::run(tables.places(), to)?,
         Command::Log {
             levels,
             reset,
@@ -110,16 +100,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
         Command::Flows {
             filter,
-            bpffs,
-            socket,
+            tables,
             output,
-        } => flows::run(&bpffs, &socket, &filter, output)?,
+        } => flows::run(tables.places(), &filter, output)?,
         Command::Monitor {
             filter,
-            bpffs,
-            socket,
+            tables,
             output,
-        } => monitor::run(&bpffs, &socket, &filter, output)?,
+        } => monitor::run(tables.places(), &filter, output)?,
         Command::Maps { bpffs, output } => maps::run(&bpffs, output)?,
         Command::Cleanup {
             kube_proxy_rules: true,

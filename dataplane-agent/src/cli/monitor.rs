@@ -27,7 +27,7 @@ use self::{
     capture::Capture,
     seen::{By, Seen},
 };
-use super::{ask, flows::Who, names::Names, pinned};
+use super::{alone::Places, ask, flows::Who, names::Names, pinned};
 use crate::{
     bpf::events::Watch,
     explain::Port,
@@ -116,7 +116,8 @@ impl Filter {
 }
 
 /// Prints what happens until it is told to stop, or has shown what was asked for.
-pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, format: Format) -> anyhow::Result<()> {
+pub fn run(places: Places<'_>, filter: &Filter, format: Format) -> anyhow::Result<()> {
+    let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("failed to start the runtime")?;

@@ -1,37 +1,141 @@
 //! `policies`: what policies do on a node, rule by rule.
 
-use std::path::Path;
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    path::Path,
+};
 
 use anyhow::{Context, ensure};
+use serde::Serialize;
 
 use super::{
+    alone::{self, Places},
     ask,
     output::{self, Output, table},
+    pinned,
 };
 use crate::{
     enforced::{Enforced, EnforcedPolicy, EnforcedRule, OfDirection, OfPod},
     model::Name,
+    netlink::{socket::RequestSocket, tables::dump_links},
+    store::{
+        bpf::BpfStore,
+        enforced::{EnforcedTables, TableDirection, TablePod},
+    },
 };
 
-/// Prints what the agent at `socket` says.
-pub fn run(socket: &Path, output: Output) -> anyhow::Result<()> {
-    let enforced: Enforced = ask::value(socket, "/policies")?;
-    output.print(&enforced, render)
+/// What is printed of a node's tables.
+#[derive(Debug, Serialize)]
+struct InTables {
+    pods: Vec<ShownPod>,
 }
 
-/// Prints what the agent at `socket` says about a Pod.
-pub fn run_for(pod: &str, socket: &Path, output: Output) -> anyhow::Result<()> {
+#[derive(Debug, Serialize)]
+struct ShownPod {
+    /// Of the interface on the node's side, where it is in this namespace.
+    device: Option<String>,
+    #[serde(flatten)]
+    pod: TablePod,
+}
+
+/// Prints what an agent says, or what its tables do.
+pub fn run(places: Places<'_>, output: Output) -> anyhow::Result<()> {
+    match ask::value::<Enforced>(places.socket, "/policies") {
+        Ok(enforced) => output.print(&enforced, render),
+        Err(error) => {
+            let pods = alone::instead(&error, || in_tables(places.bpffs, |tables| Ok(tables.pods()?)))?;
+            let devices = devices();
+            let pods = pods.into_iter().map(|pod| ShownPod {
+                device: devices.get(&pod.ifindex).cloned(),
+                pod,
+            });
+            let shown = InTables { pods: pods.collect() };
+            output.print(&shown, render_tables)
+        }
+    }
+}
+
+/// Prints what an agent, or its tables, say about a Pod, which has a name or an address.
+pub fn run_for(pod: &str, places: Places<'_>, output: Output) -> anyhow::Result<()> {
+    let of_pod = match pod.parse::<IpAddr>() {
+        Ok(addr) => of_addr(addr.to_canonical(), places)?,
+        Err(_) => of_name(pod, places.socket)?,
+    };
+    output.print(&of_pod, render_pod)
+}
+
+fn of_name(pod: &str, socket: &Path) -> anyhow::Result<OfPod> {
     let name = pod
         .parse()
         .ok()
         .filter(|name: &Name| !name.namespace().is_empty());
-    let name = name.context("a Pod is named NAMESPACE/NAME")?;
-    let answer = ask::reach(socket, &format!("/policies?pod={name}"))?;
+    let name = name.context("a Pod is named NAMESPACE/NAME, or by one of its addresses")?;
+    let answer = ask::reach(socket, &format!("/policies?pod={name}")).map_err(|error| {
+        let way_out = "give an address of the Pod; `policies` alone shows all of them";
+        alone::only_an_agent(&error, "names", way_out)
+    })?;
     ensure!(
         answer.status != 404,
         "no Pod of this node with an interface of its own is called {name}"
     );
-    output.print(&answer.value::<OfPod>()?, render_pod)
+    answer.value()
+}
+
+fn of_addr(addr: IpAddr, places: Places<'_>) -> anyhow::Result<OfPod> {
+    let nobody = || format!("no Pod of this node with an interface of its own has the address {addr}");
+    match ask::value::<HashMap<IpAddr, String>>(places.socket, &format!("/names?of={addr}")) {
+        Ok(names) => of_name(names.get(&addr).with_context(nobody)?, places.socket),
+        Err(error) => alone::instead(&error, || {
+            in_tables(places.bpffs, |tables| tables.of(addr)?.with_context(nobody))
+        }),
+    }
+}
+
+/// Reads the pinned tables.
+fn in_tables<T>(
+    bpffs: &Path,
+    read: impl FnOnce(&EnforcedTables<'_>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let store = BpfStore::open(&pinned(bpffs)?)?;
+    let tables = EnforcedTables::read(&store).context("failed to read the pinned tables")?;
+    read(&tables)
+}
+
+/// The names of this namespace's devices, as far as they can be had.
+fn devices() -> BTreeMap<u32, String> {
+    let links = RequestSocket::open().and_then(|mut socket| dump_links(&mut socket));
+    let links = links.unwrap_or_default().into_iter();
+    links.map(|link| (link.ifindex, link.name)).collect()
+}
+
+fn render_tables(shown: &InTables) -> String {
+    let rows = shown.pods.iter().flat_map(|ShownPod { device, pod }| {
+        let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
+        let interface = device.clone().unwrap_or_else(|| pod.ifindex.to_string());
+        let row = move |name: &str, direction: &TableDirection| {
+            vec![
+                interface.clone(),
+                addresses.join(", "),
+                name.to_owned(),
+                if direction.isolated { "yes" } else { "no" }.to_owned(),
+                direction.rules.to_string(),
+                direction.verdicts.to_string(),
+                direction.dry_run.to_string(),
+            ]
+        };
+        [row("ingress", &pod.ingress), row("egress", &pod.egress)]
+    });
+    let header = [
+        "INTERFACE",
+        "ADDRESSES",
+        "DIRECTION",
+        "ISOLATED",
+        "RULES",
+        "VERDICTS",
+        "DRY RUN",
+    ];
+    table(&header, rows).trim_start_matches('\n').to_owned()
 }
 
 fn render_pod(of_pod: &OfPod) -> String {
@@ -140,6 +244,45 @@ fn row(policy: &EnforcedPolicy, rule: &EnforcedRule) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_names_each_pod_is_an_interface_with_its_addresses() {
+        let pod = TablePod {
+            ifindex: 12,
+            addresses: vec![[10, 0, 0, 1].into(), [10, 0, 0, 2].into()],
+            source_checked: true,
+            ingress: TableDirection {
+                isolated: true,
+                rules: 3,
+                verdicts: 7,
+                dry_run: 0,
+            },
+            egress: TableDirection::default(),
+        };
+        let device = Some("veth3".to_owned());
+        let shown = InTables {
+            pods: vec![
+                ShownPod {
+                    device,
+                    pod: pod.clone(),
+                },
+                ShownPod { device: None, pod },
+            ],
+        };
+        let text = render_tables(&shown);
+        let words = |line: &str| {
+            line.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let lines: Vec<String> = text.lines().map(words).collect();
+        assert_eq!(lines[1], "veth3 10.0.0.1, 10.0.0.2 ingress yes 3 7 0");
+        assert_eq!(lines[4], "12 10.0.0.1, 10.0.0.2 egress no 0 0 0");
+        let json = serde_json::to_value(&shown).unwrap();
+        assert_eq!(json["pods"][0]["ingress"]["rules"], 3);
+        assert_eq!(json["pods"][0]["device"], "veth3");
+    }
 
     #[test]
     fn rules_stand_below_each_other_with_their_verdicts() {

@@ -1,11 +1,12 @@
 //! `services`: what is served, by what a running agent says and by what the pinned tables hold, and what is not.
 
-use std::{collections::HashMap, io::Write, net::SocketAddr, path::Path};
+use std::{collections::HashMap, net::SocketAddr, path::Path};
 
 use anyhow::Context;
 use serde::Serialize;
 
 use super::{
+    alone::{self, Places},
     ask,
     output::{self, Output, table},
     pinned,
@@ -33,8 +34,7 @@ pub enum Listing {
 pub struct Asked<'a> {
     /// `namespace/name`.
     pub service: Option<&'a str>,
-    pub socket: &'a Path,
-    pub bpffs: &'a Path,
+    pub places: Places<'a>,
     /// Only what is wrong.
     pub problems: bool,
 }
@@ -79,38 +79,35 @@ struct ShownBackend {
 
 /// Prints the Services of an agent and its tables, or only what is wrong with them.
 pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
-    let of_agent: anyhow::Result<Served> = ask::value(asked.socket, "/services");
+    let Places { bpffs, socket } = asked.places;
+    let of_agent: anyhow::Result<Served> = ask::value(socket, "/services");
     let format = if output == Listing::Json {
         Output::Json
     } else {
         Output::Table
     };
     if asked.problems {
-        return format.print(&of_agent?.problems, |problems| of_problems(problems));
+        let served = of_agent.map_err(|error| {
+            let way_out = "without --problems, what the tables serve is shown";
+            alone::only_an_agent(&error, "problems", way_out)
+        })?;
+        return format.print(&served.problems, |problems| of_problems(problems));
     }
     let mut shown = match of_agent {
         Ok(served) => {
             let tables = match output {
                 Listing::Table => None,
                 // Who may only ask the agent gets what it says.
-                Listing::Json => Tables::read(asked.bpffs).ok(),
-                Listing::Wide => Some(Tables::read(asked.bpffs)?),
+                Listing::Json => Tables::read(bpffs).ok(),
+                Listing::Wide => Some(Tables::read(bpffs)?),
             };
             Shown::of_agent(served, tables.as_ref())
         }
-        Err(error) => {
-            let tables = Tables::read(asked.bpffs).with_context(|| format!("{error:#}"))?;
-            anyhow::ensure!(
-                asked.service.is_none(),
-                "{error:#}; names are known to a running agent alone"
-            );
-            // Nothing is left to report to when stderr is closed.
-            let _closed = writeln!(
-                std::io::stderr(),
-                "{error:#}: this is what the pinned tables serve, without names"
-            );
-            Shown::of_tables(&tables)
+        Err(error) if asked.service.is_some() => {
+            let way_out = "without a name, all that the tables serve is shown; `-o wide` has the endpoints";
+            return Err(alone::only_an_agent(&error, "names", way_out));
         }
+        Err(error) => Shown::of_tables(&alone::instead(&error, || Tables::read(bpffs))?),
     };
     if let Some(service) = asked.service {
         shown.narrow(service)?;

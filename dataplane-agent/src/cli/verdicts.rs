@@ -1,24 +1,34 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::{path::Path, thread, time::Duration};
+use std::{thread, time::Duration};
+
+use anyhow::Context;
+use dataplane_common::{
+    policy::{PolicyRule, VerdictEvent},
+    reason::Reason,
+};
+use jiff::Timestamp;
 
 use super::{
+    alone::{self, Places},
     ask,
     output::{Output, print, table},
+    pinned,
 };
-use crate::told::Told;
+use crate::{bpf::verdicts::Untaken, store::enforced::policy_called, told::Told};
 
 /// Between two questions of `--follow`.
 const PAUSE: Duration = Duration::from_millis(200);
+/// By so much two readings of the time of one event may differ.
+const JITTER: Duration = Duration::from_millis(5);
 
-/// Prints what the agent at `socket` has kept, and with `follow` what comes.
-pub fn run(socket: &Path, follow: bool, output: Output) -> anyhow::Result<()> {
-    let mut last = 0;
+/// Prints what the agent has kept, or where none answers what none has taken yet; and with `follow` what comes.
+pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
+    let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
     let mut is_first = true;
     loop {
-        let told: Vec<Told> = ask::value(socket, &format!("/verdicts?after={last}"))?;
-        last = told.last().map_or(last, |told| told.number);
+        let told = teller.next(places)?;
         if is_first || !told.is_empty() {
             let text = match output {
                 Output::Json => lines(&told)?,
@@ -31,6 +41,95 @@ pub fn run(socket: &Path, follow: bool, output: Output) -> anyhow::Result<()> {
         }
         is_first = false;
         thread::sleep(PAUSE);
+    }
+}
+
+/// Who tells. Agents come and go while verdicts are followed.
+#[derive(Debug)]
+struct Teller {
+    /// What was before that has been told, by an earlier teller.
+    since: Timestamp,
+    /// When what was told last was.
+    last: Timestamp,
+    by: By,
+}
+
+#[derive(Debug)]
+enum By {
+    /// With the number of what it told last.
+    Agent(u64),
+    /// What waits for an agent, with the number of what was told last.
+    Ring(Untaken, u64),
+}
+
+impl Teller {
+    fn agent(since: Timestamp) -> Self {
+        Self {
+            since,
+            last: since,
+            by: By::Agent(0),
+        }
+    }
+
+    /// What has not been told yet.
+    fn next(&mut self, places: Places<'_>) -> anyhow::Result<Vec<Told>> {
+        let by_then = self.last.checked_add(JITTER).unwrap_or(self.last);
+        if let By::Ring(events, _) = &self.by
+            && events.is_taken()
+        {
+            // An agent has come: it has what was not seen here, and names.
+            *self = Self::agent(by_then);
+        }
+        let mut told = match &mut self.by {
+            By::Ring(events, number) => unnamed(events, number),
+            By::Agent(number) => {
+                match ask::value::<Vec<Told>>(places.socket, &format!("/verdicts?after={number}")) {
+                    Ok(told) => {
+                        *number = told.last().map_or(*number, |told| told.number);
+                        told
+                    }
+                    Err(error) => {
+                        let mut events = alone::instead(&error, || {
+                            Untaken::open(&pinned(places.bpffs)?)
+                                .context("failed to open the ring of verdicts")
+                        })?;
+                        let mut number = 0;
+                        let told = unnamed(&mut events, &mut number);
+                        self.since = by_then;
+                        self.by = By::Ring(events, number);
+                        told
+                    }
+                }
+            }
+        };
+        told.retain(|told| told.time > self.since);
+        self.last = told.last().map_or(self.last, |told| told.time);
+        Ok(told)
+    }
+}
+
+/// What no agent has taken yet.
+fn unnamed(events: &mut Untaken, number: &mut u64) -> Vec<Told> {
+    let told = events.read().into_iter().map(|(event, rule)| {
+        *number += 1;
+        Told {
+            number: *number,
+            policy: rule.map(|rule| policy_called(rule.policy)),
+            ..by_addresses(&event, rule)
+        }
+    });
+    told.collect()
+}
+
+/// Who sends from an address that is not its own is its interface.
+fn by_addresses(event: &VerdictEvent, rule: Option<PolicyRule>) -> Told {
+    let told = Told::of(event, rule, |addr| addr.to_string());
+    if event.reason != Reason::SourceNotOwn as u32 {
+        return told;
+    }
+    Told {
+        from: format!("interface {} as {}", event.ifindex, told.from),
+        ..told
     }
 }
 
@@ -72,6 +171,38 @@ fn by(told: &Told) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_an_agent_a_verdict_is_addresses_and_numbers() {
+        let event = VerdictEvent {
+            src_be: [u32::from_ne_bytes([10, 0, 0, 1]), 0, 0, 0],
+            dst_be: [u32::from_ne_bytes([10, 0, 0, 2]), 0, 0, 0],
+            dport_be: 80_u16.to_be(),
+            ifindex: 12,
+            reason: Reason::PolicyDenied as u32,
+            family: 4,
+            proto: 6,
+            ..VerdictEvent::default()
+        };
+        let rule = PolicyRule {
+            place: 3,
+            action: 2,
+            ..PolicyRule::default()
+        };
+        let told = by_addresses(&event, Some(rule));
+        assert_eq!((told.from.as_str(), told.to.as_str()), ("10.0.0.1", "10.0.0.2"));
+        assert_eq!(
+            (told.port.as_str(), told.direction.as_str()),
+            ("80/TCP", "ingress")
+        );
+        assert_eq!((told.rule, told.action.as_deref()), (Some(3), Some("deny")));
+        let forged = VerdictEvent {
+            reason: Reason::SourceNotOwn as u32,
+            outward: 1,
+            ..event
+        };
+        assert_eq!(by_addresses(&forged, None).from, "interface 12 as 10.0.0.1");
+    }
 
     #[test]
     fn a_verdict_names_its_rule_or_the_policies_that_have_none() {

@@ -8,6 +8,13 @@ use crate::{
     model::{Index, Kind, Name, ObjectRef, Pod, Problem, policy::Direction},
 };
 
+pub const NOT_SELECTED: &str = "no policy selects it in this direction";
+pub const NO_RULE: &str = "no rule decides, and no NetworkPolicy selects it in this direction";
+pub const ISOLATED: &str = "a NetworkPolicy selects it in this direction, and no rule allows this";
+pub const CLOSED: &str = "its policies cannot be honoured";
+pub const ITSELF: &str = "a Pod always reaches itself";
+pub const OWN_NODE: &str = "its own node always reaches it";
+
 impl Step {
     /// No policy is about it.
     pub(super) fn exempt(direction: Direction, at: Place, reason: &str) -> Self {
@@ -37,6 +44,10 @@ impl Decision {
             action: rule.action.label().into(),
         })
     }
+
+    pub(super) fn reason(&self) -> String {
+        format!("{} {} of {}: {}", self.tier, self.field, self.policy, self.action)
+    }
 }
 
 /// Why no policy is about what goes between a Pod and a peer, if so.
@@ -51,14 +62,14 @@ pub fn exempt(
         return Some("it has its node's network: policies are not about it");
     }
     if other == Some(&pod.name) {
-        return Some("a Pod always reaches itself");
+        return Some(ITSELF);
     }
     let own_node = pod
         .node
         .as_deref()
         .and_then(|node| index.node_by_name(&Name::new("", node)));
     let from_node = direction == Direction::Ingress && own_node.is_some_and(|node| node.ips.contains(&peer));
-    from_node.then_some("its own node always reaches it")
+    from_node.then_some(OWN_NODE)
 }
 
 /// The policies that have a say about a Pod in a direction.
@@ -118,15 +129,13 @@ impl<'a> Selection<'a> {
         let is_selected = policies.clone().next().is_some();
         let isolated = policies.any(|(policy, _)| policy.kind == Kind::NetworkPolicy);
         match (rule, allowed) {
-            (Some(rule), _) => format!("{} {} of {}: {}", rule.tier, rule.field, rule.policy, rule.action),
-            (None, true) if !is_selected => "no policy selects it in this direction".to_owned(),
-            (None, true) => "no rule decides, and no NetworkPolicy selects it in this direction".to_owned(),
+            (Some(rule), _) => rule.reason(),
+            (None, true) if !is_selected => NOT_SELECTED.to_owned(),
+            (None, true) => NO_RULE.to_owned(),
             (None, false) => match self.problem {
                 Some(problem) => problem.reason.clone(),
-                None if isolated => {
-                    "a NetworkPolicy selects it in this direction, and no rule allows this".to_owned()
-                }
-                None => "its policies cannot be honoured".to_owned(),
+                None if isolated => ISOLATED.to_owned(),
+                None => CLOSED.to_owned(),
             },
         }
     }

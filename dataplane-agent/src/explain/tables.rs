@@ -2,30 +2,26 @@
 //! of the Pods that are here.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
 };
 
 use dataplane_common::{
     pipeline::Context,
-    policy::{NO_RULE_INDEX, VerdictEvent},
     reason::Reason,
     service::{Scope, Service, service_flags},
     verdict::Hook,
 };
 
 use super::{
-    Decision, End, Explained, Place, Port, Share, Step,
+    End, Explained, Place, Port, Share, Step,
     ends::{self, Error, Found},
+    known::{Decided, Known, Told},
     packet, place,
-    reasons::{self, Selection},
 };
 use crate::{
     bpf::world::{Outcome, World},
-    compile::policy::PolicyCompiler,
-    model::{Index, Name, ObjectRef, Pod, policy::Direction},
-    sync::policy::PolicySyncer,
+    model::{Index, Name, policy::Direction},
 };
 
 /// What is asked.
@@ -41,17 +37,13 @@ pub struct Query {
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
 
-/// The tables, and the names of what is in them.
+/// The tables, and what is known of what is in them.
 #[derive(Debug)]
 pub struct Here<'a> {
     pub world: World,
-    pub node: &'a str,
+    /// Empty where nobody knows names.
     pub index: &'a Index,
-    pub compiler: &'a PolicyCompiler,
-    /// The interfaces of this node's Pods.
-    pub interfaces: BTreeMap<Name, u32>,
-    /// Who knows the policies by their numbers in `RULES`.
-    pub syncer: &'a PolicySyncer,
+    pub known: &'a dyn Known,
 }
 
 /// Why the tables have no answer.
@@ -266,81 +258,41 @@ impl<'a> Here<'a> {
             }
             told = outcome.told;
         }
-        if let Some(pod) = flow.from.1 {
-            let ends = (flow.from, flow.to);
-            self.step(&mut explained, Direction::Egress, pod, ends, &told);
+        self.step(
+            &mut explained,
+            Direction::Egress,
+            (flow.from, flow.to),
+            Told(&told),
+        );
+        if let Some(ifindex) = self.interface(flow.to)
+            // On the fast path both ends are asked at once.
+            && !told.iter().any(|event| event.ifindex == ifindex && event.outward == 0)
+        {
+            let from_host = self.world.is_own(flow.from.0);
+            told = self.run(Hook::ToPod, ifindex, from_host, &flow, target)?.told;
         }
-        if let Some(pod) = flow.to.1 {
-            let ends = (flow.to, flow.from);
-            if let Some(ifindex) = self.interface(flow.to)
-                // On the fast path both ends are asked at once.
-                && !told.iter().any(|event| event.ifindex == ifindex && event.outward == 0)
-            {
-                let from_host = self.world.is_own(flow.from.0);
-                told = self.run(Hook::ToPod, ifindex, from_host, &flow, target)?.told;
-            }
-            self.step(&mut explained, Direction::Ingress, pod, ends, &told);
-        }
+        self.step(
+            &mut explained,
+            Direction::Ingress,
+            (flow.to, flow.from),
+            Told(&told),
+        );
         Ok(explained)
     }
 
-    /// Adds what was decided at one end, if that is here.
+    /// Adds what was decided at one end.
     fn step(
         &self,
         explained: &mut Explained,
         direction: Direction,
-        pod: &Pod,
-        (own, peer): (Found<'_>, Found<'_>),
-        told: &[VerdictEvent],
+        ends: (Found<'_>, Found<'_>),
+        told: Told<'_>,
     ) {
-        let at = place(own);
-        let other = peer.1.map(|other| &other.name);
-        let is_here = pod.node.as_deref() == Some(self.node);
-        if let Some(reason) = reasons::exempt(self.index, pod, direction, peer.0, other)
-            && (is_here || pod.host_network || other == Some(&pod.name))
-        {
-            explained.push(Step::exempt(direction, at, reason));
-            return;
+        match self.known.decided(&self.world, direction, ends, told) {
+            Decided::Here(step) => explained.push(*step),
+            Decided::Elsewhere(text) => explained.elsewhere.push(text),
+            Decided::Nowhere => {}
         }
-        let Some(ifindex) = self.interface(own) else {
-            let what = format!("{} of {}", direction.as_str(), pod.name);
-            explained.elsewhere.push(match &pod.node {
-                Some(node) if !is_here => format!("{what} is decided on node {node}"),
-                _ => format!("{what}: its interface is not known"),
-            });
-            return;
-        };
-        let outward = u8::from(direction == Direction::Egress);
-        let mine = |event: &&VerdictEvent| event.ifindex == ifindex && event.outward == outward;
-        let of = |reasons: &[Reason]| {
-            let mut told = told.iter().filter(mine);
-            told.find(|event| reasons.iter().any(|reason| *reason as u32 == event.reason))
-        };
-        let decision = |event: &VerdictEvent| {
-            let rule = self
-                .world
-                .rule(event.rule)
-                .filter(|_| event.rule != NO_RULE_INDEX)?;
-            let policy: &ObjectRef = self.syncer.policy(rule.policy)?;
-            Decision::of(self.index, policy, direction, rule.place)
-        };
-        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
-        let verdict = of(&[Reason::PolicyAllowed, Reason::PolicyDenied, Reason::PolicyBroken]);
-        let step = match verdict {
-            Some(event) => {
-                let allowed = event.reason == Reason::PolicyAllowed as u32;
-                let audit = of(&[Reason::DryRunAllowed, Reason::DryRunDenied]);
-                let audit =
-                    audit.map(|event| (event.reason == Reason::DryRunAllowed as u32, decision(event)));
-                selection.step(at, allowed, decision(event), audit)
-            }
-            None if self.world.is_unknown(ifindex) => Step {
-                reason: Reason::PolicyUnknownPod.text().trim().to_owned(),
-                ..selection.step(at, false, None, None)
-            },
-            None => selection.step(at, true, None, None),
-        };
-        explained.push(step);
     }
 
     /// Leads the flow's first packet, sent to `to`, through a hook.
@@ -368,8 +320,8 @@ impl<'a> Here<'a> {
     }
 
     /// The interface of an end that is a Pod of this node.
-    fn interface(&self, (_, pod): Found<'_>) -> Option<u32> {
-        self.interfaces.get(&pod?.name).copied()
+    fn interface(&self, end: Found<'_>) -> Option<u32> {
+        self.known.interface(&self.world, end)
     }
 }
 

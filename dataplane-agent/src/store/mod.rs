@@ -5,6 +5,7 @@
 //! `compile` and `sync`.
 
 pub mod bpf;
+pub mod enforced;
 #[cfg(test)]
 pub mod faulty;
 pub mod flows;

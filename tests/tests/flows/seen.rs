@@ -75,6 +75,7 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
     ensure!(json(&report, "status.json")?["agent_running"] == false);
     ensure!(json(&report, "flows.json")?.as_array().map(Vec::len) >= Some(CONNECTIONS));
     ensure!(text(&report, "policies.json.error")?.contains("failed to reach an agent"));
+    ensure!(json(&report, "policies.json")?["pods"].is_array());
     ensure!(text(&report, "log.txt.error")?.contains("failed to reach an agent"));
     let unnamed = shown(&stage, &["flows", "--to", "10.96.0.41", "--port", "80/TCP"])?;
     let flows = unnamed.as_array().context("no list of flows")?;

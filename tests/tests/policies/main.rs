@@ -1,5 +1,6 @@
 //! What an agent tells of its policies, and how it is told to treat them, with real packets.
 
+mod alone;
 mod explained;
 mod sources;
 mod stage;

@@ -121,6 +121,18 @@ pub struct MapInfo {
     btf_vmlinux_id: u32,
 }
 
+impl MapInfo {
+    pub fn name(&self) -> String {
+        text(&self.name)
+    }
+}
+
+/// Up to the first zero.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|&byte| byte == 0);
+    String::from_utf8_lossy(&bytes[..end.unwrap_or(bytes.len())]).into_owned()
+}
+
 /// Numbers of `enum bpf_map_type` in `linux/bpf.h`.
 pub mod map_type {
     pub const HASH: u32 = 1;
@@ -173,19 +185,35 @@ pub struct ProgInfo {
     xlated_prog_insns: u64,
     load_time: u64,
     created_by_uid: u32,
-    nr_map_ids: u32,
+    pub(super) nr_map_ids: u32,
+    /// Where they are to be copied to.
     map_ids: u64,
     name: [u8; 16],
+    ifindex: u32,
+    bits: u32,
+    netns_dev: u64,
+    netns_ino: u64,
+    nr_jited_ksyms: u32,
+    nr_jited_func_lens: u32,
+    jited_ksyms: u64,
+    jited_func_lens: u64,
+    /// Of the BTF that the program was loaded with; 0: none.
+    pub btf_id: u32,
+    func_info_rec_size: u32,
 }
 
 impl ProgInfo {
+    /// What is asked with, for so many ids of maps at an address.
+    pub(super) fn for_map_ids(nr_map_ids: u32, map_ids: u64) -> Self {
+        Self {
+            nr_map_ids,
+            map_ids,
+            ..Self::default()
+        }
+    }
+
     pub fn name(&self) -> String {
-        let end = self
-            .name
-            .iter()
-            .position(|&byte| byte == 0)
-            .unwrap_or(self.name.len());
-        String::from_utf8_lossy(&self.name[..end]).into_owned()
+        text(&self.name)
     }
 }
 

@@ -6,6 +6,7 @@ mod maps;
 mod objects;
 mod process;
 mod raw_map;
+mod ring;
 
 use std::{
     ffi::CString,
@@ -23,13 +24,14 @@ pub use attr::{LinkInfo, MapInfo, ProgInfo, map_type};
 pub use maps::{MapFd, MappedArray, PerCpuFd, count_entries};
 pub use objects::{
     btf_by_id, link_create, link_detach, link_info, link_update, map_by_id, map_in_map_update, map_info,
-    map_of_bytes, open_pin, pin, prog_by_id, prog_info, prog_query, try_map,
+    map_of_bytes, open_pin, pin, prog_by_id, prog_info, prog_map_ids, prog_query, try_map,
 };
 pub use process::{
     coarse_resolution, filesystem_magic, forget_read, give_memory_back, grace_period, keep_heap_small,
     legacy_filter_rules, monotonic, netns_cookie, page_size, raise_memlock_limit, ticks, watch_readable,
 };
 pub use raw_map::RawMap;
+pub use ring::RingView;
 
 /// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.
 #[repr(i64)]

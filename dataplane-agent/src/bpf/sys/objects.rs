@@ -122,6 +122,22 @@ pub fn prog_info(fd: BorrowedFd<'_>) -> io::Result<ProgInfo> {
     object_info(fd)
 }
 
+/// The ids of the maps that a program uses.
+pub fn prog_map_ids(fd: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    let count = prog_info(fd)?.nr_map_ids;
+    let mut ids = vec![0u32; count as usize];
+    let mut info = ProgInfo::for_map_ids(count, ids.as_mut_ptr() as u64);
+    let mut attr = InfoAttr {
+        fd: raw(fd),
+        len: size_of::<ProgInfo>() as u32,
+        info: address_mut(&mut info),
+    };
+    // SAFETY: `info` lives across the call and `len` is its size; `ids` has room for as many as it says, and lives as long. No
+    // other address in it is anything but zero.
+    unsafe { bpf(Command::ObjGetInfo, &mut attr) }?;
+    Ok(ids)
+}
+
 pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     object_info(fd)
 }

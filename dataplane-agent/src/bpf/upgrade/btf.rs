@@ -110,6 +110,23 @@ impl Layouts {
     }
 }
 
+/// A variable of a section: where it begins, in bytes, and what it is made of.
+pub fn variable(bytes: &[u8], section: &str, name: &str) -> Result<Option<(usize, Type)>> {
+    let btf = Btf::parse(bytes)?;
+    for one in btf.types.iter().filter(|one| one.kind == kind::DATASEC) {
+        if btf.name(one)? != section {
+            continue;
+        }
+        for found in one.words.chunks_exact(3) {
+            let variable = btf.get(found[0])?;
+            if btf.name(variable)? == name {
+                return Ok(Some((found[1] as usize, btf.read(variable.target, 0)?)));
+            }
+        }
+    }
+    Ok(None)
+}
+
 /// Numbers of `enum BTF_KIND_…` in `linux/btf.h`.
 mod kind {
     pub const INT: u32 = 1;
@@ -337,6 +354,21 @@ mod tests {
         assert!(matches!(mac.of, Type::Array { len: 6, .. }), "{mac:?}");
         assert_eq!(maps["VERDICTS"].value.as_ref().map_or(0, Type::size), 0);
         assert!(matches!(&maps[".bss"].value, Some(Type::Struct { size: 4, .. })));
+    }
+
+    #[test]
+    fn a_constant_is_found_with_what_it_is_made_of() {
+        use dataplane_common::config::{Config, SYMBOL};
+        let Some(bytes) = of_object() else { return };
+        let (_, of) = variable(&bytes, ".rodata", SYMBOL).unwrap().unwrap();
+        let Type::Struct { size, fields } = of else {
+            panic!("{of:?}")
+        };
+        assert_eq!(size as usize, size_of::<Config>());
+        let flags = fields.iter().find(|field| field.name == "flags").unwrap();
+        assert_eq!(flags.at as usize, std::mem::offset_of!(Config, flags));
+        assert_eq!(variable(&bytes, ".rodata", "NOBODY").unwrap(), None);
+        assert_eq!(variable(&bytes, ".data", SYMBOL).unwrap(), None);
     }
 
     #[test]

@@ -34,7 +34,7 @@ use super::{
     pins::{PinError, Pins},
     sys,
 };
-pub use btf::{BtfError, Layout, Layouts};
+pub use btf::{BtfError, Layout, Layouts, Type, variable};
 use table::{Pass, Table};
 
 /// The pinned map that holds the BTF of the others, so that another version can read them.

@@ -8,7 +8,7 @@ use dataplane_common::{
     balance::{find_service, flow_hash, slot_of},
     device::own_flags,
     service::{Scope, TABLE_SIZES},
-    tables::{Env, Tables},
+    tables::Env,
 };
 
 use super::World;
@@ -36,16 +36,6 @@ impl World {
                 find_service::<V6, _>(self, addr, port_be, proto, scope, own_flags::NODE_PORT)
             }
         }
-    }
-
-    /// Whether an address is this node's.
-    pub fn is_own(&self, addr: IpAddr) -> bool {
-        let words = encode::any_addr(addr);
-        let flags = match addr {
-            IpAddr::V4(_) => Tables::<V4>::own_address(self, words[0]),
-            IpAddr::V6(_) => Tables::<V6>::own_address(self, words),
-        };
-        flags != 0
     }
 
     /// What a service chooses from; empty where it has no endpoint.

@@ -29,8 +29,9 @@ use std::{
 
 use dataplane_common::policy::{PodPolicy, PolicyRule, REVISION_NONE, SET_NONE};
 
+pub use self::programmed::SET_CLOSED;
 use self::{
-    programmed::{Programmed, SET_CLOSED, sets_of},
+    programmed::{Programmed, sets_of},
     reclaim::Waiting,
 };
 use super::{Failure, Report, Subject};

@@ -152,12 +152,10 @@ impl PolicySyncer {
 
 /// Whether a peer that satisfies `actual` may be allowed what one that satisfies `desired` is not.
 fn opens(set: &PolicySet, desired: &RuleBits, actual: &RuleBits) -> bool {
-    let has = |bits: &RuleBits, rule: usize| bits.words[rule / 64] >> (rule % 64) & 1 == 1;
-    set.key.rules.iter().enumerate().any(
-        |(number, rule)| match (has(desired, number), has(actual, number)) {
-            (false, true) => rule.action != RuleAction::Deny,
-            (true, false) => rule.action != RuleAction::Allow,
-            _ => false,
-        },
-    )
+    let mut rules = (0..).zip(&set.key.rules);
+    rules.any(|(number, rule)| match (desired.has(number), actual.has(number)) {
+        (false, true) => rule.action != RuleAction::Deny,
+        (true, false) => rule.action != RuleAction::Allow,
+        _ => false,
+    })
 }

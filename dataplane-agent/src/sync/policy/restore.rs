@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use dataplane_common::policy::{CLASS_ANY, PolicyRule, SET_NONE, SET_RULES};
+use dataplane_common::policy::{CLASS_ANY, PolicyRule, SET_NONE};
 
 use super::{
     PolicySyncer, Unused, Waiting, Wanted, build,
@@ -230,13 +230,8 @@ fn reserve_rules(programmed: &mut Programmed, id: u32) {
     let Some(set) = programmed.sets.get(&id) else {
         return;
     };
-    let highest = |bits: &u32| {
-        let content = programmed.bits.get(*bits);
-        (0..SET_RULES)
-            .rev()
-            .find(|rule| content.words[*rule as usize / 64] >> (rule % 64) & 1 == 1)
-    };
-    let last = set.ports.values().filter_map(highest).max();
+    let last = |bits: &u32| programmed.bits.get(*bits).last();
+    let last = set.ports.values().filter_map(last).max();
     let slice = last.map(|last| Slice {
         start: set.header.rules,
         len: last + 1,

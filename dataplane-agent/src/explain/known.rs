@@ -1,0 +1,151 @@
+//! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
+//! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
+
+use std::{collections::BTreeMap, fmt};
+
+use dataplane_common::{
+    policy::{NO_RULE_INDEX, VerdictEvent},
+    reason::Reason,
+};
+
+use super::{
+    Decision, Step,
+    ends::Found,
+    place,
+    reasons::{self, Selection},
+};
+use crate::{
+    bpf::world::World,
+    compile::policy::PolicyCompiler,
+    model::{Index, Name, ObjectRef, policy::Direction},
+    sync::policy::PolicySyncer,
+};
+
+/// Who knows.
+pub trait Known: fmt::Debug {
+    /// The interface of an end that is a Pod of this node.
+    fn interface(&self, world: &World, end: Found<'_>) -> Option<u32>;
+
+    /// What was decided at the first of these ends, of what goes between them.
+    fn decided(
+        &self,
+        world: &World,
+        direction: Direction,
+        ends: (Found<'_>, Found<'_>),
+        told: Told<'_>,
+    ) -> Decided;
+}
+
+/// Of one end.
+#[derive(Debug)]
+pub enum Decided {
+    Here(Box<Step>),
+    Elsewhere(String),
+    /// It is no Pod.
+    Nowhere,
+}
+
+impl Decided {
+    pub fn here(step: Step) -> Self {
+        Self::Here(Box::new(step))
+    }
+}
+
+/// The verdicts that a packet has met.
+#[derive(Clone, Copy, Debug)]
+pub struct Told<'a>(pub &'a [VerdictEvent]);
+
+impl Told<'_> {
+    /// The verdict in force about an interface's Pod.
+    pub fn verdict(&self, ifindex: u32, direction: Direction) -> Option<&VerdictEvent> {
+        let reasons = [Reason::PolicyAllowed, Reason::PolicyDenied, Reason::PolicyBroken];
+        self.of(ifindex, direction, &reasons)
+    }
+
+    /// What it would be if no policy were a dry run, where that is something else.
+    pub fn dry_run(&self, ifindex: u32, direction: Direction) -> Option<&VerdictEvent> {
+        self.of(ifindex, direction, &[Reason::DryRunAllowed, Reason::DryRunDenied])
+    }
+
+    fn of(&self, ifindex: u32, direction: Direction, reasons: &[Reason]) -> Option<&VerdictEvent> {
+        let outward = u8::from(direction == Direction::Egress);
+        let mut told = self.0.iter();
+        told.find(|event| {
+            let is_meant = reasons.iter().any(|reason| *reason as u32 == event.reason);
+            event.ifindex == ifindex && event.outward == outward && is_meant
+        })
+    }
+}
+
+/// Whether a verdict allows, or would.
+pub fn allows(event: &VerdictEvent) -> bool {
+    event.reason == Reason::PolicyAllowed as u32 || event.reason == Reason::DryRunAllowed as u32
+}
+
+/// What is decided about an interface that nobody knows.
+pub fn unknown() -> String {
+    Reason::PolicyUnknownPod.text().trim().to_owned()
+}
+
+/// What an agent knows.
+#[derive(Debug)]
+pub struct Named<'a> {
+    pub node: &'a str,
+    pub index: &'a Index,
+    pub compiler: &'a PolicyCompiler,
+    /// The interfaces of this node's Pods.
+    pub interfaces: BTreeMap<Name, u32>,
+    /// Who knows the policies by their numbers in `RULES`.
+    pub syncer: &'a PolicySyncer,
+}
+
+impl Known for Named<'_> {
+    fn interface(&self, _world: &World, (_, pod): Found<'_>) -> Option<u32> {
+        self.interfaces.get(&pod?.name).copied()
+    }
+
+    fn decided(
+        &self,
+        world: &World,
+        direction: Direction,
+        (own, peer): (Found<'_>, Found<'_>),
+        told: Told<'_>,
+    ) -> Decided {
+        let Some(pod) = own.1 else {
+            return Decided::Nowhere;
+        };
+        let at = place(own);
+        let other = peer.1.map(|other| &other.name);
+        let is_here = pod.node.as_deref() == Some(self.node);
+        if let Some(reason) = reasons::exempt(self.index, pod, direction, peer.0, other)
+            && (is_here || pod.host_network || other == Some(&pod.name))
+        {
+            return Decided::here(Step::exempt(direction, at, reason));
+        }
+        let Some(ifindex) = self.interface(world, own) else {
+            let what = format!("{} of {}", direction.as_str(), pod.name);
+            return Decided::Elsewhere(match &pod.node {
+                Some(node) if !is_here => format!("{what} is decided on node {node}"),
+                _ => format!("{what}: its interface is not known"),
+            });
+        };
+        let decision = |event: &VerdictEvent| {
+            let rule = world.rule(event.rule).filter(|_| event.rule != NO_RULE_INDEX)?;
+            let policy: &ObjectRef = self.syncer.policy(rule.policy)?;
+            Decision::of(self.index, policy, direction, rule.place)
+        };
+        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
+        Decided::here(match told.verdict(ifindex, direction) {
+            Some(event) => {
+                let audit = told.dry_run(ifindex, direction);
+                let audit = audit.map(|event| (allows(event), decision(event)));
+                selection.step(at, allows(event), decision(event), audit)
+            }
+            None if world.is_unknown(ifindex) => Step {
+                reason: unknown(),
+                ..selection.step(at, false, None, None)
+            },
+            None => selection.step(at, true, None, None),
+        })
+    }
+}

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -77,7 +78,7 @@ impl std::str::FromStr for Who {
 
 /// One flow as it is shown.
 #[derive(Debug, Serialize)]
-struct Shown {
+pub struct Shown {
     protocol: &'static str,
     from: SocketAddr,
     from_pod: Option<String>,
@@ -110,7 +111,7 @@ pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyh
         .any(|who| matches!(who, Some(Who::Named(_))));
     let mut names = Names::default();
     let asked = if by_name {
-        names.learn(socket, &flows)
+        names.learn(socket, &flows, ask::WITHIN)
     } else {
         Ok(())
     };
@@ -124,11 +125,27 @@ pub fn run(bpffs: &Path, socket: &Path, filter: &Filter, output: Output) -> anyh
     if !by_name {
         flows.truncate(shown.len());
         // Without an agent addresses have to do.
-        if names.learn(socket, &flows).is_ok() {
+        if names.learn(socket, &flows, ask::WITHIN).is_ok() {
             shown = flows.iter().map(|flow| names.shown(flow)).collect();
         }
     }
     output.print(&shown, |shown| render(shown, found))
+}
+
+/// The flows that were used most recently, `limit` of them, and how many there are; with names if the agent tells any, each time `within`.
+pub fn latest(
+    bpffs: &Path,
+    socket: &Path,
+    limit: usize,
+    within: Duration,
+) -> anyhow::Result<(Vec<Shown>, usize)> {
+    let mut flows = flows::read(&pinned(bpffs)?).context("failed to read the tables of flows")?;
+    let found = flows.len();
+    flows.truncate(limit);
+    let mut names = Names::default();
+    // Addresses have to do where it tells none.
+    let _unnamed = names.learn(socket, &flows, within);
+    Ok((flows.iter().map(|flow| names.shown(flow)).collect(), found))
 }
 
 impl Filter {
@@ -158,8 +175,8 @@ impl Filter {
 
 impl Names {
     /// Asks an agent for the names of what is in these flows.
-    fn learn(&mut self, socket: &Path, flows: &[Flow]) -> anyhow::Result<()> {
-        let served: Served = ask::value(socket, "/services")?;
+    fn learn(&mut self, socket: &Path, flows: &[Flow], within: Duration) -> anyhow::Result<()> {
+        let served: Served = ask::reach_within(socket, "/services", within)?.value()?;
         for object in served.objects {
             let name = match object.object.split_once(' ') {
                 Some(("Service", name)) => format!("svc/{name}"),
@@ -175,8 +192,8 @@ impl Names {
         let addrs: Vec<IpAddr> = ends.collect::<BTreeSet<_>>().into_iter().collect();
         for some in addrs.chunks(AT_ONCE) {
             let list: Vec<String> = some.iter().map(ToString::to_string).collect();
-            let known: HashMap<IpAddr, String> =
-                ask::value(socket, &format!("/names?of={}", list.join(",")))?;
+            let path = format!("/names?of={}", list.join(","));
+            let known: HashMap<IpAddr, String> = ask::reach_within(socket, &path, within)?.value()?;
             self.pods.extend(known);
         }
         Ok(())
@@ -240,8 +257,6 @@ fn render(shown: &[Shown], found: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn flow() -> Flow {

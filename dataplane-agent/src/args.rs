@@ -818,7 +818,18 @@ mod tests {
         for (text, milliseconds) in [("1s", 1000), ("2", 2000), ("0.5s", 500), ("250ms", 250)] {
             assert_eq!(interval(text), Ok(Duration::from_millis(milliseconds)), "{text}");
         }
-        for text in ["", "s", "0", "-1s", "NaN", "1e9", "5ms", "ms", "1m", "99999999999999999999ms"] {
+        for text in [
+            "",
+            "s",
+            "0",
+            "-1s",
+            "NaN",
+            "1e9",
+            "5ms",
+            "ms",
+            "1m",
+            "99999999999999999999ms",
+        ] {
             assert!(interval(text).is_err(), "{text}");
         }
     }

@@ -3,12 +3,7 @@
 mod api;
 mod site;
 
-use std::{
-    io::Write,
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{io::Write, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use hyper::header::HOST;
@@ -55,7 +50,10 @@ async fn serve(listen: SocketAddr, allow_host: Vec<String>, places: Places) -> a
     http::serve_requests(listener, move |request| {
         let site = site.clone();
         async move {
-            let host = request.headers().get(HOST).map(|host| host.to_str().unwrap_or_default());
+            let host = request
+                .headers()
+                .get(HOST)
+                .map(|host| host.to_str().unwrap_or_default());
             site.answer(request.method(), request.uri(), host).await
         }
     })

@@ -20,7 +20,9 @@ fn chromium() -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let found = named.or_else(|| {
         env::split_paths(&path)
-            .flat_map(|folder| ["chromium", "chromium-browser", "google-chrome"].map(|name| folder.join(name)))
+            .flat_map(|folder| {
+                ["chromium", "chromium-browser", "google-chrome"].map(|name| folder.join(name))
+            })
             .find(|program| program.is_file())
     });
     if found.is_none() {
@@ -62,7 +64,10 @@ fn the_page_shows_services_denials_and_rules_and_asks_nobody_else() {
     let profile = tempfile::tempdir().unwrap();
     let log = profile.path().join("net.json");
     let page = format!("http://{}/#shop/db-0", ui.at);
-    let arguments = ["--dump-dom".to_owned(), format!("--log-net-log={}", log.display())];
+    let arguments = [
+        "--dump-dom".to_owned(),
+        format!("--log-net-log={}", log.display()),
+    ];
     let dom = load(&program, profile.path(), &page, &arguments);
 
     for expected in [
@@ -111,7 +116,9 @@ fn asked_by_the_page(log: &Path, ours: &str) -> BTreeSet<String> {
         .filter_map(|event| {
             let initiator = event["params"]["initiator"].as_str()?;
             let url = event["params"]["url"].as_str()?;
-            initiator.starts_with(ours.trim_end_matches('/')).then(|| url.to_owned())
+            initiator
+                .starts_with(ours.trim_end_matches('/'))
+                .then(|| url.to_owned())
         })
         .collect()
 }

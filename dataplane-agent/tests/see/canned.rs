@@ -57,10 +57,7 @@ pub fn load(seconds: u64) -> Load {
         traffic: pace.traffic(age),
         drops: drops * age,
     };
-    let (web, db) = (
-        pace(70, 3200, 600_000, 11_000_000),
-        pace(6, 240, 20_000, 155_000),
-    );
+    let (web, db) = (pace(70, 3200, 600_000, 11_000_000), pace(6, 240, 20_000, 155_000));
     let dns = pace(85, 128, 9_600, 21_000);
     Load {
         at: Timestamp::from_second(1_790_000_000 + i64::try_from(seconds).unwrap()).unwrap(),
@@ -69,7 +66,12 @@ pub fn load(seconds: u64) -> Load {
                 "Service kube-system/kube-dns",
                 dns,
                 61,
-                vec![endpoint("10.244.2.5:53", Some("kube-system/coredns-0"), "active", dns)],
+                vec![endpoint(
+                    "10.244.2.5:53",
+                    Some("kube-system/coredns-0"),
+                    "active",
+                    dns,
+                )],
             ),
             service(
                 "Service shop/db",
@@ -96,7 +98,12 @@ pub fn load(seconds: u64) -> Load {
                 "Service billing/export",
                 pace(1, 64, 5_000, 5_000),
                 2,
-                vec![endpoint("192.0.2.77:443", None, "active", pace(1, 64, 5_000, 5_000))],
+                vec![endpoint(
+                    "192.0.2.77:443",
+                    None,
+                    "active",
+                    pace(1, 64, 5_000, 5_000),
+                )],
             ),
         ],
         pods: vec![

@@ -68,7 +68,10 @@ fn answer(stream: &UnixStream, seconds: &AtomicU64) {
             return;
         }
     };
-    let answer = format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{}", body.unwrap());
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{}",
+        body.unwrap()
+    );
     // Who asked may have gone.
     let _gone = (&*stream).write_all(answer.as_bytes());
 }
@@ -118,7 +121,12 @@ fn told() -> Vec<Told> {
         denied(3, batch, db, "5432/TCP"),
         Told {
             verdict: ToldVerdict::WouldDeny,
-            ..denied(4, "shop/web-0 (10.244.1.11)", "shop/db-1 (10.244.2.21)", "9187/TCP")
+            ..denied(
+                4,
+                "shop/web-0 (10.244.1.11)",
+                "shop/db-1 (10.244.2.21)",
+                "9187/TCP",
+            )
         },
     ]
 }

@@ -80,7 +80,12 @@ fn what_the_agent_tells_is_passed_on_until_it_is_gone() {
     assert_eq!(policies["ingress"]["isolated"], true);
     let (status, no_pod) = ui.json("/api/policies?pod=shop/nobody");
     assert_eq!(status, 404);
-    assert!(no_pod["error"].as_str().unwrap().starts_with("no Pod of this node"));
+    assert!(
+        no_pod["error"]
+            .as_str()
+            .unwrap()
+            .starts_with("no Pod of this node")
+    );
     // There are no tables here, and it says so.
     let (status, flows) = ui.json("/api/flows");
     assert_eq!(status, 503);
@@ -100,7 +105,10 @@ fn others_are_refused() {
     let ui = Ui::start(&agent.socket());
     let (status, head, body) = ui.ask("GET", "/", "localhost");
     assert_eq!(status, 200);
-    assert!(head.contains("content-security-policy: default-src 'self';"), "{head}");
+    assert!(
+        head.contains("content-security-policy: default-src 'self';"),
+        "{head}"
+    );
     assert!(body.contains("<title>dataplane</title>"), "{body}");
     let (status, _, body) = ui.ask("HEAD", "/", "localhost");
     assert_eq!((status, body.as_str()), (200, ""));
@@ -126,7 +134,10 @@ fn an_address_that_is_taken_or_open_to_all_is_said() {
         .unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert!(error.contains(&format!("failed to listen on {}", ui.at)), "{error}");
+    assert!(
+        error.contains(&format!("failed to listen on {}", ui.at)),
+        "{error}"
+    );
     assert!(!error.contains("warning"), "{error}");
     // An address for documentation, which nobody has.
     let output = Command::new(env!("CARGO_BIN_EXE_dataplane-agent"))
@@ -134,5 +145,8 @@ fn an_address_that_is_taken_or_open_to_all_is_said() {
         .output()
         .unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
-    assert!(error.contains("warning: whoever reaches 192.0.2.1:8090"), "{error}");
+    assert!(
+        error.contains("warning: whoever reaches 192.0.2.1:8090"),
+        "{error}"
+    );
 }

@@ -19,7 +19,11 @@ const KEYS: &str = "Tab table  s sort  / filter  ↑↓ select  Enter endpoints 
 
 /// One screen.
 pub fn draw(frame: &mut Frame<'_>, top: &mut Top) {
-    let past = if frame.area().height < LINES_FOR_PAST { 0 } else { 3 };
+    let past = if frame.area().height < LINES_FOR_PAST {
+        0
+    } else {
+        3
+    };
     let [head, tabs, table, past, foot] = Layout::vertical([
         Constraint::Length(1),
         Constraint::Length(1),
@@ -113,7 +117,9 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, top: &mut Top, rows: &[Row]) {
 /// The columns of the table that is shown.
 pub fn header(top: &Top) -> &'static [&'static str] {
     if top.opened().is_some() {
-        return &["ENDPOINT", "CONN/s", "PKTS/s", "IN B/s", "OUT B/s", "STATE", "POD"];
+        return &[
+            "ENDPOINT", "CONN/s", "PKTS/s", "IN B/s", "OUT B/s", "STATE", "POD",
+        ];
     }
     header_of(top.view())
 }
@@ -196,11 +202,7 @@ fn draw_past(frame: &mut Frame<'_>, area: Rect, top: &Top, rows: &[Row]) {
     let past = top.past(row);
     let peak = past.iter().copied().fold(0.0, f64::max);
     let [title, line] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(area);
-    let text = format!(
-        "{name}: {}, at most {}",
-        top.sort().as_str(),
-        rate(Some(peak))
-    );
+    let text = format!("{name}: {}, at most {}", top.sort().as_str(), rate(Some(peak)));
     frame.render_widget(Line::from(text).dim(), title);
     // The newest stands at the right end.
     let width = usize::from(line.width);

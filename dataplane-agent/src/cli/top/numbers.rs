@@ -22,10 +22,7 @@ pub fn rate(value: Option<f64>) -> String {
 
 /// A count.
 pub fn size(count: u64) -> String {
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "three digits are shown"
-    )]
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
     rate(Some(count as f64))
 }
 

@@ -347,9 +347,7 @@ impl Top {
                 let drops = load.drops.iter().filter(|(reason, _)| is_wanted(reason));
                 drops
                     .map(|(reason, number)| {
-                        let about = About::Drops {
-                            since_start: *number,
-                        };
+                        let about = About::Drops { since_start: *number };
                         row(reason, &self.rates.drops, about)
                     })
                     .collect()
@@ -422,9 +420,5 @@ impl Top {
 /// The largest first, then by name.
 fn sort(rows: &mut [Row], by: Sort) {
     let value = |row: &Row| row.rate.as_ref().map_or(-1.0, |rate| by.of(rate));
-    rows.sort_by(|a, b| {
-        value(b)
-            .total_cmp(&value(a))
-            .then_with(|| a.name.cmp(&b.name))
-    });
+    rows.sort_by(|a, b| value(b).total_cmp(&value(a)).then_with(|| a.name.cmp(&b.name)));
 }

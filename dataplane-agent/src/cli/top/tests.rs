@@ -50,7 +50,10 @@ fn keys(top: &mut Top, keys: &[KeyCode]) -> bool {
 #[test]
 fn rows_are_sorted_and_keep_their_mark() {
     let mut top = after(0..=1);
-    assert_eq!(names(&top)[..2], ["Service shop/web", "Service kube-system/kube-dns"]);
+    assert_eq!(
+        names(&top)[..2],
+        ["Service shop/web", "Service kube-system/kube-dns"]
+    );
     assert!(keys(&mut top, &[KeyCode::Down]));
     assert_eq!(top.place(&top.rows()), 1);
     assert!(keys(&mut top, &[KeyCode::Char('s')]));
@@ -87,7 +90,12 @@ fn a_service_is_opened_and_left_again() {
 #[test]
 fn a_filter_is_typed_and_cleared() {
     let mut top = after(0..=1);
-    let typed = [KeyCode::Char('/'), KeyCode::Char('q'), KeyCode::Backspace, KeyCode::Char('d')];
+    let typed = [
+        KeyCode::Char('/'),
+        KeyCode::Char('q'),
+        KeyCode::Backspace,
+        KeyCode::Char('d'),
+    ];
     assert!(keys(&mut top, &typed));
     assert!(keys(&mut top, &[KeyCode::Char('b'), KeyCode::Enter]));
     assert_eq!(names(&top), ["Service shop/db"]);
@@ -259,11 +267,18 @@ fn svg(buffer: &Buffer) -> String {
             };
             if style.1.contains(Modifier::REVERSED) {
                 let wide = u32::from(run) * WIDE;
-                writeln!(svg, "<rect x=\"{left}\" y=\"{top}\" width=\"{wide}\" height=\"{HIGH}\" fill=\"{fill}\"/>")
-                    .unwrap();
+                writeln!(
+                    svg,
+                    "<rect x=\"{left}\" y=\"{top}\" width=\"{wide}\" height=\"{HIGH}\" fill=\"{fill}\"/>"
+                )
+                .unwrap();
                 fill = "#14181f";
             }
-            let weight = if style.1.contains(Modifier::BOLD) { " font-weight=\"bold\"" } else { "" };
+            let weight = if style.1.contains(Modifier::BOLD) {
+                " font-weight=\"bold\""
+            } else {
+                ""
+            };
             if !text.trim().is_empty() {
                 let text = text.replace('&', "&amp;").replace('<', "&lt;");
                 writeln!(

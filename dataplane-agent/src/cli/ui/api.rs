@@ -38,12 +38,14 @@ pub fn answer(places: &Places, uri: &Uri) -> Option<(StatusCode, String)> {
 fn of_agent(places: &Places, question: &str) -> (StatusCode, String) {
     match ask::reach_within(&places.socket, question, WITHIN) {
         Ok(answer) if answer.status == 200 => (StatusCode::OK, answer.body),
-        Ok(answer) if answer.status == 404 && question.contains("pod=") => {
-            refused(StatusCode::NOT_FOUND, "no Pod of this node with an interface of its own has this name")
-        }
-        Ok(answer) if answer.status == 404 => {
-            refused(StatusCode::BAD_GATEWAY, "the agent is older than this page, and does not tell this")
-        }
+        Ok(answer) if answer.status == 404 && question.contains("pod=") => refused(
+            StatusCode::NOT_FOUND,
+            "no Pod of this node with an interface of its own has this name",
+        ),
+        Ok(answer) if answer.status == 404 => refused(
+            StatusCode::BAD_GATEWAY,
+            "the agent is older than this page, and does not tell this",
+        ),
         Ok(answer) => {
             let reason = format!("the agent answered with status {}", answer.status);
             refused(StatusCode::BAD_GATEWAY, &reason)
@@ -54,7 +56,10 @@ fn of_agent(places: &Places, question: &str) -> (StatusCode, String) {
 
 fn of_tables(places: &Places) -> (StatusCode, String) {
     match flows::latest(&places.bpffs, &places.socket, FLOWS, WITHIN) {
-        Ok((flows, found)) => (StatusCode::OK, json!({ "flows": flows, "found": found }).to_string()),
+        Ok((flows, found)) => (
+            StatusCode::OK,
+            json!({ "flows": flows, "found": found }).to_string(),
+        ),
         Err(error) => refused(StatusCode::SERVICE_UNAVAILABLE, &format!("{error:#}")),
     }
 }

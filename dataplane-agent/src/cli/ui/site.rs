@@ -5,8 +5,8 @@ use std::{net::IpAddr, sync::Arc};
 use hyper::{
     Method, Response, StatusCode, Uri,
     header::{
-        ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
-        X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+        ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue,
+        REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
     },
 };
 
@@ -166,8 +166,14 @@ mod tests {
             (&anywhere, "192.0.2.12:8090", true),
             (&anywhere, "evil.example:8090", false),
         ] {
-            let answer = site.answer(&Method::GET, &Uri::from_static("/"), Some(host)).await;
-            let expected = if is_ours { StatusCode::OK } else { StatusCode::FORBIDDEN };
+            let answer = site
+                .answer(&Method::GET, &Uri::from_static("/"), Some(host))
+                .await;
+            let expected = if is_ours {
+                StatusCode::OK
+            } else {
+                StatusCode::FORBIDDEN
+            };
             assert_eq!(answer.status(), expected, "{host}");
         }
         let root = Uri::from_static("/");
@@ -210,15 +216,31 @@ mod tests {
         let (_, _, page) = FILES[0];
         assert_eq!(page.matches("<script").count(), 1);
         assert!(page.contains("<script src=\"ui.js\" defer></script>"));
-        for inline in ["style=", "<style", "onclick=", "onload=", "onerror=", "javascript:"] {
+        for inline in [
+            "style=",
+            "<style",
+            "onclick=",
+            "onload=",
+            "onerror=",
+            "javascript:",
+        ] {
             assert!(!page.contains(inline), "{inline}");
         }
         for (path, _, text) in FILES {
             // The name of SVG is no address to load anything from.
             let names = text.matches("\"http://www.w3.org/2000/svg\"").count();
             assert_eq!(text.matches("://").count(), names, "{path}");
-            assert!(!text.contains("\"//") && !text.replace("url(#", "").contains("url("), "{path}");
-            for dangerous in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+            assert!(
+                !text.contains("\"//") && !text.replace("url(#", "").contains("url("),
+                "{path}"
+            );
+            for dangerous in [
+                "innerHTML",
+                "outerHTML",
+                "insertAdjacentHTML",
+                "document.write",
+                "eval(",
+            ] {
                 assert!(!text.contains(dangerous), "{path}: {dangerous}");
             }
         }

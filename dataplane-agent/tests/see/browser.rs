@@ -7,12 +7,13 @@ use std::{
     process::Command,
 };
 
+use dataplane_agent::load::PodLoad;
 use serde_json::Value;
 
-use crate::{
-    fake::{Agent, HOSTILE},
-    ui::Ui,
-};
+use crate::{fake::Agent, ui::Ui};
+
+/// A name that would be a part of the page if it were not text.
+const HOSTILE: &str = "shop/<img src=x onerror=alert(1)>";
 
 /// A chromium, `CHROMIUM` first; says so if there is none.
 fn chromium() -> Option<PathBuf> {
@@ -59,7 +60,11 @@ fn load(program: &Path, profile: &Path, url: &str, arguments: &[String]) -> Stri
 #[test]
 fn the_page_shows_services_denials_and_rules_and_asks_nobody_else() {
     let Some(program) = chromium() else { return };
-    let agent = Agent::start();
+    let agent = Agent::with(vec![PodLoad {
+        pod: HOSTILE.to_owned(),
+        here: true,
+        ..PodLoad::default()
+    }]);
     let ui = Ui::start(&agent.socket());
     let profile = tempfile::tempdir().unwrap();
     let log = profile.path().join("net.json");

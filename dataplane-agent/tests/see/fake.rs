@@ -19,9 +19,6 @@ use jiff::Timestamp;
 
 use crate::canned;
 
-/// A name that would be a part of the page if it were not text.
-pub const HOSTILE: &str = "shop/<img src=x onerror=alert(1)>";
-
 /// It answers as long as the test runs.
 pub struct Agent {
     folder: tempfile::TempDir,
@@ -30,12 +27,17 @@ pub struct Agent {
 impl Agent {
     /// One at which each `/load` is a second later than the one before.
     pub fn start() -> Self {
+        Self::with(Vec::new())
+    }
+
+    /// The same with more Pods here.
+    pub fn with(pods: Vec<PodLoad>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("agent.sock")).unwrap();
         thread::spawn(move || {
             let seconds = AtomicU64::new(0);
             for stream in listener.incoming() {
-                answer(&stream.unwrap(), &seconds);
+                answer(&stream.unwrap(), &seconds, &pods);
             }
         });
         Self { folder }
@@ -51,13 +53,13 @@ impl Agent {
     }
 }
 
-fn answer(stream: &UnixStream, seconds: &AtomicU64) {
+fn answer(stream: &UnixStream, seconds: &AtomicU64, pods: &[PodLoad]) {
     let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
     let request = lines.next().unwrap_or_default();
     let path = request.split(' ').nth(1).unwrap_or_default();
     lines.take_while(|line| !line.is_empty()).for_each(drop);
     let body = match path {
-        "/load" => serde_json::to_string(&load(seconds.fetch_add(1, Ordering::Relaxed))),
+        "/load" => serde_json::to_string(&load(seconds.fetch_add(1, Ordering::Relaxed), pods)),
         "/services" => serde_json::to_string(&served()),
         "/verdicts?after=0" => serde_json::to_string(&told()),
         "/policies?pod=shop/db-0" => serde_json::to_string(&of_db()),
@@ -76,13 +78,9 @@ fn answer(stream: &UnixStream, seconds: &AtomicU64) {
     let _gone = (&*stream).write_all(answer.as_bytes());
 }
 
-fn load(seconds: u64) -> Load {
+fn load(seconds: u64, pods: &[PodLoad]) -> Load {
     let mut load = canned::load(seconds);
-    load.pods.push(PodLoad {
-        pod: HOSTILE.to_owned(),
-        here: true,
-        ..PodLoad::default()
-    });
+    load.pods.extend_from_slice(pods);
     load
 }
 

@@ -7,7 +7,7 @@ const DENIED_SECONDS = 300;
 
 const state = {
   before: null, load: null, dead: null, served: null,
-  verdicts: [], last: 0, flows: null, flowsError: null, pod: null, policies: null, policiesError: null,
+  verdicts: [], last: 0, flows: null, flowsError: null, pod: location.hash.slice(1) || null, policies: null, policiesError: null,
 };
 
 const $ = id => document.getElementById(id);
@@ -191,7 +191,7 @@ function drawMap() {
     path.append(drawn("title", {}, words));
     parts.push(path);
     const right = x + (out - x) * 0.75 + 6;
-    parts.push(drawn("text", { class: "count", x: right, y: (from + to) / 2 + 4 }, short(edge.count) + " × " + cut([...edge.ports].join(" "), 14)));
+    parts.push(drawn("text", { class: "count", x: right, y: (from + to) / 2 + 4 }, edge.count + " × " + cut([...edge.ports].join(" "), 14)));
   });
   svg.setAttribute("viewBox", `0 0 ${END} ${height}`);
   svg.replaceChildren(...parts);

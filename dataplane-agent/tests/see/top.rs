@@ -6,7 +6,7 @@ use crate::fake::Agent;
 
 fn top(socket: &std::path::Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_dataplane-agent"))
-        .args(["top", "--interval", "100ms", "--socket"])
+        .args(["top", "--socket"])
         .arg(socket)
         .args(arguments)
         .output()
@@ -16,7 +16,7 @@ fn top(socket: &std::path::Path, arguments: &[&str]) -> Output {
 #[test]
 fn a_pipe_gets_plain_tables_after_one_interval() {
     let agent = Agent::start();
-    for arguments in [&["--once"][..], &[]] {
+    for arguments in [&["--once", "--interval", "100ms"][..], &["--interval", "0.2"]] {
         let output = top(&agent.socket(), arguments);
         assert!(output.status.success(), "{output:?}");
         let text = String::from_utf8(output.stdout).unwrap();

@@ -48,7 +48,7 @@ fn totals(top: &Top) -> Line<'static> {
     let text = if top.has_rates() {
         let total = top.total();
         format!(
-            "{time}  {} connections/s  {} packets/s  in {}B/s  out {}B/s  {} drops/s",
+            "{time}  {} conn/s  {} pkts/s  in {}B/s  out {}B/s  {} drops/s",
             rate(Some(total.connections)),
             rate(Some(total.packets)),
             rate(Some(total.bytes_in)),
@@ -232,7 +232,7 @@ fn bar(value: f64, peak: f64) -> u64 {
 fn last_line(top: &Top) -> Paragraph<'static> {
     match top.silence() {
         Some(reason) => {
-            let text = format!("THE AGENT DOES NOT ANSWER, this is old, trying again: {reason}");
+            let text = format!("THE AGENT DOES NOT ANSWER, trying again; this is old: {reason}");
             Paragraph::new(text).style(Style::new().fg(Color::White).bg(Color::Red).bold())
         }
         None => Paragraph::new(KEYS).dim(),

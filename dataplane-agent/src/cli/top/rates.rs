@@ -212,7 +212,7 @@ mod tests {
         let anew = &now.services[0].object;
         assert!(!rates.services.contains_key(anew), "{anew}");
         assert_eq!(rates.services.len(), now.services.len() - 1);
-        assert!(rates.pods.is_empty() && rates.drops.is_empty());
+        assert!(rates.pods.is_empty() && !rates.drops.contains_key("policy-denied"));
         // A clock that stands still or goes back.
         for earlier in [6, 5] {
             let rates = Rates::between(&canned::load(6), &canned::load(earlier));

@@ -12,10 +12,10 @@ const state = {
 
 const $ = id => document.getElementById(id);
 
-function element(name, text, ...classes) {
+function element(name, text, kind) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
-  made.classList.add(...classes.filter(Boolean));
+  if (kind) made.className = kind;
   return made;
 }
 

@@ -724,7 +724,7 @@ fn interval(text: &str) -> Result<Duration, String> {
         Some(Ok(milliseconds)) => Duration::from_millis(milliseconds),
         _ => seconds(text)?,
     };
-    let fits = (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&time);
+    let fits = (Duration::from_millis(100)..=Duration::from_hours(1)).contains(&time);
     fits.then_some(time)
         .ok_or_else(|| format!("`{text}` is not from 0.1 to 3600 seconds"))
 }

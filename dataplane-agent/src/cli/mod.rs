@@ -117,7 +117,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             allow_host,
             socket,
             bpffs,
-        } => ui::run(listen, allow_host, ui::Places { socket, bpffs })?,
+        } => ui::run(listen, &allow_host, ui::Places { socket, bpffs })?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
         Command::Flows {
             filter,

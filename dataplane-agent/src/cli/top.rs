@@ -10,13 +10,18 @@ mod tests;
 use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use tokio::signal::unix::{SignalKind, signal};
 
 use self::state::{Top, View};
 use super::{
@@ -29,7 +34,7 @@ use crate::load::Load;
 const LOOK: Duration = Duration::from_millis(100);
 /// An answer may be so much later than its interval before the screen says that there is none.
 const LATE: Duration = Duration::from_secs(2);
-/// Rows that PageUp and PageDown move.
+/// Rows that the page keys move.
 const PAGE: isize = 10;
 
 /// Shows what the agent at `socket` tells each `interval`. `once`, and where nobody looks: after one interval, in plain tables.
@@ -44,10 +49,11 @@ pub fn run(socket: &Path, interval: Duration, once: bool) -> anyhow::Result<()> 
         return print(&plain(&top));
     }
     let answers = ask_again_and_again(socket.to_owned(), interval);
+    let ended = told_to_end()?;
     let _restored = Screen;
     let mut terminal = ratatui::try_init().context("failed to use this terminal: --once needs none")?;
     let mut answered = Instant::now();
-    loop {
+    while !ended.load(Ordering::Relaxed) {
         for answer in answers.try_iter() {
             match answer {
                 Ok(load) => {
@@ -69,9 +75,10 @@ pub fn run(socket: &Path, interval: Duration, once: bool) -> anyhow::Result<()> 
             && key.kind != KeyEventKind::Release
             && !press(&mut top, key)
         {
-            return Ok(());
+            break;
         }
     }
+    Ok(())
 }
 
 /// Gives the terminal back, on whichever way it is left. After a panic a hook of ratatui's does.
@@ -91,6 +98,29 @@ fn load(socket: &Path) -> anyhow::Result<Load> {
         socket.display()
     );
     answer.value()
+}
+
+/// Becomes true with a signal that ends the command: by default it would end without giving the terminal back.
+fn told_to_end() -> anyhow::Result<Arc<AtomicBool>> {
+    let failed = "failed to wait for signals";
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(failed)?;
+    let (mut terminate, mut hangup) = {
+        let _entered = runtime.enter();
+        let listen = |kind| signal(kind).context(failed);
+        (listen(SignalKind::terminate())?, listen(SignalKind::hangup())?)
+    };
+    let ended = Arc::new(AtomicBool::new(false));
+    let end = ended.clone();
+    thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! { _ = terminate.recv() => {}, _ = hangup.recv() => {} }
+        });
+        end.store(true, Ordering::Relaxed);
+    });
+    Ok(ended)
 }
 
 /// Asks in a thread of its own, so that keys work while the agent is slow. It ends with the process.

@@ -22,7 +22,7 @@ pub struct Places {
 }
 
 /// Serves the page until it is killed; prints where.
-pub fn run(listen: SocketAddr, allow_host: Vec<String>, places: Places) -> anyhow::Result<()> {
+pub fn run(listen: SocketAddr, allow_host: &[String], places: Places) -> anyhow::Result<()> {
     if !listen.ip().is_loopback() {
         // Nothing is left to report to when stderr is closed.
         let _closed = writeln!(
@@ -38,7 +38,7 @@ pub fn run(listen: SocketAddr, allow_host: Vec<String>, places: Places) -> anyho
         .block_on(serve(listen, allow_host, places))
 }
 
-async fn serve(listen: SocketAddr, allow_host: Vec<String>, places: Places) -> anyhow::Result<()> {
+async fn serve(listen: SocketAddr, allow_host: &[String], places: Places) -> anyhow::Result<()> {
     let failed = || format!("failed to listen on {listen}");
     let listener = http::listen(listen).with_context(failed)?;
     let at = match &listener {

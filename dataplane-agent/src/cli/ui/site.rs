@@ -49,7 +49,7 @@ pub struct Site {
 }
 
 impl Site {
-    pub fn new(listen: IpAddr, allowed: Vec<String>, places: Places) -> Self {
+    pub fn new(listen: IpAddr, allowed: &[String], places: Places) -> Self {
         let allowed = allowed.iter().map(|host| name_of(host).to_lowercase());
         Self {
             listen,
@@ -133,12 +133,12 @@ mod tests {
     use super::*;
 
     fn site(listen: &str, allowed: &[&str]) -> Site {
-        let allowed = allowed.iter().map(|&host| host.to_owned()).collect();
+        let allowed: Vec<String> = allowed.iter().map(|&host| host.to_owned()).collect();
         let nowhere = Places {
             socket: "/nowhere/agent.sock".into(),
             bpffs: "/nowhere/bpf".into(),
         };
-        Site::new(listen.parse().unwrap(), allowed, nowhere)
+        Site::new(listen.parse().unwrap(), &allowed, nowhere)
     }
 
     #[tokio::test]

@@ -53,8 +53,11 @@ pub fn run(socket: &Path, interval: Duration, once: bool) -> anyhow::Result<()> 
     let _restored = Screen;
     let mut terminal = ratatui::try_init().context("failed to use this terminal: --once needs none")?;
     let mut answered = Instant::now();
+    // Nothing is sorted and drawn for nothing: there may be many rows.
+    let mut is_drawn = false;
     while !ended.load(Ordering::Relaxed) {
         for answer in answers.try_iter() {
+            is_drawn = false;
             match answer {
                 Ok(load) => {
                     answered = Instant::now();
@@ -66,12 +69,20 @@ pub fn run(socket: &Path, interval: Duration, once: bool) -> anyhow::Result<()> 
         let late = answered.elapsed();
         if top.silence().is_none() && late > interval + LATE {
             top.silent(format!("silent for {} s", late.as_secs()));
+            is_drawn = false;
         }
-        terminal
-            .draw(|frame| draw::draw(frame, &mut top))
-            .context("failed to draw")?;
-        if event::poll(LOOK).context("failed to wait for keys")?
-            && let Event::Key(key) = event::read().context("failed to read keys")?
+        if !is_drawn {
+            terminal
+                .draw(|frame| draw::draw(frame, &mut top))
+                .context("failed to draw")?;
+            is_drawn = true;
+        }
+        if !event::poll(LOOK).context("failed to wait for keys")? {
+            continue;
+        }
+        // Another size of the terminal is an event too.
+        is_drawn = false;
+        if let Event::Key(key) = event::read().context("failed to read keys")?
             && key.kind != KeyEventKind::Release
             && !press(&mut top, key)
         {

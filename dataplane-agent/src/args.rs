@@ -147,6 +147,35 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: Output,
     },
+    /// Show what goes over Services, endpoints and Pods now, and what is dropped; on a screen that keeps up, or where stdout is no
+    /// terminal, once.
+    Top {
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        /// Seconds between two answers, of which rates are made.
+        #[arg(long, default_value = "1s", value_parser = interval)]
+        interval: Duration,
+        /// Print plain tables after one interval, and end.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Serve a page for a browser: the map of Services, flows, denials, and the policies of each Pod. It shows, and changes nothing.
+    Ui {
+        /// Where; port 0 takes a free one. Whoever reaches it reads the names and addresses of Pods and Services.
+        #[arg(long, env = "DATAPLANE_UI_LISTEN", default_value = "127.0.0.1:8090")]
+        listen: SocketAddr,
+        /// Names in the browser's address line by which the page may be asked for, beside `localhost`, loopback addresses and that
+        /// of --listen.
+        #[arg(long, env = "DATAPLANE_UI_ALLOW_HOST", value_delimiter = ',')]
+        allow_host: Vec<String>,
+        /// The agent's socket.
+        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
+        socket: PathBuf,
+        /// The BPF file system of the agent.
+        #[arg(long, env = "DATAPLANE_BPFFS", default_value = BPFFS)]
+        bpffs: PathBuf,
+    },
     /// Say what is attached and how full the tables are.
     Status {
         /// The BPF file system of the agent.
@@ -705,6 +734,17 @@ fn seconds(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
 }
 
+/// Seconds that are long enough for a rate, and end some day.
+fn interval(text: &str) -> Result<Duration, String> {
+    let time = match text.strip_suffix("ms").map(str::parse) {
+        Some(Ok(milliseconds)) => Duration::from_millis(milliseconds),
+        _ => seconds(text)?,
+    };
+    let fits = (Duration::from_millis(100)..=Duration::from_hours(1)).contains(&time);
+    fits.then_some(time)
+        .ok_or_else(|| format!("`{text}` is not from 0.1 to 3600 seconds"))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -786,6 +826,27 @@ mod tests {
                 format!("{error:#}").starts_with(&expected),
                 "{error:#}\n{expected}"
             );
+        }
+    }
+
+    #[test]
+    fn an_interval_is_some_seconds() {
+        for (text, milliseconds) in [("1s", 1000), ("2", 2000), ("0.5s", 500), ("250ms", 250)] {
+            assert_eq!(interval(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for text in [
+            "",
+            "s",
+            "0",
+            "-1s",
+            "NaN",
+            "1e9",
+            "5ms",
+            "ms",
+            "1m",
+            "99999999999999999999ms",
+        ] {
+            assert!(interval(text).is_err(), "{text}");
         }
     }
 

@@ -19,6 +19,7 @@ mod paths;
 mod process;
 mod progress;
 mod scenarios;
+mod screenshots;
 mod setup;
 mod test;
 mod toolchain;
@@ -61,6 +62,8 @@ enum Command {
     Test(test::Args),
     /// Formatting and lints of the user side and the kernel side
     Lint,
+    /// Draw the pictures of the documentation anew; that of the page of `ui` needs a chromium
+    Screenshots,
     /// Run scenario files against a test cluster with real packets
     Scenarios(scenarios::Args),
     /// Build a real Kubernetes API server for tests, unless `KUBEBUILDER_ASSETS` names one
@@ -91,6 +94,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chaos(args) => chaos::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
+        Command::Screenshots => screenshots::run(),
         Command::Scenarios(args) => scenarios::run(&args),
         Command::Kube => kube::run(),
         Command::Bench(args) => bench::run(&args),

@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::de::DeserializeOwned;
 
 /// How long an agent may be silent.
-const WITHIN: Duration = Duration::from_secs(10);
+pub const WITHIN: Duration = Duration::from_secs(10);
 
 /// What an agent said.
 #[derive(Debug)]
@@ -36,7 +36,12 @@ pub fn value<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T
 
 /// What the agent at `socket` says of a path, be it that there is nothing there.
 pub fn reach(socket: &Path, path: &str) -> anyhow::Result<Answer> {
-    ask(socket, path, WITHIN).with_context(|| format!("failed to reach an agent at {}", socket.display()))
+    reach_within(socket, path, WITHIN)
+}
+
+/// The same, where the agent may be silent no longer than `within`.
+pub fn reach_within(socket: &Path, path: &str, within: Duration) -> anyhow::Result<Answer> {
+    ask(socket, path, within).with_context(|| format!("failed to reach an agent at {}", socket.display()))
 }
 
 /// Asks for a path. `within`: how long the agent may be silent.

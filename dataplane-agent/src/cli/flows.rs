@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -11,6 +12,7 @@ use serde::Serialize;
 
 use super::{
     alone::Places,
+    ask,
     names::Names,
     output::{Output, table},
     pinned,
@@ -72,7 +74,7 @@ impl std::str::FromStr for Who {
 
 /// One flow as it is shown.
 #[derive(Debug, Serialize)]
-struct Shown {
+pub struct Shown {
     protocol: &'static str,
     from: SocketAddr,
     from_pod: Option<String>,
@@ -98,7 +100,7 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
         .any(|who| matches!(who, Some(Who::Named(_))));
     let mut names = Names::default();
     let asked = if by_name {
-        learn(&mut names, socket, &flows)
+        learn(&mut names, socket, &flows, ask::WITHIN)
     } else {
         Ok(())
     };
@@ -112,20 +114,36 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
     if !by_name {
         flows.truncate(shown.len());
         // Without an agent addresses have to do.
-        if learn(&mut names, socket, &flows).is_ok() {
+        if learn(&mut names, socket, &flows, ask::WITHIN).is_ok() {
             shown = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
         }
     }
     output.print(&shown, |shown| render(shown, found))
 }
 
-/// Asks an agent for the names of what is in these flows.
-fn learn(names: &mut Names, socket: &Path, flows: &[Flow]) -> anyhow::Result<()> {
-    names.learn_services(socket)?;
+/// Asks an agent for the names of what is in these flows, each time `within`.
+fn learn(names: &mut Names, socket: &Path, flows: &[Flow], within: Duration) -> anyhow::Result<()> {
+    names.learn_services(socket, within)?;
     let ends = flows
         .iter()
         .flat_map(|flow| [flow.client.ip(), flow.backend.ip()]);
-    names.learn_pods(socket, ends)
+    names.learn_pods(socket, ends, within)
+}
+
+/// The flows that were used most recently, `limit` of them, and how many there are; with names if the agent tells any, each time `within`.
+pub fn latest(
+    bpffs: &Path,
+    socket: &Path,
+    limit: usize,
+    within: Duration,
+) -> anyhow::Result<(Vec<Shown>, usize)> {
+    let mut flows = flows::read(&pinned(bpffs)?).context("failed to read the tables of flows")?;
+    let found = flows.len();
+    flows.truncate(limit);
+    let mut names = Names::default();
+    // Addresses have to do where it tells none.
+    let _unnamed = learn(&mut names, socket, &flows, within);
+    Ok((flows.iter().map(|flow| Shown::of(flow, &names)).collect(), found))
 }
 
 impl Filter {
@@ -200,8 +218,6 @@ fn render(shown: &[Shown], found: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn flow() -> Flow {

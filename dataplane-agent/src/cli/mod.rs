@@ -17,6 +17,8 @@ pub mod policies;
 pub mod preflight;
 pub mod services;
 pub mod status;
+pub mod top;
+pub mod ui;
 pub mod verdicts;
 pub mod wait;
 
@@ -97,6 +99,17 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         } => log::run(levels.as_deref(), reset, &socket)?,
         Command::Completions { shell } => manual::completions(shell)?,
         Command::Man { folder } => manual::write_pages(&folder)?,
+        Command::Top {
+            socket,
+            interval,
+            once,
+        } => top::run(&socket, interval, once)?,
+        Command::Ui {
+            listen,
+            allow_host,
+            socket,
+            bpffs,
+        } => ui::run(listen, &allow_host, ui::Places { socket, bpffs })?,
         Command::Status { bpffs, output } => status::run(&bpffs, output)?,
         Command::Flows {
             filter,

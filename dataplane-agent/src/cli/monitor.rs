@@ -286,7 +286,7 @@ impl<'a> Known<'a> {
             self.devices = RequestSocket::open()
                 .and_then(|mut socket| dump_links(&mut socket))
                 .unwrap_or_default();
-            self.is_there = self.names.learn_services(self.socket).is_ok();
+            self.is_there = self.names.learn_services(self.socket, ask::WITHIN).is_ok();
         }
         self.is_there
     }
@@ -298,7 +298,10 @@ impl<'a> Known<'a> {
         }
         let ends = events.iter().flat_map(seen::addresses);
         let unknown: Vec<IpAddr> = ends.filter(|addr| self.asked_for.insert(*addr)).collect();
-        self.is_there = self.names.learn_pods(self.socket, unknown.into_iter()).is_ok();
+        self.is_there = self
+            .names
+            .learn_pods(self.socket, unknown.into_iter(), ask::WITHIN)
+            .is_ok();
     }
 
     fn device(&self, ifindex: u32) -> String {

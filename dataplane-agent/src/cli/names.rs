@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
+    time::Duration,
 };
 
 use super::ask;
@@ -25,9 +26,9 @@ pub struct Names {
 }
 
 impl Names {
-    /// Asks the agent which Services are where.
-    pub fn learn_services(&mut self, socket: &Path) -> anyhow::Result<()> {
-        let served: Served = ask::value(socket, "/services")?;
+    /// Asks the agent which Services are where. `within`: how long it may be silent.
+    pub fn learn_services(&mut self, socket: &Path, within: Duration) -> anyhow::Result<()> {
+        let served: Served = ask::reach_within(socket, "/services", within)?.value()?;
         self.services.clear();
         for object in served.objects {
             let name = match object.object.split_once(' ') {
@@ -41,13 +42,18 @@ impl Names {
         Ok(())
     }
 
-    /// Asks the agent which Pods have these addresses.
-    pub fn learn_pods(&mut self, socket: &Path, addrs: impl Iterator<Item = IpAddr>) -> anyhow::Result<()> {
+    /// Asks the agent which Pods have these addresses, each time `within`.
+    pub fn learn_pods(
+        &mut self,
+        socket: &Path,
+        addrs: impl Iterator<Item = IpAddr>,
+        within: Duration,
+    ) -> anyhow::Result<()> {
         let addrs: Vec<IpAddr> = addrs.collect::<BTreeSet<_>>().into_iter().collect();
         for some in addrs.chunks(AT_ONCE) {
             let list: Vec<String> = some.iter().map(ToString::to_string).collect();
-            let known: HashMap<IpAddr, String> =
-                ask::value(socket, &format!("/names?of={}", list.join(",")))?;
+            let path = format!("/names?of={}", list.join(","));
+            let known: HashMap<IpAddr, String> = ask::reach_within(socket, &path, within)?.value()?;
             self.pods.extend(known);
         }
         Ok(())

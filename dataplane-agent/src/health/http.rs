@@ -120,11 +120,24 @@ pub fn listen(addr: SocketAddr) -> io::Result<Listener> {
     Ok(Listener::Tcp(TcpListener::from_std(listener)?))
 }
 
-/// Answers requests until it is dropped, which ends its connections too.
+/// Answers requests, whatever their methods and headers, until it is dropped, which ends its connections too.
 pub async fn serve<F, A>(listener: Listener, answer: F)
 where
     F: Fn(Uri) -> A + Clone + Send + 'static,
     A: Future<Output = Answer> + Send + 'static,
+{
+    serve_requests(listener, move |request| {
+        let answer = answer(request.uri().clone());
+        async { answer.await.into_response() }
+    })
+    .await;
+}
+
+/// Answers requests until it is dropped, which ends its connections too.
+pub async fn serve_requests<F, A>(listener: Listener, answer: F)
+where
+    F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
+    A: Future<Output = Response<String>> + Send + 'static,
 {
     let mut connections = JoinSet::new();
     loop {
@@ -149,12 +162,12 @@ where
 
 async fn connection<F, A>(stream: impl AsyncRead + AsyncWrite + Unpin, answer: F)
 where
-    F: Fn(Uri) -> A,
-    A: Future<Output = Answer>,
+    F: Fn(Request<Incoming>) -> A,
+    A: Future<Output = Response<String>>,
 {
     let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(request.uri().clone());
-        async { Ok::<_, Infallible>(answer.await.into_response()) }
+        let answer = answer(request);
+        async { Ok::<_, Infallible>(answer.await) }
     });
     // A client that speaks no HTTP, or has gone: nobody else wants the answer.
     let _gone = http1::Builder::new()

@@ -154,10 +154,9 @@ impl Store<SkbPacket> for SkbWorld {
 
     #[inline(always)]
     fn set_aside(&self, packet: &SkbPacket) -> bool {
-        let (Some(scratch), Some(length)) = (
-            WORK_SCRATCH.get_ptr_mut(0),
-            some_bytes(packet.len(), FIRST_BYTES),
-        ) else {
+        let (Some(scratch), Some(length)) =
+            (WORK_SCRATCH.get_ptr_mut(0), some_bytes(packet.len(), FIRST_BYTES))
+        else {
             return false;
         };
         // SAFETY: a per-CPU element with room for as many bytes. What is sent again at an egress hook runs programs within

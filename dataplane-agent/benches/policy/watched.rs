@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddrV4,
+    os::fd::OwnedFd,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -61,7 +62,7 @@ pub fn watched(args: &Args, device: &Device, results: &mut Results) -> Result<()
     let open = |name: &str| {
         found
             .get(name)
-            .map_or(Err(io::ErrorKind::NotFound.into()), |fd| fd.try_clone())
+            .map_or(Err(io::ErrorKind::NotFound.into()), OwnedFd::try_clone)
     };
     let mut watch = Watch::over(open, None)?;
     let ends = AtomicBool::new(false);

@@ -1,7 +1,7 @@
 //! An event in words.
 
 use std::{
-    fmt,
+    fmt::{self, Write as _},
     net::{IpAddr, SocketAddr},
 };
 
@@ -90,8 +90,8 @@ pub struct Seen {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint_pod: Option<String>,
     /// What the endpoint sees in place of the client's address.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seen_as: Option<SocketAddr>,
+    #[serde(rename = "seen_as", skip_serializing_if = "Option::is_none")]
+    pub client_as: Option<SocketAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Bytes of the packet.
@@ -219,7 +219,7 @@ impl Seen {
             service: asked.and_then(|asked| names.service(proto, asked)).cloned(),
             endpoint: goes.map(|(_, to)| to),
             endpoint_pod: pod(goes.map(|(_, to)| to.ip())),
-            seen_as: goes.map(|(from, _)| from).filter(|from| Some(*from) != came),
+            client_as: goes.map(|(from, _)| from).filter(|from| Some(*from) != came),
             mtu: (verdict == Word::TooBig).then_some(event.mtu),
             length: event.length,
             by: None,
@@ -267,7 +267,7 @@ impl Seen {
             service: None,
             endpoint: None,
             endpoint_pod: None,
-            seen_as: None,
+            client_as: None,
             mtu: None,
             length: 0,
             by: Some(By {
@@ -288,7 +288,7 @@ impl Seen {
     pub fn why(&self) -> String {
         let mut text = self.reason.clone();
         if let Some(mtu) = self.mtu {
-            text += &format!(": {} bytes, MTU {mtu}", self.length);
+            let _infallible = write!(text, ": {} bytes, MTU {mtu}", self.length);
         }
         match &self.by {
             Some(By {
@@ -296,19 +296,19 @@ impl Seen {
                 rule: Some(rule),
                 ..
             }) if policies.is_empty() => {
-                text += &format!(": rule {rule} of a policy whose name a running agent knows");
+                let _infallible = write!(text, ": rule {rule} of a policy whose name a running agent knows");
             }
             Some(By {
                 policies,
                 rule: Some(rule),
                 ..
             }) => {
-                text += &format!(": {}, rule {rule}", policies.join(", "));
+                let _infallible = write!(text, ": {}, rule {rule}", policies.join(", "));
             }
             Some(By {
                 policies, rule: None, ..
             }) if !policies.is_empty() => {
-                text += &format!(": no rule of {}", policies.join(", "));
+                let _infallible = write!(text, ": no rule of {}", policies.join(", "));
             }
             _ => {}
         }
@@ -356,8 +356,8 @@ impl fmt::Display for Seen {
             );
             write!(f, " to {end}")?;
         }
-        if let Some(seen_as) = self.seen_as {
-            write!(f, " as {seen_as}")?;
+        if let Some(client) = self.client_as {
+            write!(f, " as {client}")?;
         }
         match self.why() {
             why if why.is_empty() => Ok(()),

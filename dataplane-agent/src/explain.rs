@@ -7,6 +7,7 @@ pub mod known;
 pub mod packet;
 mod reasons;
 pub mod tables;
+mod unchosen;
 pub mod unnamed;
 
 use std::{borrow::Cow, collections::BTreeSet, net::IpAddr};

@@ -17,7 +17,7 @@ use super::{
     End, Explained, Place, Port, Share, Step,
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place,
+    packet, place, unchosen,
 };
 use crate::{
     bpf::world::{Outcome, World},
@@ -237,7 +237,14 @@ impl<'a> Here<'a> {
         };
         let reason = reason.unwrap_or(Reason::NoEndpoints);
         let mut explained = answer(&flow, None);
-        explained.push(refusal(&flow, reason));
+        let mut step = refusal(&flow, reason);
+        if let Some(service) = ends::service_with(self.index, flow.asked, flow.port.proto) {
+            let why = unchosen::why(self.index, &service.name, reason);
+            if !why.is_empty() {
+                step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
+            }
+        }
+        explained.push(step);
         Ok(explained)
     }
 

@@ -116,21 +116,26 @@ fn counted(load: &Value) -> Result<()> {
 
 /// What `monitor` prints while a client connects again and again.
 fn watched(stage: &Stage, arguments: &[&str]) -> Result<Output> {
-    while_connecting(stage, || run(stage, "json", arguments))
+    while_connecting(stage, ("client1", AT), || run(stage, "json", arguments))
 }
 
 fn captured(stage: &Stage) -> Result<Vec<u8>> {
     let arguments = ["--verdict", "refuse", "--count", "1"];
-    Ok(while_connecting(stage, || run(stage, "pcapng", &arguments))?.stdout)
+    Ok(while_connecting(stage, ("client1", AT), || run(stage, "pcapng", &arguments))?.stdout)
 }
 
-fn while_connecting(stage: &Stage, watch: impl Fn() -> Result<Output> + Send) -> Result<Output> {
+/// What a command prints while a client connects again and again.
+pub fn while_connecting(
+    stage: &Stage,
+    (client, to): (&str, &str),
+    watch: impl Fn() -> Result<Output> + Send,
+) -> Result<Output> {
     thread::scope(|scope| {
         let watching = scope.spawn(watch);
         let mut herd = 0;
         while !watching.is_finished() {
             // Those that are refused are no less of interest.
-            let _refused = stage.open("client1", &format!("herd{herd}"), AT, 1);
+            let _refused = stage.begin(client, &format!("herd{herd}"), to);
             herd += 1;
         }
         let output = watching
@@ -143,13 +148,14 @@ fn while_connecting(stage: &Stage, watch: impl Fn() -> Result<Output> + Send) ->
     })
 }
 
-fn run(stage: &Stage, format: &str, arguments: &[&str]) -> Result<Output> {
+/// Runs `monitor` at the first node.
+pub fn run(stage: &Stage, format: &str, arguments: &[&str]) -> Result<Output> {
     let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
     let fixed = ["monitor", "--bpffs", &bpffs, "-o", format, "--seconds", WITHIN];
     stage.agents.asking(NODE, &[&fixed, arguments].concat())
 }
 
-fn lines(output: &Output) -> Result<Vec<Value>> {
+pub fn lines(output: &Output) -> Result<Vec<Value>> {
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines()
         .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))

@@ -40,6 +40,7 @@ pub struct Mode {
 pub enum State {
     Ready,
     Terminating,
+    NotReady,
 }
 
 /// A cluster with its agents.
@@ -114,14 +115,7 @@ impl Stage {
             }
             folder.apply(&manifest)?;
         }
-        folder.apply(&json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "svc1", "namespace": "ns1"},
-            "spec": {
-                "type": "LoadBalancer", "clusterIP": "10.96.0.41", "clusterIPs": ["10.96.0.41"], "ipFamilies": ["IPv4"],
-                "ports": [{"port": 80, "protocol": "TCP", "targetPort": PORT, "nodePort": 30080}],
-            },
-            "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.41"}]}},
-        }))?;
+        folder.apply(&service())?;
         let flags = ["--socket-lb", mode.socket_lb, "--datapath", mode.datapath].map(str::to_owned);
         let slice = ready
             .iter()
@@ -141,6 +135,15 @@ impl Stage {
         };
         stage.settle()?;
         Ok(stage)
+    }
+
+    /// Another object, or another version of one.
+    pub fn apply(&self, object: &Value) -> Result<()> {
+        self.folder.apply(object)
+    }
+
+    pub fn delete(&self, object: &Value) -> Result<()> {
+        self.folder.delete(object)
     }
 
     /// Puts backends into the slice, or takes them out.
@@ -181,6 +184,20 @@ impl Stage {
         )
     }
 
+    /// A connection that is not waited for.
+    pub fn begin(&self, client: &str, herd: &str, to: &str) -> Result<HerdReport> {
+        let to: SocketAddr = to.parse()?;
+        self.ask(
+            client,
+            Request::HerdOpen {
+                name: herd.to_owned(),
+                to,
+                connections: 1,
+                timeout_ms: 200,
+            },
+        )
+    }
+
     /// One exchange on every connection of a client's herd.
     pub fn exchange(&self, client: &str, herd: &str) -> Result<HerdReport> {
         self.ask(
@@ -210,13 +227,27 @@ impl Stage {
     }
 }
 
+/// The Service.
+pub fn service() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "svc1", "namespace": "ns1"},
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.96.0.41", "clusterIPs": ["10.96.0.41"], "ipFamilies": ["IPv4"],
+            "ports": [{"port": 80, "protocol": "TCP", "targetPort": PORT, "nodePort": 30080}],
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.41"}]}},
+    })
+}
+
 fn write_slice(folder: &Manifests, cluster: &Cluster, slice: &BTreeMap<String, State>) -> Result<()> {
     let endpoint = |(name, state): (&String, &State)| -> Result<Value> {
         let shape = cluster.shape();
         let ready = *state == State::Ready;
+        let serving = *state != State::NotReady;
+        let terminating = *state == State::Terminating;
         Ok(json!({
             "addresses": shape.addresses_of(name),
-            "conditions": {"ready": ready, "serving": true, "terminating": !ready},
+            "conditions": {"ready": ready, "serving": serving, "terminating": terminating},
             "nodeName": shape.node_of(name),
             "targetRef": {"kind": "Pod", "namespace": "ns1", "name": name},
         }))

@@ -27,6 +27,14 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
     let mut stage = Stage::set("monitor", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
     stage.open("client1", "counted", AT, CONNECTIONS as u32)?;
     counted(&stage.agents.ask(NODE, "/load")?)?;
+    let top = stage
+        .agents
+        .asking(NODE, &["top", "--once", "--interval", "1s"])?;
+    let said = String::from_utf8_lossy(&top.stdout);
+    ensure!(
+        top.status.success() && said.contains("ns1/svc1") && said.contains("ns1/be2"),
+        "{said}"
+    );
 
     let begun = watched(
         &stage,

@@ -10,12 +10,7 @@ mod starting;
 mod unknown;
 mod upgrading;
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, fs, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use dataplane_agent::{
@@ -57,10 +52,7 @@ fn attaches_and_finds_pods() -> Result<()> {
     assert!(state.own_addresses.contains_key(&ip("192.0.2.10")) && state.pod_interfaces.is_empty());
 
     node.add_pod()?;
-    let added = Instant::now();
     let state = agent.wait("the pod's interface", |state| !state.pod_interfaces.is_empty())?;
-    let after = added.elapsed();
-    assert!(after < Duration::from_millis(500), "found after {after:?}");
     let interface = &state.pod_interfaces[&ip("10.0.1.5")];
     let veth = node.links.index("veth1")?;
     assert_eq!((interface.ifindex, interface.name.as_str()), (veth, "veth1"));

@@ -230,8 +230,8 @@ impl Stage {
             for table in version.path().join("maps").read_dir()?.flatten() {
                 let path = table.path();
                 let name = table.file_name().to_string_lossy().into_owned();
-                if ["VERDICTS", "MAGLEV"].contains(&name.as_str()) {
-                    // A ring buffer has no entries, and what is mapped nobody but the agent writes.
+                if ["EVENTS", "VERDICTS", "MAGLEV"].contains(&name.as_str()) {
+                    // Ring buffers have no entries, and what is mapped nobody but the agent writes.
                     continue;
                 }
                 let output = Command::new("bpftool")

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use dataplane_common::traffic;
+pub use dataplane_common::traffic::Traffic;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -21,50 +21,6 @@ pub struct Load {
 
 /// See [`Load::services`].
 pub const IDLE_AT_MOST: usize = 1000;
-
-/// What went over a Service, an endpoint or a Pod.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Traffic {
-    /// Connections, and flows of datagrams, that began. Exact.
-    pub connections: u64,
-    /// Packets of clients. One in 64 is counted, as 64.
-    pub packets_in: u64,
-    /// Bytes of clients, with their IP headers. Estimated from the same packets.
-    pub bytes_in: u64,
-    /// Packets of answers; estimated.
-    pub packets_out: u64,
-    /// Bytes of answers; estimated.
-    pub bytes_out: u64,
-}
-
-impl Traffic {
-    pub fn add(&mut self, more: &Traffic) {
-        self.connections += more.connections;
-        self.packets_in += more.packets_in;
-        self.bytes_in += more.bytes_in;
-        self.packets_out += more.packets_out;
-        self.bytes_out += more.bytes_out;
-    }
-}
-
-impl From<traffic::Traffic> for Traffic {
-    fn from(of_table: traffic::Traffic) -> Self {
-        let traffic::Traffic {
-            connections,
-            packets_in,
-            bytes_in,
-            packets_out,
-            bytes_out,
-        } = of_table;
-        Self {
-            connections,
-            packets_in,
-            bytes_in,
-            packets_out,
-            bytes_out,
-        }
-    }
-}
 
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

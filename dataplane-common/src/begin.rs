@@ -7,6 +7,7 @@ use crate::{
     config::is_over,
     flow::{Exit, FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
     half_open::{enter_both, side_of, turn_around},
+    monitor::EventKind,
     packet::Packet,
     parse::tcp,
     pipeline::{Context, NO_SERVICE, Work, World, finish, timeout_ticks},
@@ -250,7 +251,7 @@ fn begun<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) {
     let meta = F::meta(&work.reply);
     world.count_flow(FlowEvent::Begun);
     world.count_connection(meta.service, meta.backend);
-    work.has_begun = 1;
+    work.noted = EventKind::Begun as u32;
 }
 
 /// Remembers the backend of a datagram that is not its flow's first, though nobody has answered: flows that never are

@@ -148,6 +148,15 @@ fn segment(l4: u8, (src, sport): End, (dst, dport): End, flags: u8, payload: &[u
     packet
 }
 
+/// `kind`: type and code.
+fn icmp_error(kind: [u8; 2], (src, dst): ([u8; 4], [u8; 4]), quoted: &[u8]) -> Vec<u8> {
+    let mut body = vec![kind[0], kind[1], 0, 0, 0, 0, 5, 0];
+    body.extend(quoted);
+    let sum = !checksum::fold(checksum::sum(&body));
+    body[2..4].copy_from_slice(&sum.to_ne_bytes());
+    ip(proto::ICMP, src, dst, &body)
+}
+
 fn tcp_packet(src: End, dst: End, flags: u8) -> Vec<u8> {
     segment(proto::TCP, src, dst, flags, &[])
 }
@@ -506,13 +515,7 @@ fn without_endpoints_tcp_is_reset_and_udp_told() {
 fn icmp_errors_are_translated_both_ways() {
     let world = world(&BACKENDS[..1]);
     let backend = connect(&world, 4000);
-    let error = |src, dst, quoted: &[u8]| {
-        let mut body = vec![3, 4, 0, 0, 0, 0, 5, 0];
-        body.extend(quoted);
-        let sum = !checksum::fold(checksum::sum(&body));
-        body[2..4].copy_from_slice(&sum.to_ne_bytes());
-        ip(proto::ICMP, src, dst, &body)
-    };
+    let error = |src, dst, quoted: &[u8]| icmp_error([3, 4], (src, dst), quoted);
     // A router tells the pod about its packet to the backend, then the pod tells the backend about an answer.
     let router = [192, 0, 2, 1];
     let sent = tcp_packet((POD, 4000), backend, tcp::ACK);

@@ -18,6 +18,7 @@ use crate::{
     balance::NO_BACKEND,
     config::is_over,
     flow::{FlowEvent, FlowMeta, Side, flow_flags, flow_state},
+    monitor::EventKind,
     packet::Packet,
     parse::{TcpHeader, tcp},
     pipeline::{Context, Liveness, Work, World, liveness, may_be_first_answer, timeout_ticks, xdp_finishes},
@@ -79,6 +80,8 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
         // Refused or given up, and maybe begun anew.
         if !is_answer {
             entry.touch(now, flow_state::CLOSING);
+        } else if refused::<F, W>(world, meta) {
+            work.noted = EventKind::RefusedByBackend as u32;
         }
         return Verdict::TRANSLATE;
     }
@@ -101,6 +104,17 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
         }
         decided => decided,
     }
+}
+
+/// Counts an answer that refuses what an entry of `HALF_OPEN` is about. False: it is not the first answer, or none at all.
+#[inline(always)]
+pub(crate) fn refused<F: Family, W: World<F>>(world: &W, meta: &FlowMeta) -> bool {
+    let is_first = meta.flags & flow_flags::REPLY != 0 && meta.state != flow_state::ANSWERED;
+    if is_first {
+        world.count(Reason::BackendRefused as u32);
+        world.count_refused(meta.service, meta.backend);
+    }
+    is_first
 }
 
 /// Whether the backend that a flow has had without an answer is still its service's.

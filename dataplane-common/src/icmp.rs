@@ -12,6 +12,7 @@ use crate::{
     answer,
     checksum::{self, diff16},
     exit::{Leave, leave},
+    half_open,
     packet::{Checksum, Packet},
     parse::{Fragment, Headers, Ipv4Header, UdpHeader, parse_ports},
     pipeline::{Context, Work, World},
@@ -86,7 +87,12 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
     match world.flow(&work.key) {
         Some(entry) => work.forward = *entry.flow(),
         None => match world.half_open(&work.key) {
-            Some(entry) => work.forward = *entry.flow(),
+            Some(entry) => {
+                work.forward = *entry.flow();
+                if is_port_unreachable::<F, P>(packet, &work.headers) {
+                    half_open::refused::<F, W>(world, F::meta(&work.forward));
+                }
+            }
             None => return Verdict::PASS,
         },
     }
@@ -102,6 +108,13 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
         Some(()) => verdict,
         None => Verdict::drop(Reason::RewriteFailed),
     }
+}
+
+/// Whether a host says that nothing listens at a port of its own (RFC 1122, 3.2.2.1; RFC 4443, 3.1).
+#[inline(always)]
+fn is_port_unreachable<F: Family, P: Packet>(packet: &P, headers: &Headers<F::Addr>) -> bool {
+    let kind = if F::VERSION == 4 { [3, 3] } else { [1, 4] };
+    packet.load::<[u8; 2]>(headers.l4()) == Some(kind)
 }
 
 /// An echo request at a TC hook; `NEXT` for everything else. Apart from [`process`], whose stack has no room for a call:

@@ -429,7 +429,7 @@ pub fn work<F: Family>() -> Work<F> {
         judged: Judged::default(),
         judged_first: Judged::default(),
         told: VerdictEvent::default(),
-        has_begun: 0,
+        noted: 0,
         unused: 0,
     }
 }
@@ -655,6 +655,10 @@ impl Env for Memory {
     fn count_connection(&self, service: u32, backend: u32) {
         self.traffic
             .add(service, backend, |traffic| traffic.connections += 1);
+    }
+
+    fn count_refused(&self, service: u32, backend: u32) {
+        self.traffic.add(service, backend, |traffic| traffic.refused += 1);
     }
 
     fn is_sampled(&self) -> bool {

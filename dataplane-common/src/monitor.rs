@@ -33,14 +33,17 @@ pub enum EventKind {
     TooBig,
     /// The first of a flow, sent to a backend.
     Begun,
+    /// The first answer to it, which refuses it.
+    RefusedByBackend,
 }
 
 impl EventKind {
-    pub const ALL: [EventKind; 4] = [
+    pub const ALL: [EventKind; 5] = [
         EventKind::Dropped,
         EventKind::Refused,
         EventKind::TooBig,
         EventKind::Begun,
+        EventKind::RefusedByBackend,
     ];
 }
 
@@ -58,10 +61,10 @@ pub struct Event {
     pub reason: u32,
     /// Index into `RULES` of the rule that denied the packet, or [`NO_RULE_INDEX`](crate::policy::NO_RULE_INDEX).
     pub rule: u32,
-    /// Of what began: index into `SERVICES` and into `BACKENDS`.
+    /// Of what began or was refused by its backend: index into `SERVICES` and into `BACKENDS`.
     pub service: u32,
     pub backend: u32,
-    /// What the packet of a flow that began becomes: IPv4 in the first word.
+    /// What the packet becomes then: IPv4 in the first word.
     pub src_be: AnyAddr,
     pub dst_be: AnyAddr,
     pub sport_be: u16,

@@ -123,8 +123,8 @@ pub struct Work<F: Family> {
     pub judged: Judged,
     pub judged_first: Judged,
     pub told: VerdictEvent,
-    /// 1: the packet is the first of a flow that has just begun. Whoever reads it sets it back.
-    pub has_begun: u32,
+    /// The [`EventKind`](crate::monitor::EventKind) of a packet that is to be translated, or 0. Whoever reads it sets it back.
+    pub noted: u32,
     pub unused: u32,
 }
 

@@ -49,6 +49,8 @@ reasons! {
     NoEndpoints = "no-endpoints",
     /// Refused: the endpoint that a pod's connected socket was given is gone (ICMP unreachable sent).
     EndpointGone = "endpoint-gone",
+    /// Refused: the endpoint itself refused a connection, by RST or ICMP port unreachable: nothing listens at its port.
+    BackendRefused = "backend-refused",
     /// Dropped: the service has no endpoint here and its traffic policy is Local.
     NoLocalEndpoints = "no-local-endpoints",
     /// Dropped: the client is in none of the service's source ranges.

@@ -119,6 +119,8 @@ pub trait Env {
     fn count_pod_drop(&self, ifindex: u32);
     /// Counts a connection that begins, at its service and its backend, if it has any.
     fn count_connection(&self, service: u32, backend: u32);
+    /// Counts one that its backend refuses.
+    fn count_refused(&self, service: u32, backend: u32);
     /// Whether the packet at hand is the one in [`SAMPLED`](crate::traffic::SAMPLED) that is counted.
     fn is_sampled(&self) -> bool;
     /// Counts a packet that is sampled, for all that are not.

@@ -1,8 +1,10 @@
 //! `SERVICE_TRAFFIC` and `BACKEND_TRAFFIC`: what goes over each service and each backend, by their indices.
 //!
-//! Connections are counted when they begin, each of them. Packets would each write to memory that all CPUs share, or take a place for
+//! Connections are counted when they begin, and when they are refused, each of them. Packets would each write to memory that all CPUs share, or take a place for
 //! each CPU and backend; one in [`SAMPLED`], at random, is counted, for that many. After n counted packets the standard error is about 1/√n: 1 % at
 //! 640,000 packets.
+
+use core::ops::AddAssign;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -12,9 +14,12 @@ pub const SAMPLED: u32 = 64;
 /// What has gone over a service or a backend since its place was given to it. Whoever gives a place to another sets all to 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Traffic {
     /// Connections, and flows of datagrams, that have begun.
     pub connections: u64,
+    /// Those whose first answer was a refusal: RST, or ICMP port unreachable.
+    pub refused: u64,
     /// Packets of clients, estimated. What is still to be cut (GSO) is one.
     pub packets_in: u64,
     /// Bytes of clients from the IP header on, estimated.
@@ -24,7 +29,7 @@ pub struct Traffic {
     pub bytes_out: u64,
 }
 
-const _: () = assert!(size_of::<Traffic>() == 40);
+const _: () = assert!(size_of::<Traffic>() == 48);
 const _: () = assert!(SAMPLED.is_power_of_two());
 
 /// A packet that is counted, in one number: functions that are verified apart have no other arguments.
@@ -48,6 +53,17 @@ impl Sample {
             bytes: (raw >> 1) as u32,
             is_reply: raw & 1 != 0,
         }
+    }
+}
+
+impl AddAssign for Traffic {
+    fn add_assign(&mut self, more: Self) {
+        self.connections += more.connections;
+        self.refused += more.refused;
+        self.packets_in += more.packets_in;
+        self.bytes_in += more.bytes_in;
+        self.packets_out += more.packets_out;
+        self.bytes_out += more.bytes_out;
     }
 }
 

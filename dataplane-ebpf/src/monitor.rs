@@ -83,10 +83,16 @@ pub fn concludes<F: Family, C: Watched>(
     work: &mut Work<F>,
     verdict: Verdict,
 ) {
-    let has_begun = work.has_begun != 0;
-    work.has_begun = 0;
+    const BEGUN: u32 = EventKind::Begun as u32;
+    const REFUSED: u32 = EventKind::RefusedByBackend as u32;
+    let noted = work.noted;
+    work.noted = 0;
     let kind = match verdict.action() {
-        Action::Translate if has_begun => EventKind::Begun,
+        Action::Translate => match noted {
+            BEGUN => EventKind::Begun,
+            REFUSED => EventKind::RefusedByBackend,
+            _ => return,
+        },
         Action::Refuse => EventKind::Refused,
         Action::TooBig => EventKind::TooBig,
         _ => return,
@@ -157,7 +163,8 @@ unsafe fn describe(event: *mut Event, what: What, ifindex: u32, protocol_be: u16
 unsafe fn describe_work<F: Family>(event: *mut Event, work: &Work<F>, what: What) {
     // SAFETY: the caller's.
     unsafe {
-        if what.kind == EventKind::Begun as u8 {
+        let is_refused = what.kind == EventKind::RefusedByBackend as u8;
+        if what.kind == EventKind::Begun as u8 || is_refused {
             let meta = F::meta(&work.forward);
             (*event).service = meta.service;
             (*event).backend = meta.backend;
@@ -166,7 +173,7 @@ unsafe fn describe_work<F: Family>(event: *mut Event, work: &Work<F>, what: What
             (*event).dst_be = F::to_any(*goes.dst);
             (*event).sport_be = goes.sport_be;
             (*event).dport_be = goes.dport_be;
-            (*event).reason = 0;
+            (*event).reason = if is_refused { Reason::BackendRefused as u32 } else { 0 };
         } else if what.kind == EventKind::TooBig as u8 {
             (*event).mtu = what.value as u16;
             (*event).reason = Reason::FragmentationNeeded as u32;

@@ -41,10 +41,7 @@ impl Agent {
             let service = self.service_load(&counts, &object, &placed);
             for endpoint in &service.endpoints {
                 if let Some(pod) = &endpoint.pod {
-                    pods.entry(pod.clone())
-                        .or_default()
-                        .traffic
-                        .add(&endpoint.traffic);
+                    pods.entry(pod.clone()).or_default().traffic += endpoint.traffic;
                 }
             }
             if is_short || service.traffic != Traffic::default() {
@@ -71,7 +68,7 @@ impl Agent {
     fn service_load(&self, counts: &TrafficTables, object: &ObjectRef, placed: &Placed) -> ServiceLoad {
         let mut traffic = Traffic::default();
         for index in &placed.services {
-            traffic.add(&counts.service(*index).into());
+            traffic += counts.service(*index);
         }
         let mut endpoints: Vec<EndpointLoad> = Vec::new();
         for (id, backend) in &placed.backends {
@@ -83,7 +80,7 @@ impl Agent {
                 at: SocketAddr::new(addr, owned.key.port),
                 pod: self.policies.pod_at(addr).map(ToString::to_string),
                 state: served::state(backend.head.state).to_owned(),
-                traffic: counts.backend(*id).into(),
+                traffic: counts.backend(*id),
             });
         }
         endpoints.sort_unstable_by_key(|endpoint| endpoint.at);

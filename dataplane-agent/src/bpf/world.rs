@@ -508,6 +508,8 @@ impl Env for World {
 
     fn count_connection(&self, _service: u32, _backend: u32) {}
 
+    fn count_refused(&self, _service: u32, _backend: u32) {}
+
     fn is_sampled(&self) -> bool {
         false
     }

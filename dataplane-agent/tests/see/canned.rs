@@ -27,6 +27,7 @@ impl Pace {
     fn traffic(self, seconds: u64) -> Traffic {
         Traffic {
             connections: self.connections * seconds,
+            refused: 0,
             packets_in: self.packets[0] * seconds,
             bytes_in: self.bytes[0] * seconds,
             packets_out: self.packets[1] * seconds,

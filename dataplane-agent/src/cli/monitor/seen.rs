@@ -27,7 +27,7 @@ use crate::{
 #[serde(rename_all = "kebab-case")]
 pub enum Word {
     Drop,
-    /// Answered as by a host with a closed port.
+    /// Answered as by a host with a closed port, or by an endpoint where nothing listens.
     Refuse,
     /// Larger than the path's MTU; its sender is told.
     TooBig,
@@ -145,20 +145,63 @@ fn ends_of<F: RewriteIp>(event: &Event) -> Ends {
 
 /// Whose names are of interest.
 pub fn addresses(event: &Event) -> impl Iterator<Item = IpAddr> + use<> {
-    let ends = ends(event);
-    let goes = endpoint(event).map(|(_, to)| to.ip());
-    [ends.from, ends.to, goes].into_iter().flatten()
+    let Flow { ends, behind } = Flow::of(event);
+    let endpoint = behind.map(|(_, to)| to.ip());
+    [ends.from, ends.to, endpoint].into_iter().flatten()
 }
 
-/// What the packet of a flow that begins becomes.
-fn endpoint(event: &Event) -> Option<(SocketAddr, SocketAddr)> {
-    let ip = |addr: AnyAddr| encode::ip(addr, event.family == 6);
-    (event.kind == EventKind::Begun as u8).then(|| {
-        (
+/// The flow that an event is about.
+#[derive(Clone, Copy, Debug)]
+struct Flow {
+    /// As its client sends it.
+    ends: Ends,
+    /// As its endpoint sees it, if it has been given one.
+    behind: Option<(SocketAddr, SocketAddr)>,
+}
+
+impl Flow {
+    fn of(event: &Event) -> Self {
+        let ends = ends(event);
+        let ip = |addr: AnyAddr| encode::ip(addr, event.family == 6);
+        let becomes = (
             SocketAddr::new(ip(event.src_be), u16::from_be(event.sport_be)),
             SocketAddr::new(ip(event.dst_be), u16::from_be(event.dport_be)),
-        )
-    })
+        );
+        if event.kind == EventKind::Begun as u8 {
+            return Self {
+                ends,
+                behind: Some(becomes),
+            };
+        }
+        if event.kind == EventKind::RefusedByBackend as u8 {
+            // What is seen is an answer.
+            let (asked, client) = becomes;
+            return Self {
+                ends: Ends {
+                    from: Some(client.ip()),
+                    to: Some(asked.ip()),
+                    ports: Some((client.port(), asked.port())),
+                    ..ends
+                },
+                behind: ends.asked().zip(ends.came()),
+            };
+        }
+        Self { ends, behind: None }
+    }
+}
+
+impl Ends {
+    /// Where it comes from.
+    fn came(&self) -> Option<SocketAddr> {
+        let (port, _) = self.ports?;
+        Some(SocketAddr::new(self.from?, port))
+    }
+
+    /// Where it is sent to.
+    fn asked(&self) -> Option<SocketAddr> {
+        let (_, port) = self.ports?;
+        Some(SocketAddr::new(self.to?, port))
+    }
 }
 
 fn protocol(number: u8) -> &'static str {
@@ -179,23 +222,19 @@ fn hook(number: u8) -> &'static str {
 
 impl Seen {
     pub fn of(event: &Event, names: &Names) -> Self {
+        let Flow { ends, behind } = Flow::of(event);
         let Ends {
             proto,
             from,
             to,
             ports,
-        } = ends(event);
+        } = ends;
         let pod = |addr: Option<IpAddr>| names.pod(addr?).cloned();
         let reason = Reason::ALL
             .get(event.reason as usize)
             .map(|reason| reason.label());
-        let goes = endpoint(event);
-        let asked = to.zip(ports).map(|(to, (_, port))| SocketAddr::new(to, port));
-        let came = from
-            .zip(ports)
-            .map(|(from, (port, _))| SocketAddr::new(from, port));
         let verdict = match EventKind::ALL.get(usize::from(event.kind)) {
-            Some(EventKind::Refused) => Word::Refuse,
+            Some(EventKind::Refused | EventKind::RefusedByBackend) => Word::Refuse,
             Some(EventKind::TooBig) => Word::TooBig,
             Some(EventKind::Begun) => Word::Translate,
             Some(EventKind::Dropped) | None => Word::Drop,
@@ -216,10 +255,15 @@ impl Seen {
             to,
             to_port: ports.map(|(_, to)| to),
             to_pod: pod(to),
-            service: asked.and_then(|asked| names.service(proto, asked)).cloned(),
-            endpoint: goes.map(|(_, to)| to),
-            endpoint_pod: pod(goes.map(|(_, to)| to.ip())),
-            client_as: goes.map(|(from, _)| from).filter(|from| Some(*from) != came),
+            service: ends
+                .asked()
+                .and_then(|asked| names.service(proto, asked))
+                .cloned(),
+            endpoint: behind.map(|(_, to)| to),
+            endpoint_pod: pod(behind.map(|(_, to)| to.ip())),
+            client_as: behind
+                .map(|(from, _)| from)
+                .filter(|from| Some(*from) != ends.came()),
             mtu: (verdict == Word::TooBig).then_some(event.mtu),
             length: event.length,
             by: None,
@@ -289,6 +333,9 @@ impl Seen {
         let mut text = self.reason.clone();
         if let Some(mtu) = self.mtu {
             let _infallible = write!(text, ": {} bytes, MTU {mtu}", self.length);
+        }
+        if let (Word::Refuse, Some(endpoint)) = (self.verdict, self.endpoint) {
+            let _infallible = write!(text, ": nothing listens at port {}", endpoint.port());
         }
         match &self.by {
             Some(By {

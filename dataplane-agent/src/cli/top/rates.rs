@@ -63,6 +63,7 @@ impl Interval {
     pub fn rate(self, before: &Traffic, now: &Traffic) -> Option<Rate> {
         let Traffic {
             connections,
+            refused: _,
             packets_in,
             bytes_in,
             packets_out,

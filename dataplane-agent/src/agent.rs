@@ -479,6 +479,13 @@ impl Agent {
                 let name = |addr| Some((addr, self.policies.pod_at(addr)?.to_string()));
                 let _gone = reply.send(addrs.into_iter().filter_map(name).collect());
             }
+            Ask::Nodes(addrs, reply) => {
+                let node = |addr| {
+                    let pod = self.index.pod(self.policies.pod_at(addr)?)?;
+                    Some((addr, pod.node.as_deref()?.to_owned()))
+                };
+                let _gone = reply.send(addrs.into_iter().filter_map(node).collect());
+            }
             Ask::EnforcedOf(pod, reply) => {
                 let _gone = reply.send(self.enforced_of(&pod));
             }

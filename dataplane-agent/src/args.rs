@@ -125,6 +125,17 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: Listing,
     },
+    /// Show each endpoint of each Service: where it is, its state and share of new connections, and how many connections have begun there
+    /// and how many it has refused, because nothing listens at its port. Without a running agent: by addresses.
+    Endpoints {
+        /// Only those of this Service: namespace/name.
+        service: Option<String>,
+        #[command(flatten)]
+        tables: Tables,
+        /// `wide`: with its node, its share of connections from outside, and packets and bytes, of which one packet in 64 is counted.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Listing,
+    },
     /// Say what policies have denied lately and by which rule, and what dry runs would have changed; with `--verdicts all` of
     /// `run`, what they have allowed too. Without a running agent: what waits for one, by addresses, and stays.
     Verdicts {

@@ -114,6 +114,8 @@ pub enum Ask {
     Explain(Query, oneshot::Sender<Answered>),
     /// Whose these addresses are.
     Names(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
+    /// On which nodes the Pods with these addresses are.
+    Nodes(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
     /// What policies do here.
@@ -251,7 +253,8 @@ impl Health {
                 Some(load) => Answer::of_health(true, to_json(&load)),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
-            "/names" => self.names(uri).await,
+            "/names" => self.of_addresses(uri, Ask::Names).await,
+            "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
             "/policy-names" => self.policy_names(uri).await,
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
@@ -288,12 +291,16 @@ impl Health {
         }
     }
 
-    /// Which of the addresses in a path are Pods', and of which.
-    async fn names(&self, uri: &Uri) -> Answer {
+    /// What is known of those addresses in a path that are Pods'.
+    async fn of_addresses(
+        &self,
+        uri: &Uri,
+        question: fn(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>) -> Ask,
+    ) -> Answer {
         let list = text(uri, "of").unwrap_or_default().split(',');
         let addrs = list.filter_map(|addr| addr.parse().ok()).collect();
-        match self.ask(|reply| Ask::Names(addrs, reply)).await {
-            Some(names) => Answer::of_health(true, to_json(&names)),
+        match self.ask(|reply| question(addrs, reply)).await {
+            Some(known) => Answer::of_health(true, to_json(&known)),
             None => Answer::of_health(false, "{}\n".to_owned()),
         }
     }

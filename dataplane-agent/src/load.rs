@@ -32,7 +32,7 @@ pub struct ServiceLoad {
     pub endpoints: Vec<EndpointLoad>,
 }
 
-/// An endpoint, with what all Services have sent there.
+/// An endpoint, with what its Service has sent there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointLoad {
     pub at: SocketAddr,

@@ -22,6 +22,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("status.json", &["status", "-o", "json"]),
     ("services.txt", &["services", "-o", "wide"]),
     ("services.json", &["services", "-o", "json"]),
+    ("endpoints.txt", &["endpoints", "-o", "wide"]),
+    ("endpoints.json", &["endpoints", "-o", "json"]),
     ("policies.json", &["policies", "-o", "json"]),
     ("verdicts.json", &["verdicts", "-o", "json"]),
     ("flows.json", &["flows", "-o", "json"]),

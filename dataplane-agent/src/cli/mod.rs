@@ -5,6 +5,7 @@ pub mod ask;
 pub mod bugreport;
 pub mod check;
 pub mod cleanup;
+pub mod endpoints;
 pub mod explain;
 pub mod flows;
 pub mod log;
@@ -82,6 +83,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             };
             services::run(&asked, output)?;
         }
+        Command::Endpoints {
+            service,
+            tables,
+            output,
+        } => endpoints::run(service.as_deref(), tables.places(), output)?,
         Command::Policies { pod, tables, output } => match pod {
             Some(pod) => policies::run_for(&pod, tables.places(), output)?,
             None => policies::run(tables.places(), output)?,

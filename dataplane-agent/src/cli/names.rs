@@ -21,6 +21,8 @@ const AT_ONCE: usize = 100;
 #[derive(Debug, Default)]
 pub struct Names {
     pods: HashMap<IpAddr, String>,
+    /// The nodes of these Pods.
+    nodes: HashMap<IpAddr, String>,
     /// By [`served::at`].
     services: HashMap<String, String>,
 }
@@ -49,20 +51,29 @@ impl Names {
         addrs: impl Iterator<Item = IpAddr>,
         within: Duration,
     ) -> anyhow::Result<()> {
-        let addrs: Vec<IpAddr> = addrs.collect::<BTreeSet<_>>().into_iter().collect();
-        for some in addrs.chunks(AT_ONCE) {
-            let list: Vec<String> = some.iter().map(ToString::to_string).collect();
-            let path = format!("/names?of={}", list.join(","));
-            let known: HashMap<IpAddr, String> = ask::reach_within(socket, &path, within)?.value()?;
-            self.pods.extend(known);
-        }
-        Ok(())
+        learn(&mut self.pods, socket, "names", addrs, within)
+    }
+
+    /// Asks the agent on which nodes the Pods with these addresses are, each time `within`.
+    pub fn learn_nodes(
+        &mut self,
+        socket: &Path,
+        addrs: impl Iterator<Item = IpAddr>,
+        within: Duration,
+    ) -> anyhow::Result<()> {
+        learn(&mut self.nodes, socket, "nodes", addrs, within)
     }
 
     /// `namespace/name`.
     #[must_use]
     pub fn pod(&self, addr: IpAddr) -> Option<&String> {
         self.pods.get(&addr)
+    }
+
+    /// The node of the Pod with an address.
+    #[must_use]
+    pub fn node(&self, addr: IpAddr) -> Option<&String> {
+        self.nodes.get(&addr)
     }
 
     /// `svc/namespace/name`, or what else is there: at its own address first, then the node ports.
@@ -89,4 +100,22 @@ impl Names {
     pub fn name_service(&mut self, at: &str, name: &str) {
         self.services.insert(at.to_owned(), name.to_owned());
     }
+}
+
+/// Asks the agent for what `path` has of these addresses, each time `within`.
+fn learn(
+    known: &mut HashMap<IpAddr, String>,
+    socket: &Path,
+    path: &str,
+    addrs: impl Iterator<Item = IpAddr>,
+    within: Duration,
+) -> anyhow::Result<()> {
+    let addrs: Vec<IpAddr> = addrs.collect::<BTreeSet<_>>().into_iter().collect();
+    for some in addrs.chunks(AT_ONCE) {
+        let list: Vec<String> = some.iter().map(ToString::to_string).collect();
+        let path = format!("/{path}?of={}", list.join(","));
+        let said: HashMap<IpAddr, String> = ask::reach_within(socket, &path, within)?.value()?;
+        known.extend(said);
+    }
+    Ok(())
 }

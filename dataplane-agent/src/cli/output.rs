@@ -51,6 +51,11 @@ pub fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String
     text
 }
 
+/// A share, from 0 to 1.
+pub fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
+}
+
 /// A table of problems, whose reasons stand below `because`.
 pub fn problems(problems: &[Problem], because: &str) -> String {
     let rows = problems.iter().map(|problem| {

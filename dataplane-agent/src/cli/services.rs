@@ -8,10 +8,11 @@ use serde::Serialize;
 use super::{
     alone::{self, Places},
     ask,
-    output::{self, Output, table},
+    output::{self, Output, percent, table},
     pinned,
 };
 use crate::{
+    bpf::pins::Pins,
     compile::FrontendAddr,
     served::{self, Clients, Condition, Problem, Served},
     store::{
@@ -117,44 +118,67 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
 }
 
 /// What the pinned tables hold.
-struct Tables {
-    frontends: Vec<TableFrontend>,
-    flows: Vec<Flow>,
+pub(super) struct Tables {
+    pub frontends: Vec<TableFrontend>,
+    pub flows: Vec<Flow>,
+}
+
+/// Flows by protocol and backend, half-open ones left out.
+pub(super) type FlowsOf<'a> = HashMap<(u8, SocketAddr), Vec<&'a Flow>>;
+
+/// Whether a flow began at a frontend.
+pub(super) fn began_at(flow: &Flow, at: &FrontendAddr) -> bool {
+    let FrontendAddr { addr, port, proto } = *at;
+    flow.proto == proto.number()
+        && flow.asked.port() == port
+        && flow.asked.is_ipv4() == addr.is_ipv4()
+        && (addr.is_unspecified() || flow.asked.ip() == addr)
+}
+
+/// What is said of a Service that nobody knows.
+pub(super) fn unknown(service: &str) -> String {
+    format!(
+        "no Service {service} is served here, and none is refused: `kubectl get service` says whether there is one"
+    )
 }
 
 impl Tables {
     fn read(bpffs: &Path) -> anyhow::Result<Self> {
         let pins = pinned(bpffs)?;
-        let store = BpfStore::open(&pins)?;
+        Self::of(&pins, &BpfStore::open(&pins)?)
+    }
+
+    pub fn of(pins: &Pins, store: &BpfStore) -> anyhow::Result<Self> {
         Ok(Self {
-            frontends: read(&store).context("failed to read the pinned tables")?,
-            flows: flows::read(&pins).context("failed to read the tables of flows")?,
+            frontends: read(store).context("failed to read the pinned tables")?,
+            flows: flows::read(pins).context("failed to read the tables of flows")?,
         })
     }
 
-    /// Frontends in words, with the same key as the agent's.
-    fn shown(&self) -> Vec<((String, bool), Vec<ShownBackend>)> {
-        let mut of_backend: HashMap<(u8, SocketAddr), Vec<&Flow>> = HashMap::new();
+    pub fn flows_of_backends(&self) -> FlowsOf<'_> {
+        let mut of_backend = FlowsOf::new();
         for flow in self.flows.iter().filter(|flow| flow.state != FlowState::HalfOpen) {
             of_backend
                 .entry((flow.proto, flow.backend))
                 .or_default()
                 .push(flow);
         }
+        of_backend
+    }
+
+    /// Frontends in words, with the same key as the agent's.
+    fn shown(&self) -> Vec<((String, bool), Vec<ShownBackend>)> {
+        let of_backend = self.flows_of_backends();
         let shown = self.frontends.iter().map(|frontend| {
-            let FrontendAddr { addr, port, proto } = frontend.at;
-            let is_here = |flow: &&&Flow| {
-                flow.asked.port() == port
-                    && flow.asked.is_ipv4() == addr.is_ipv4()
-                    && (addr.is_unspecified() || flow.asked.ip() == addr)
-            };
+            let proto = frontend.at.proto.number();
+            let is_here = |flow: &&&Flow| began_at(flow, &frontend.at);
             let backends = frontend.backends.iter().map(|backend| ShownBackend {
                 at: backend.addr,
                 state: backend.state(),
                 local: backend.local,
-                share: f64::from(backend.slots) / f64::from(backend.of.max(1)),
+                share: backend.share(),
                 flows: of_backend
-                    .get(&(proto.number(), backend.addr))
+                    .get(&(proto, backend.addr))
                     .map_or(0, |flows| flows.iter().filter(is_here).count()),
             });
             ((served::at(&frontend.at), frontend.external), backends.collect())
@@ -231,7 +255,8 @@ impl Shown {
         self.problems.retain(|one| one.object == object);
         anyhow::ensure!(
             !self.objects.is_empty() || !self.problems.is_empty(),
-            "no Service {service} is served here, and none is refused: `kubectl get service` says whether there is one"
+            "{}",
+            unknown(service)
         );
         Ok(())
     }
@@ -272,7 +297,7 @@ fn rows(object: &str, frontend: &ShownFrontend, is_wide: bool) -> Vec<Vec<String
             if backend.local { "here" } else { "" }.to_owned(),
             backend.at.to_string(),
             backend.state.to_owned(),
-            format!("{:.1} %", backend.share * 100.0),
+            percent(backend.share),
             backend.flows.to_string(),
         ]
     }));
@@ -317,6 +342,7 @@ mod tests {
             local: last == 1,
             slots,
             of: 4,
+            id: u32::from(last),
         };
         let frontend = |external| TableFrontend {
             at: FrontendAddr {
@@ -326,6 +352,7 @@ mod tests {
             },
             external,
             backends: vec![backend(1, 1), backend(2, 3)],
+            owner: 7,
         };
         let flow = |last: u8, state| Flow {
             proto: 6,

@@ -1,7 +1,7 @@
 //! `top`: what goes over Services and Pods now, and what is dropped; on a screen, or once for a script.
 
 mod draw;
-mod numbers;
+pub mod numbers;
 mod rates;
 mod state;
 #[cfg(test)]

@@ -1,16 +1,17 @@
-//! What the tables serve, read as the kernel side reads them: frontend → service → slice of `MAGLEV` → backends. For commands:
-//! no agent has to run.
+//! What the tables serve, read as the kernel side reads them: frontend → service → slice of `MAGLEV` → backends; and the backends
+//! of each Service, also those that no slice has any more. For commands: no agent has to run.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use dataplane_common::{
-    backend::{backend_flags, backend_state},
+    backend::{Backend, backend_flags, backend_state},
     service::{Scope, ServiceHead, TABLE_SIZES},
 };
 
 use super::{Store, StoreError};
 use crate::{
     compile::FrontendAddr,
+    model::Protocol,
     sync::{encode, find_slice},
 };
 
@@ -23,6 +24,8 @@ pub struct TableFrontend {
     pub external: bool,
     /// By address.
     pub backends: Vec<TableBackend>,
+    /// Whose it is, as [`encode::owner`] has it.
+    pub owner: u32,
 }
 
 /// A backend of a frontend.
@@ -37,6 +40,7 @@ pub struct TableBackend {
     pub slots: u32,
     /// Slots that the table has.
     pub of: u32,
+    pub id: u32,
 }
 
 impl TableBackend {
@@ -44,6 +48,52 @@ impl TableBackend {
     pub fn state(&self) -> &'static str {
         state(self.state)
     }
+
+    /// Of new connections, from 0 to 1.
+    #[must_use]
+    pub fn share(&self) -> f64 {
+        f64::from(self.slots) / f64::from(self.of.max(1))
+    }
+}
+
+/// A backend of a Service, or of a Pod with host ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableEndpoint {
+    pub id: u32,
+    /// Whose it is, as [`encode::owner`] has it.
+    pub owner: u32,
+    pub addr: SocketAddr,
+    pub proto: Protocol,
+    /// One of [`backend_state`].
+    pub state: u8,
+    /// A pod or process of this node.
+    pub local: bool,
+}
+
+/// Every endpoint to which connections go or may go on.
+pub fn endpoints(store: &dyn Store) -> Result<Vec<TableEndpoint>, StoreError> {
+    let mut endpoints = Vec::new();
+    for id in 0..store.limits().backends {
+        let backend = store.read_backend(id)?;
+        let Some(owned) =
+            encode::owned_backend(&backend).filter(|_| backend.head.state != backend_state::GONE)
+        else {
+            continue;
+        };
+        endpoints.push(TableEndpoint {
+            id,
+            owner: owned.owner,
+            addr: SocketAddr::new(owned.key.addr, owned.key.port),
+            proto: owned.key.proto,
+            state: backend.head.state,
+            local: is_local(&backend),
+        });
+    }
+    Ok(endpoints)
+}
+
+fn is_local(backend: &Backend) -> bool {
+    backend.head.flags & (backend_flags::LOCAL | backend_flags::HOST) != 0
 }
 
 /// A [`backend_state`] in a word.
@@ -73,6 +123,7 @@ pub fn read(store: &dyn Store) -> Result<Vec<TableFrontend>, StoreError> {
             at,
             external: scope == Scope::External,
             backends,
+            owner: value.owner,
         });
     }
     frontends.sort();
@@ -109,9 +160,10 @@ fn backends(store: &dyn Store, head: ServiceHead) -> Result<Vec<TableBackend>, S
                     u16::from_be(backend.head.port_be),
                 ),
                 state: backend.head.state,
-                local: backend.head.flags & (backend_flags::LOCAL | backend_flags::HOST) != 0,
+                local: is_local(&backend),
                 slots,
                 of,
+                id,
             })
         })
         .collect()

@@ -157,6 +157,7 @@ fn names(stage: &Stage) -> Result<()> {
     let unknown = "names are known to a running agent alone";
     refused(stage, &["policies", "shop/back1"], unknown)?;
     refused(stage, &["services", "shop/back"], unknown)?;
+    refused(stage, &["endpoints", "shop/back"], unknown)?;
     let problems = "problems are known to a running agent alone";
     refused(stage, &["services", "--problems"], problems)?;
     for (from, to) in [("shop/front", "10.244.1.21"), ("10.244.1.11", "svc/shop/back")] {

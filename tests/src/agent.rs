@@ -243,17 +243,31 @@ impl Agents {
         self.run(node, &[arguments, &["--socket", &socket]].concat())
     }
 
+    /// The same for one that goes on until it is told to stop; its output is for the caller to read.
+    pub fn going_on(&self, node: &str, arguments: &[&str]) -> Result<Child> {
+        let socket = self.of(node)?.socket.display().to_string();
+        let mut command = self.program(node, &[arguments, &["--socket", &socket]].concat())?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .spawn()
+            .with_context(|| format!("failed to start {arguments:?}"))
+    }
+
     /// Runs a command of the agent's program on a node.
     pub fn run(&self, node: &str, arguments: &[&str]) -> Result<Output> {
+        self.program(node, arguments)?
+            .output()
+            .with_context(|| format!("failed to run {arguments:?}"))
+    }
+
+    fn program(&self, node: &str, arguments: &[&str]) -> Result<Command> {
         let agent = self.of(node)?;
         let (netns, cgroup) = &agent.enter;
         let mut command = agent
             .helper
             .enter(netns, &cgroup.join("host"), &self.options.program);
-        command
-            .args(arguments)
-            .output()
-            .with_context(|| format!("failed to run {arguments:?}"))
+        command.args(arguments);
+        Ok(command)
     }
 
     /// What the agent of a node answers on its socket.

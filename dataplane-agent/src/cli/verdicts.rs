@@ -1,7 +1,7 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::{thread, time::Duration};
+use std::time::Duration;
 
 use anyhow::Context;
 use dataplane_common::{
@@ -9,6 +9,10 @@ use dataplane_common::{
     reason::Reason,
 };
 use jiff::Timestamp;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time,
+};
 
 use super::{
     alone::{self, Places},
@@ -23,25 +27,33 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// By so much two readings of the time of one event may differ.
 const JITTER: Duration = Duration::from_millis(5);
 
-/// Prints what the agent has kept, or where none answers what none has taken yet; and with `follow` what comes.
+/// Prints what the agent has kept, or where none answers what none has taken yet; and with `follow` what comes, until it is told to
+/// stop.
 pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
     let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
-    let mut is_first = true;
-    loop {
-        let told = teller.next(places)?;
-        if is_first || !told.is_empty() {
-            let text = match output {
-                Output::Json => lines(&told)?,
-                Output::Table => render(&told),
-            };
-            print(&text)?;
-        }
-        if !follow {
-            return Ok(());
-        }
-        is_first = false;
-        thread::sleep(PAUSE);
+    if !follow {
+        return show(&teller.next(places)?, output);
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("failed to start the runtime")?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        loop {
+            show(&teller.next(places)?, output)?;
+            tokio::select! {
+                () = time::sleep(PAUSE) => {}
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+            }
+        }
+    })
+}
+
+fn show(told: &[Told], output: Output) -> anyhow::Result<()> {
+    print(&match output {
+        Output::Json => lines(told)?,
+        Output::Table => render(told),
+    })
 }
 
 /// Who tells. Agents come and go while verdicts are followed.

@@ -2,6 +2,7 @@
 
 mod alone;
 mod explained;
+mod followed;
 mod sources;
 mod stage;
 

@@ -42,7 +42,7 @@ use crate::{
     events::Recorder,
     health::{self, Ask, Health, Progress, node_ports},
     host::{HostState, Kernel, WantedPods},
-    metrics::{Metrics, kernel_side::KernelSide},
+    metrics::{Metrics, kernel_side::KernelSide, services::Counting},
     model::{Dirty, Index, Kind, Object, ObjectRef, Origin, Pod, Rejected},
     source::{self, Batch, Change, Source, kube::state::State},
     store::{Store, StoreError},
@@ -256,6 +256,8 @@ pub struct Agent {
     progress: watch::Sender<Progress>,
     health_checks: node_ports::Servers,
     metrics: Metrics,
+    /// Where single Services have metrics.
+    counting: Option<Counting>,
     events: Recorder,
     /// When endpoints changed that are not programmed yet, in nanoseconds since 1970.
     triggers: Vec<i64>,
@@ -328,6 +330,7 @@ impl Agent {
             progress,
             health_checks,
             events: Recorder::new(metrics.clone()),
+            counting: (config.service_metrics > 0).then(|| Counting::new(config.service_metrics as usize)),
             metrics,
             triggers: Vec::new(),
             origins: HashMap::new(),
@@ -468,6 +471,9 @@ impl Agent {
             }
             Ask::Load(reply) => {
                 let _gone = reply.send(self.load());
+            }
+            Ask::OverServices(reply) => {
+                let _gone = reply.send(self.over_services());
             }
             Ask::Served(reply) => {
                 let _gone = reply.send(self.served());

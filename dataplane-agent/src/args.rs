@@ -326,6 +326,10 @@ struct Settings {
     /// Where /metrics is served, or `off` [default: 127.0.0.1:10249].
     #[arg(long, env = "DATAPLANE_METRICS_BIND_ADDRESS")]
     metrics_bind_address: Option<ListenAddr>,
+    /// Give so many Services metrics of their own, those over which most connections go first; each keeps them until it is gone, and all
+    /// others are counted together. 0 to 10000; six series each [default: 0, which means no metrics of Services].
+    #[arg(long, env = "DATAPLANE_SERVICE_METRICS", value_name = "SERVICES")]
+    service_metrics: Option<u32>,
     /// The unix socket of `wait` [default: /run/dataplane/agent.sock].
     #[arg(long, env = "DATAPLANE_SOCKET")]
     socket: Option<PathBuf>,
@@ -491,7 +495,7 @@ macro_rules! first_set {
 impl Settings {
     fn or(self, other: Settings) -> Settings {
         first_set!(self, other:
-            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, policy_mode, source_check, verdicts, max_frontends, max_services, max_backends, max_maglev,
+            node_name, source, manifests, kubeconfig, apiserver, device, bpffs, cgroup, health_addr, metrics_bind_address, service_metrics, socket, socket_lb, datapath, fast_path, snat_ports, node_ports, node_port_addresses, localhost_node_ports, service_echo, external_ips, source_ranges_for, policy_changes, policy_mode, source_check, verdicts, max_frontends, max_services, max_backends, max_maglev,
             max_source_ranges, max_affinity, max_flows, max_half_open, max_datagrams, max_held_fragments, max_sockets, max_addresses, max_devices,
             max_policy_peers, max_policy_ranges, max_policy_rules, max_policy_flows, debug_log,
         )
@@ -530,6 +534,7 @@ impl Settings {
             cgroup,
             health_addr,
             metrics_bind_address,
+            service_metrics,
             socket,
             socket_lb,
             datapath,
@@ -577,6 +582,7 @@ impl Settings {
             cgroup,
             health_addr: ListenAddr::of(health_addr, HEALTH_ADDR),
             metrics_addr: ListenAddr::of(metrics_bind_address, METRICS_ADDR),
+            service_metrics: bounded("service-metrics", service_metrics.unwrap_or(0), METRICS_AT_MOST)?,
             socket: socket.unwrap_or_else(|| SOCKET.into()),
             socket_lb: socket_lb.unwrap_or(SocketLb::Auto),
             datapath: datapath.unwrap_or(DatapathMode::Auto),
@@ -716,6 +722,8 @@ fn parse_node_port_addresses(texts: &[String]) -> anyhow::Result<NodePortAddress
     cidrs.map(NodePortAddresses::Within)
 }
 
+/// A page of 60,000 series is as much as a scrape should carry.
+const METRICS_AT_MOST: u32 = 10_000;
 /// What fits into the kernel's arithmetic and into memory that a node may have: 2^24 rows that the agent keeps, 2^28
 /// elements (2 GiB) of Maglev tables, 2^26 flows (8 GiB and more), 2^22 rules (some 400 MiB).
 const ROWS_AT_MOST: u32 = 1 << 24;
@@ -728,6 +736,10 @@ const HELD_AT_MOST: u32 = 1 << 20;
 fn size(flag: &str, value: Option<u32>, default: u32, at_most: u32) -> anyhow::Result<u32> {
     let value = value.unwrap_or(default);
     anyhow::ensure!(value > 1, "--{flag} {value} is too small: 2 at the least");
+    bounded(flag, value, at_most)
+}
+
+fn bounded(flag: &str, value: u32, at_most: u32) -> anyhow::Result<u32> {
     anyhow::ensure!(
         value <= at_most,
         "--{flag} {value} is too large: {at_most} at the most"
@@ -895,6 +907,10 @@ mod tests {
                 "--max-sockets 100000000 is too large: 67108864",
             ),
             (["--max-maglev", "4294967296"], "--max-maglev"),
+            (
+                ["--service-metrics", "10001"],
+                "--service-metrics 10001 is too large: 10000",
+            ),
         ] {
             let error = refused(&[&base[..], &arguments].concat());
             assert!(error.contains(expected), "{arguments:?}: {error}");

@@ -30,6 +30,8 @@ pub struct Config {
     pub health_addr: Option<SocketAddr>,
     /// Where `/metrics` is served; `None`: nowhere.
     pub metrics_addr: Option<SocketAddr>,
+    /// So many Services have metrics of their own.
+    pub service_metrics: u32,
     /// The unix socket of `wait`.
     pub socket: PathBuf,
     pub socket_lb: SocketLb,

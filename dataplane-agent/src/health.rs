@@ -28,6 +28,7 @@ use crate::{
     host::Claim,
     load::Load,
     logging,
+    metrics::services::OverServices,
     model::{Name, policy::Direction},
     served::{Condition, Served},
     source::{Rescan, kube::state::State},
@@ -110,6 +111,8 @@ pub enum Ask {
     Served(oneshot::Sender<Served>),
     /// What goes over Services, endpoints and Pods.
     Load(oneshot::Sender<Load>),
+    /// What has gone over single Services, for `/metrics`; `None` where that is switched off.
+    OverServices(oneshot::Sender<Option<OverServices>>),
     /// What the tables say of a flow.
     Explain(Query, oneshot::Sender<Answered>),
     /// Whose these addresses are.
@@ -339,6 +342,11 @@ impl Health {
     /// What policies do here; `None`: the loop has ended.
     pub async fn enforced(&self) -> Option<Enforced> {
         self.ask(Ask::Enforced).await
+    }
+
+    /// What has gone over single Services; `None`: that is switched off, or the loop has ended.
+    pub async fn over_services(&self) -> Option<OverServices> {
+        self.ask(Ask::OverServices).await.flatten()
     }
 
     /// Asks the loop; `None`: it has ended.

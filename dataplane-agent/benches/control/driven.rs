@@ -91,6 +91,7 @@ fn config(place: &Place, node: &str, sizes: Sizes) -> Config {
         cgroup: None,
         health_addr: None,
         metrics_addr: None,
+        service_metrics: 0,
         socket: place.work.join("agent.sock"),
         socket_lb: SocketLb::Off,
         datapath: DatapathMode::Tc,

@@ -8,7 +8,7 @@ use super::Agent;
 use crate::{
     bpf::counters,
     load::{EndpointLoad, IDLE_AT_MOST, Load, PodLoad, ServiceLoad, Traffic},
-    metrics::kernel_side,
+    metrics::{kernel_side, services::OverServices},
     model::ObjectRef,
     store::{served, traffic::TrafficTables},
     sync::{Placed, encode},
@@ -63,6 +63,22 @@ impl Agent {
                 .map(|(reason, count)| (reason.label().to_owned(), count))
                 .collect(),
         })
+    }
+
+    /// What has gone over single Services, where they have metrics; without news where the tables cannot be read.
+    pub(super) fn over_services(&mut self) -> Option<OverServices> {
+        let (counting, tables) = (self.counting.as_mut()?, self.tables.as_ref()?);
+        let over = tokio::task::block_in_place(|| {
+            let counts = TrafficTables::open(&tables.pins)?;
+            let indices = 0..self.syncer.service_indices();
+            let counted = indices.map(|index| counts.service(index)).collect();
+            let owner = |index| self.syncer.service_owner(index);
+            Ok(counting
+                .take(counted, owner, |name| self.index.has_service(name))
+                .clone())
+        });
+        over.inspect_err(|error: &io::Error| tracing::warn!(%error, "failed to read what goes over Services"))
+            .ok()
     }
 
     fn service_load(&self, counts: &TrafficTables, object: &ObjectRef, placed: &Placed) -> ServiceLoad {

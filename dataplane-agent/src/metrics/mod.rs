@@ -1,11 +1,12 @@
 //! What Prometheus reads at `/metrics`: kube-proxy's names where they exist, so that alerts on them keep working, ours
-//! beside them. Every label takes one of a few values, which are known at build time, but for those that name a policy.
+//! beside them. Every label takes one of a few values, which are known at build time, but for those that name a policy or, where that is switched on, a Service.
 //!
-//! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks, and [`policies`] is
-//! asked of the loop.
+//! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks, and [`policies`] and
+//! [`services`] are asked of the loop.
 
 pub mod kernel_side;
 pub mod policies;
+pub mod services;
 pub mod source;
 
 use std::{
@@ -22,6 +23,7 @@ use prometheus::{
 };
 use tokio::time;
 
+use services::OverServices;
 use source::SourceMetrics;
 
 use crate::{
@@ -257,9 +259,14 @@ impl Metrics {
     }
 
     /// The page, in Prometheus' text format.
-    pub fn page(&self, enforced: Option<&Enforced>) -> prometheus::Result<String> {
+    pub fn page(
+        &self,
+        enforced: Option<&Enforced>,
+        over_services: Option<&OverServices>,
+    ) -> prometheus::Result<String> {
         let mut families = self.registry.gather();
         families.extend(enforced.into_iter().flat_map(policies::families));
+        families.extend(over_services.into_iter().flat_map(OverServices::families));
         let mut page = Vec::new();
         TextEncoder::new().encode(&families, &mut page)?;
         Ok(String::from_utf8_lossy(&page).into_owned())
@@ -276,8 +283,10 @@ impl Metrics {
                 }
                 let (metrics, agent) = &*metrics;
                 let enforced = agent.enforced().await;
+                let over_services = agent.over_services().await;
                 // Reading maps takes the kernel a moment.
-                let page = tokio::task::block_in_place(|| metrics.page(enforced.as_ref()));
+                let page =
+                    tokio::task::block_in_place(|| metrics.page(enforced.as_ref(), over_services.as_ref()));
                 page.map_or_else(|_| Answer::of_health(false, "{}\n".to_owned()), Answer::text)
             }
         };
@@ -369,7 +378,7 @@ mod tests {
         };
         let subject = Subject::from("backend 10.0.0.1:80/TCP".to_owned());
         metrics.count_problems(&count(some.iter(), [(&subject, &full)].into_iter()));
-        let page = metrics.page(None).unwrap();
+        let page = metrics.page(None, None).unwrap();
         let problems = |kind, cause| {
             value(
                 &page,
@@ -381,7 +390,7 @@ mod tests {
         assert_eq!(problems("none", "table-full"), Some(1.0));
         assert_eq!(problems("Pod", "invalid"), Some(0.0));
         metrics.count_problems(&BTreeMap::new());
-        let page = metrics.page(None).unwrap();
+        let page = metrics.page(None, None).unwrap();
         let series = "dataplane_problems{cause=\"conflict\",kind=\"Service\"}";
         assert_eq!(value(&page, series), Some(0.0));
     }
@@ -392,7 +401,7 @@ mod tests {
         metrics.sync_duration.observe(0.003);
         metrics.synced();
         metrics.changed(Kind::Service);
-        let page = metrics.page(None).unwrap();
+        let page = metrics.page(None, None).unwrap();
         assert_eq!(
             value(&page, "kubeproxy_sync_proxy_rules_duration_seconds_count"),
             Some(1.0)
@@ -448,7 +457,9 @@ mod tests {
         metrics
             .add(kernel_side::KernelSide::new(std::path::Path::new("/nonexistent")))
             .unwrap();
-        let page = metrics.page(Some(&policies::tests::enforced())).unwrap();
+        let page = metrics
+            .page(Some(&policies::tests::enforced()), Some(&services::tests::over()))
+            .unwrap();
         said_by(&promtool, &["check", "metrics"], &page).unwrap();
         let wrong = page.replace(
             "# TYPE dataplane_table_writes_total counter",
@@ -502,6 +513,7 @@ mod tests {
         families.retain(|family| !family.name().starts_with("dataplane_table_limit"));
         families.extend(kernel_side::families(&[], &[table]));
         families.extend(policies::families(&policies::tests::enforced()));
+        families.extend(services::tests::over().families());
         let mut rows: Vec<String> = families
             .iter()
             .map(|family| {

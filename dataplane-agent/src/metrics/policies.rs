@@ -71,7 +71,9 @@ pub(super) mod tests {
 
     #[test]
     fn rules_that_have_decided_have_their_series() {
-        let page = crate::metrics::Metrics::new().page(Some(&enforced())).unwrap();
+        let page = crate::metrics::Metrics::new()
+            .page(Some(&enforced()), None)
+            .unwrap();
         let lines = page.lines().filter(|line| line.contains("shop/db"));
         assert_eq!(
             lines.collect::<Vec<_>>(),

@@ -242,6 +242,10 @@ impl Index {
     }
 
     /// Every Service, in the order of their names.
+    pub fn has_service(&self, name: &Name) -> bool {
+        self.services.contains_key(name)
+    }
+
     pub fn services(&self) -> impl Iterator<Item = Service> {
         self.services.iter().map(|(name, service)| unpack(name, service))
     }

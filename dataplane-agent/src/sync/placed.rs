@@ -17,6 +17,19 @@ pub struct Placed {
 }
 
 impl Syncer {
+    /// No service has had an index from here on.
+    pub fn service_indices(&self) -> u32 {
+        self.programmed.service_ids.end()
+    }
+
+    /// Who has an index of `SERVICES`, or had it last.
+    pub fn service_owner(&self, index: u32) -> Option<ObjectRef> {
+        match self.programmed.service_ids.name(index)? {
+            ServiceId::Known(key) => Some(key.owner.clone()),
+            ServiceId::Found(_) => None,
+        }
+    }
+
     /// Of every object that is wanted, in no order.
     pub fn placed(&self, store: &dyn Store) -> Vec<(ObjectRef, Placed)> {
         let mut backends: HashMap<u32, Vec<(u32, Backend)>> = HashMap::new();

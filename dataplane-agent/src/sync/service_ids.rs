@@ -30,6 +30,16 @@ impl ServiceIds {
         self.ids.get(id, |index| name(&self.names, index))
     }
 
+    /// Who has an index, or had it last.
+    pub fn name(&self, index: u32) -> Option<&ServiceId> {
+        self.names.get(index as usize)?.as_ref()
+    }
+
+    /// Nobody has had an index from here on.
+    pub fn end(&self) -> u32 {
+        u32::try_from(self.names.len()).unwrap_or(u32::MAX)
+    }
+
     pub fn used(&self) -> usize {
         self.ids.used()
     }

@@ -137,6 +137,7 @@ impl Node {
             cgroup: Some(self.places.cgroup.clone()),
             health_addr: None,
             metrics_addr: None,
+            service_metrics: 0,
             socket: self.places.work.join("wait.sock"),
             socket_lb: SocketLb::Auto,
             datapath: DatapathMode::Xdp,

@@ -12,7 +12,11 @@ use std::{
 };
 
 use anyhow::Context;
-use hyper::{StatusCode, Uri};
+use hyper::{
+    Request, StatusCode, Uri,
+    body::Incoming,
+    header::{HeaderValue, SERVER},
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -44,6 +48,10 @@ const ALIVE_WITHIN: Duration = Duration::from_secs(30);
 const STALE_AFTER: Duration = Duration::from_mins(1);
 /// Between attempts to get an address that somebody else has.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+
+/// The header `Server` of what commands are answered, before the version.
+pub const PROGRAM: &str = "dataplane-agent/";
+const SERVED_BY: &str = concat!("dataplane-agent/", env!("CARGO_PKG_VERSION"));
 
 /// How far the agent's loop has come.
 #[derive(Clone, Debug)]
@@ -217,18 +225,24 @@ impl Health {
         }
     }
 
-    /// Serves the commands and the probes on a socket.
+    /// Serves the commands and the probes on a socket, and tells the version.
     pub async fn serve_unix(self, listener: UnixListener) {
-        let answer = move |uri: Uri| {
+        let answer = move |request: Request<Incoming>| {
             let health = self.clone();
             async move {
-                match health.probe(uri.path()) {
+                let uri = request.uri();
+                let answer = match health.probe(uri.path()) {
                     Some(answer) => answer,
-                    None => health.command(&uri).await,
-                }
+                    None => health.command(uri).await,
+                };
+                let mut response = answer.into_response();
+                response
+                    .headers_mut()
+                    .insert(SERVER, HeaderValue::from_static(SERVED_BY));
+                response
             }
         };
-        http::serve(Listener::Unix(listener), answer).await;
+        http::serve_requests(Listener::Unix(listener), answer).await;
     }
 
     fn probe(&self, path: &str) -> Option<Answer> {

@@ -133,12 +133,17 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
     let cgroup = state.record.cgroup.as_deref();
     let attachments = attached(&mut socket, &tables, &pins, cgroup)?;
     let tcx = kernel::has_tcx();
+    let installed = pins.try_exists().map_err(io::Error::other)?;
+    let mut warnings = warnings(&tables, &attachments, state.record.cgroup.is_some());
+    if installed {
+        warnings.extend(unreadable(&pins));
+    }
     Ok(Status {
         agent_running: State::is_running(bpffs),
-        installed: pins.exists(),
+        installed,
         bpffs: bpffs.display().to_string(),
         tc: if tcx { "tcx" } else { "clsact" },
-        warnings: warnings(&tables, &attachments, state.record.cgroup.is_some()),
+        warnings,
         attachments,
         xdp_fallbacks: fallbacks(&state, &tables),
         tables: table_use(&pins),
@@ -400,43 +405,56 @@ fn memory(map: BorrowedFd<'_>) -> Option<u64> {
     line.trim().parse().ok()
 }
 
+/// Tables that are not there, or not for this process, each with the reason: what commands say of the others is not all.
+pub fn unreadable(pins: &Pins) -> Vec<String> {
+    let arrays = [names::SERVICES, names::MAGLEV, names::BACKENDS];
+    let failed = COUNTED.iter().chain(&arrays).filter_map(|name| {
+        let error = anyhow::Error::from(pins.open_map(name).err()?);
+        Some(format!("table {name} is left out: {error:#}"))
+    });
+    failed.collect()
+}
+
+/// Tables whose entries come and go.
+const COUNTED: [&str; 32] = [
+    names::FRONTENDS_V4,
+    names::FRONTENDS_V6,
+    names::RANGES_V4,
+    names::RANGES_V6,
+    names::AFFINITY_V4,
+    names::AFFINITY_V6,
+    names::FLOWS_V4,
+    names::FLOWS_V6,
+    names::HALF_OPEN_V4,
+    names::HALF_OPEN_V6,
+    names::DATAGRAMS_V4,
+    names::DATAGRAMS_V6,
+    names::HELD,
+    names::FRAGMENT_SOURCES,
+    names::SOCK_CHOSEN,
+    names::SOCK_REVERSE_V4,
+    names::SOCK_REVERSE_V6,
+    names::OWN_ADDRS_V4,
+    names::OWN_ADDRS_V6,
+    names::DEVICES,
+    names::BOUND_V4,
+    names::BOUND_V6,
+    names::SOURCE_CHECKED,
+    names::POD_POLICY,
+    names::PEERS_V4,
+    names::PEERS_V6,
+    names::CIDRS_V4,
+    names::CIDRS_V6,
+    names::PEER_RULES,
+    names::PORT_RULES,
+    names::POLICY_FLOWS_V4,
+    names::POLICY_FLOWS_V6,
+];
+
 /// How full the tables are.
 pub fn table_use(pins: &Pins) -> Vec<TableUse> {
     let mut uses = Vec::new();
-    for name in [
-        names::FRONTENDS_V4,
-        names::FRONTENDS_V6,
-        names::RANGES_V4,
-        names::RANGES_V6,
-        names::AFFINITY_V4,
-        names::AFFINITY_V6,
-        names::FLOWS_V4,
-        names::FLOWS_V6,
-        names::HALF_OPEN_V4,
-        names::HALF_OPEN_V6,
-        names::DATAGRAMS_V4,
-        names::DATAGRAMS_V6,
-        names::HELD,
-        names::FRAGMENT_SOURCES,
-        names::SOCK_CHOSEN,
-        names::SOCK_REVERSE_V4,
-        names::SOCK_REVERSE_V6,
-        names::OWN_ADDRS_V4,
-        names::OWN_ADDRS_V6,
-        names::DEVICES,
-        names::BOUND_V4,
-        names::BOUND_V6,
-        names::SOURCE_CHECKED,
-        names::POD_POLICY,
-        names::PEERS_V4,
-        names::PEERS_V6,
-        names::CIDRS_V4,
-        names::CIDRS_V6,
-        names::PEER_RULES,
-        names::PORT_RULES,
-        names::POLICY_FLOWS_V4,
-        names::POLICY_FLOWS_V6,
-    ] {
+    for name in COUNTED {
         let Ok(fd) = pins.open_map(name) else { continue };
         if let (Ok(info), Ok(entries)) = (sys::map_info(fd.as_fd()), sys::count_entries(fd.as_fd())) {
             uses.push(TableUse {

@@ -91,9 +91,17 @@ impl Pins {
         self.root().exists()
     }
 
-    /// Opens the pinned map `name`; `NotFound` when it is not there.
+    /// The same, where it matters that who may not look does not know.
+    pub fn try_exists(&self) -> Result<bool, PathError> {
+        let root = self.root();
+        root.try_exists().map_err(PathError::new("look at", &root))
+    }
+
+    /// Opens the pinned map `name`; `NotFound` when it is not there. Errors name it.
     pub fn open_map(&self, name: &str) -> io::Result<OwnedFd> {
-        sys::open_pin(&self.map(name))
+        let path = self.map(name);
+        sys::open_pin(&path)
+            .map_err(|error| io::Error::new(error.kind(), PathError::new("open", &path)(error)))
     }
 
     /// The pinned map `name`, if it is there.

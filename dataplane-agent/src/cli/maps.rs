@@ -1,6 +1,6 @@
 //! `maps`: what each pinned table is for, and what it takes.
 
-use std::path::Path;
+use std::{io::Write, path::Path};
 
 use anyhow::Context;
 
@@ -14,6 +14,10 @@ use crate::attach::inspect::{self, TableInfo};
 pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     let pins = pinned(bpffs)?;
     let tables = inspect::tables(&pins).context("failed to look at the pinned tables")?;
+    for missing in inspect::unreadable(&pins) {
+        // Nothing is left to report to when stderr is closed.
+        let _closed = writeln!(std::io::stderr(), "warning: {missing}");
+    }
     output.print(&tables, |tables| render(&pins.maps(), tables))
 }
 

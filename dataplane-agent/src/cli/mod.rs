@@ -142,7 +142,7 @@ fn pinned(bpffs: &Path) -> anyhow::Result<Pins> {
     kernel::check_capabilities()?;
     let pins = Pins::new(bpffs);
     anyhow::ensure!(
-        pins.exists(),
+        pins.try_exists()?,
         "no tables of this version are pinned under {}: is an agent installed, with another --bpffs?",
         bpffs.display()
     );

@@ -105,8 +105,9 @@ fn load(socket: &Path) -> anyhow::Result<Load> {
     let answer = ask::reach(socket, "/load")?;
     ensure!(
         answer.status != 404,
-        "the agent at {} is older than this command, and does not count what goes over Services",
-        socket.display()
+        "the agent at {} does not count what goes over Services{}",
+        socket.display(),
+        answer.other_version()
     );
     answer.value()
 }

@@ -45,7 +45,7 @@ fn is_silence(error: &anyhow::Error) -> bool {
 }
 
 fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {
-    let Answer { status, body } = answer;
+    let Answer { status, body, .. } = answer;
     match status {
         200 => Ok(()),
         504 => bail!(
@@ -53,6 +53,9 @@ fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {
             timeout.as_secs_f32(),
             body.trim()
         ),
-        status => bail!("the agent answered with status {status}"),
+        status => bail!(
+            "the agent answered with status {status}{}",
+            answer.other_version()
+        ),
     }
 }

@@ -79,7 +79,7 @@ impl Answer {
         Self::new(StatusCode::NOT_FOUND, "{}\n".to_owned())
     }
 
-    fn into_response(self) -> Response<String> {
+    pub fn into_response(self) -> Response<String> {
         let Self {
             status,
             weight,

@@ -324,7 +324,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         let map = pins
             .open_map(name)
             .and_then(MapFd::new)
-            .map_err(|source| io_error("open", name, source))?;
+            .map_err(|source| StoreError::Open { table: name, source })?;
         Ok(Self { name, map })
     }
 
@@ -369,7 +369,7 @@ impl<T: Pod> Array<T> {
             }
             MappedArray::new(fd.as_fd())
         };
-        let mapping = open().map_err(|source| io_error("map", name, source))?;
+        let mapping = open().map_err(|source| StoreError::Open { table: name, source })?;
         Ok(Self {
             name,
             mapping,

@@ -54,6 +54,12 @@ pub struct Limits {
 pub enum StoreError {
     #[error("table {table} is full ({limit} entries)")]
     Full { table: &'static str, limit: u32 },
+    #[error("failed to open table {table}")]
+    Open {
+        table: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("failed to {verb} an entry of {table}")]
     Io {
         verb: &'static str,

@@ -58,7 +58,10 @@ impl PolicyMaps {
             rules: Table::open(pins, names::RULES)?,
             pods: Table::open(pins, names::POD_POLICY)?,
             revision: Table::open(pins, names::POLICY_REVISION)?,
-            counts: VerdictCounts::open(pins).map_err(|source| io_error("open", names::RULE_HITS, source))?,
+            counts: VerdictCounts::open(pins).map_err(|source| StoreError::Open {
+                table: names::RULE_HITS,
+                source,
+            })?,
             bound4: Table::open(pins, names::BOUND_V4)?,
             bound6: Table::open(pins, names::BOUND_V6)?,
             sources4: Table::open(pins, names::SOURCES_V4)?,

@@ -267,6 +267,8 @@ impl Metrics {
         let mut families = self.registry.gather();
         families.extend(enforced.into_iter().flat_map(policies::families));
         families.extend(over_services.into_iter().flat_map(OverServices::families));
+        // The registry leaves them out too, and none can be written.
+        families.retain(|family| !family.get_metric().is_empty());
         let mut page = Vec::new();
         TextEncoder::new().encode(&families, &mut page)?;
         Ok(String::from_utf8_lossy(&page).into_owned())

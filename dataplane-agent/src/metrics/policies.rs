@@ -82,4 +82,13 @@ pub(super) mod tests {
             ]
         );
     }
+
+    #[test]
+    fn without_a_verdict_the_rest_of_the_page_is_there() {
+        let page = crate::metrics::Metrics::new()
+            .page(Some(&Enforced::default()), None)
+            .unwrap();
+        assert!(page.contains("dataplane_build_info"), "{page}");
+        assert!(!page.contains("dataplane_policy_verdicts_total"), "{page}");
+    }
 }

@@ -1,7 +1,11 @@
-//! `endpoints`: which of a Service's endpoints refuses is seen at a glance, with an agent and without.
+//! `endpoints`: which of a Service's endpoints refuses is seen at a glance, with an agent and without; and the metrics of the Service.
 
-use anyhow::{Context, Result, ensure};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::agent;
+use dataplane_tests::worker::protocol::{Request, Response};
 use serde_json::{Value, json};
 
 use crate::stage::{Mode, Stage};
@@ -22,6 +26,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
     let mode = Mode {
         socket_lb: "off",
         datapath: "tc",
+        more: &["--service-metrics", "1"],
     };
     let mut stage = Stage::set(
         "refusing",
@@ -34,6 +39,11 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         stage.apply(&object)?;
     }
     stage.settle()?;
+    let before = metrics(&stage)?;
+    ensure!(
+        before.contains("{service_name=\"other\"") && !before.contains("\"half\""),
+        "{before}"
+    );
     for number in 0..CONNECTIONS {
         // Half of them are refused.
         let _refused = stage.begin("client1", &format!("herd{number}"), AT);
@@ -68,6 +78,15 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         count(open, "connections") + count(closed, "connections") == u64::from(CONNECTIONS),
         "{rows:#?}"
     );
+    let after = metrics(&stage)?;
+    for (name, count) in [
+        ("connections", u64::from(CONNECTIONS)),
+        ("refused_connections", count(closed, "refused")),
+    ] {
+        let labels = "{service_name=\"half\",service_namespace=\"ns1\"}";
+        let line = format!("dataplane_service_{name}_total{labels} {count}");
+        ensure!(after.lines().any(|one| one == line), "no {line} in {after}");
+    }
     let unknown = asked(&stage, &["endpoints", "ns1/none"])?;
     ensure!(
         unknown.1.contains("no Service ns1/none is served here"),
@@ -124,6 +143,23 @@ fn of(rows: &[Value], port: u16) -> Result<&Value> {
 fn shown(stage: &Stage, arguments: &[&str]) -> Result<Vec<Value>> {
     let (stdout, stderr) = asked(stage, &[&["endpoints", "-o", "json"], arguments].concat())?;
     serde_json::from_str(&stdout).with_context(|| format!("no rows: {stdout}{stderr}"))
+}
+
+/// The page of the first node's agent.
+fn metrics(stage: &Stage) -> Result<String> {
+    let request = Request::HttpGet {
+        to: (Ipv4Addr::LOCALHOST, 10249).into(),
+        path: "/metrics".to_owned(),
+        timeout_ms: 30_000,
+    };
+    match stage
+        .cluster
+        .worker(NODE)?
+        .call(request, Duration::from_mins(1))?
+    {
+        Response::Http { body, .. } => Ok(body),
+        other => bail!("no metrics: {other:?}"),
+    }
 }
 
 fn asked(stage: &Stage, arguments: &[&str]) -> Result<(String, String)> {

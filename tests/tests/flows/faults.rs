@@ -20,6 +20,7 @@ fn one_command_names_the_cause_of_a_fault() -> Result<()> {
     let mode = Mode {
         socket_lb: "off",
         datapath: "tc",
+        more: &[],
     };
     let mut stage = Stage::set("faults", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
 

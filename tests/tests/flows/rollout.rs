@@ -50,7 +50,11 @@ fn replace_all(name: &str, socket_lb: &'static str, datapath: &'static str) -> R
     let Some(agent) = agent::built() else {
         return Ok(());
     };
-    let mode = Mode { socket_lb, datapath };
+    let mode = Mode {
+        socket_lb,
+        datapath,
+        more: &[],
+    };
     let ready = REPLACEMENTS.map(|(old, _)| old);
     let mut rollout = Rollout {
         stage: Stage::set(name, mode, &BACKENDS, &ready, agent)?,

@@ -33,6 +33,8 @@ pub const BALANCER: &str = "198.51.100.41:80";
 pub struct Mode {
     pub socket_lb: &'static str,
     pub datapath: &'static str,
+    /// Further flags.
+    pub more: &'static [&'static str],
 }
 
 /// How a backend stands in the slice.
@@ -116,7 +118,11 @@ impl Stage {
             folder.apply(&manifest)?;
         }
         folder.apply(&service())?;
-        let flags = ["--socket-lb", mode.socket_lb, "--datapath", mode.datapath].map(str::to_owned);
+        let flags = [
+            &["--socket-lb", mode.socket_lb, "--datapath", mode.datapath],
+            mode.more,
+        ]
+        .concat();
         let slice = ready
             .iter()
             .map(|name| ((*name).to_owned(), State::Ready))
@@ -124,7 +130,7 @@ impl Stage {
         write_slice(&folder, &cluster, &slice)?;
         let options = AgentOptions {
             program: agent,
-            flags: flags.to_vec(),
+            flags: flags.into_iter().map(str::to_owned).collect(),
         };
         let agents = Agents::start(&cluster, folder.dir(), options)?;
         let mut stage = Self {

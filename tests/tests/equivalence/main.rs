@@ -322,6 +322,7 @@ impl Run {
             Hook::ToLo => 1,
             Hook::FromPod | Hook::ToPod => random.pick(&[indexes.pod0, indexes.pod0, indexes.pod1]),
         };
+        let is_egress = matches!(hook, Hook::ToNetdev | Hook::ToLo | Hook::ToPod);
         let ingress = match hook {
             _ if !self.has_ingress => 0,
             Hook::Xdp | Hook::FromNetdev | Hook::FromPod => ifindex,
@@ -331,7 +332,8 @@ impl Run {
         let at = Context {
             hook,
             ifindex,
-            from_host: ingress == 0,
+            // As at the hooks: what a device has handed in has entered by one.
+            from_host: is_egress && ingress == 0,
             l3: ETHERNET_LEN,
         };
         (at, ingress)

@@ -9,8 +9,13 @@ mod reasons;
 pub mod tables;
 mod unchosen;
 pub mod unnamed;
+mod ways;
 
-use std::{borrow::Cow, collections::BTreeSet, net::IpAddr};
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use dataplane_common::{addr::proto, policy::SET_NONE};
 use serde::{Deserialize, Serialize};
@@ -54,6 +59,15 @@ pub struct Explained {
     /// A source port from which this target is chosen, if the tables were asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_port: Option<u16>,
+    /// What the first packet becomes for the target, where it is translated here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub becomes: Option<Becomes>,
+    /// How it leaves this node, if the tables were asked: to the target, and to the node that the target is on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ways: Vec<Way>,
+    /// What has come of the connections that this node has led to the target, if it was chosen by a Service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub so_far: Option<SoFar>,
     /// By every step.
     pub allowed: bool,
     pub steps: Vec<Step>,
@@ -67,6 +81,41 @@ pub struct Explained {
 pub struct Share {
     pub slots: u32,
     pub of: u32,
+}
+
+/// A packet's addresses and ports behind the translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Becomes {
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+}
+
+/// How packets leave this node, by its own routing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Way {
+    pub to: IpAddr,
+    /// The node whose address this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Absent: there is no route.
+    pub device: Option<String>,
+    /// A router; absent where the address is on the link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_hop: Option<IpAddr>,
+    /// What is known of the next hop, as `ip neighbour` has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neighbour: Option<String>,
+    /// The next hop was asked for its link-layer address and does not answer.
+    #[serde(default)]
+    pub is_silent: bool,
+}
+
+/// Connections that this node has led to an endpoint, since it knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SoFar {
+    pub connections: u64,
+    /// Those whose first answer was a refusal.
+    pub refused: u64,
 }
 
 /// An end of a flow, as it was found.
@@ -164,6 +213,9 @@ impl Judge<'_> {
             service: target.via.as_ref().map(ToString::to_string),
             share: None,
             source_port: None,
+            becomes: None,
+            ways: Vec::new(),
+            so_far: None,
             allowed: steps.iter().all(|step| step.allowed),
             steps,
             elsewhere: Vec::new(),

@@ -157,6 +157,20 @@ impl Agents {
         Ok(())
     }
 
+    /// More flags, from each agent's next start on.
+    pub fn set_flags(&mut self, flags: &[&str]) {
+        self.options.flags.extend(flags.iter().map(ToString::to_string));
+    }
+
+    /// Where a node's agent reads objects from its next start on.
+    pub fn set_source(&mut self, node: &str, flags: &[&str]) -> Result<()> {
+        let mut nodes = self.nodes.iter_mut();
+        let agent = nodes.find(|agent| agent.node == node);
+        let agent = agent.with_context(|| format!("no node {node}"))?;
+        agent.source = flags.iter().map(Into::into).collect();
+        Ok(())
+    }
+
     /// Kills every agent at once, as a crash would.
     pub fn kill_all(&mut self) {
         for agent in &mut self.nodes {

@@ -10,6 +10,8 @@ use crate::{
         known::Named,
         tables::{Failed, Here, Query},
     },
+    netlink::tables::device_names,
+    store::traffic::TrafficTables,
 };
 
 /// Where the tables are, and the constants that the datapath was loaded with.
@@ -45,6 +47,8 @@ impl Agent {
             world: World::open(&tables.pins, tables.constants)?,
             index: &self.index,
             known: &known,
+            traffic: TrafficTables::open(&tables.pins)?,
+            devices: device_names()?,
         };
         here.explain(query)
     }

@@ -39,6 +39,10 @@ use super::{
     pins::Pins,
     sys::{self, MapFd},
 };
+use crate::{
+    netlink::way::{Routing, Way},
+    sync::encode,
+};
 
 /// The pinned maps that a new flow's first packet is decided by.
 #[derive(Debug)]
@@ -57,6 +61,7 @@ pub struct World {
     /// The values say nothing.
     source_checked: MapFd<u32, u32>,
     policies: PolicyMaps,
+    pub routing: Routing,
     seen: RefCell<Seen>,
 }
 
@@ -107,6 +112,7 @@ impl World {
                 bits: Rows::open(pins, names::RULE_BITS)?,
                 rules: Rows::open(pins, names::RULES)?,
             },
+            routing: Routing::open()?,
             seen: RefCell::default(),
         })
     }
@@ -531,10 +537,18 @@ impl Env for World {
     }
 }
 
-/// Asked only where a packet leaves by a route, which is none of what is explained.
+/// The link-layer addresses are left to the kernel: who is led through here is sent nowhere.
 impl<F: Family> Router<F> for World {
-    fn route(&self, _ifindex: u32, _src: &F::Addr, _dst: &F::Addr, _proto: u8, _len: u16) -> Route {
-        Route::None
+    fn route(&self, _ifindex: u32, _src: &F::Addr, dst: &F::Addr, _proto: u8, _len: u16) -> Route {
+        let dst = encode::ip(F::to_any(*dst), F::VERSION == 6);
+        match self.routing.way(dst) {
+            Ok(Some(Way { ifindex, .. })) => Route::NoNeighbour { ifindex },
+            Ok(None) => Route::None,
+            Err(error) => {
+                self.seen.borrow_mut().failed.get_or_insert(error);
+                Route::None
+            }
+        }
     }
 }
 

@@ -14,12 +14,14 @@ use crate::{
     attach::inspect,
     bpf::{constants, links::Links, pins::Pins, world::World},
     explain::{
-        Answered, End, Explained, Place, explain,
+        Answered, End, Explained, Place, SoFar, Way, explain,
         tables::{Here, Query},
         unnamed::Unnamed,
     },
     model::{Index, Kind, Rejected},
+    netlink::tables::device_names,
     source::{Change, manifests::Folder},
+    store::traffic::TrafficTables,
 };
 
 /// A table of many endpoints takes the agent a moment.
@@ -94,6 +96,9 @@ fn by_tables_alone(bpffs: &Path, query: &Query) -> anyhow::Result<Vec<Explained>
         world: World::open(&pins, constants).context("failed to open the pinned tables")?,
         index: &Index::new(""),
         known: &Unnamed,
+        traffic: TrafficTables::open(&pins)
+            .context("failed to open the tables of what goes over backends")?,
+        devices: device_names().context("failed to list the devices")?,
     };
     Ok(here.explain(query)?)
 }
@@ -154,6 +159,9 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
                 .map_or_else(String::new, |port| format!(", as from port {port}"));
             let _infallible = writeln!(text, "  gets {percent:.1} % of new flows{port}");
         }
+        for line in of_the_way(flow) {
+            let _infallible = writeln!(text, "  {line}");
+        }
         if flow.steps.is_empty() && flow.elsewhere.is_empty() {
             text.push_str("  neither end is a Pod of this cluster: no policy is about them\n");
         }
@@ -177,6 +185,57 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
         let _infallible = writeln!(text, "{problem}");
     }
     text
+}
+
+/// What becomes of the packet, by which device it leaves, and what has come of others.
+fn of_the_way(flow: &Explained) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let Some(becomes) = flow.becomes {
+        lines.push(format!(
+            "is led to {}, which sees it come from {}",
+            becomes.to, becomes.from
+        ));
+    }
+    lines.extend(flow.ways.iter().map(of_way));
+    if let Some(so_far) = flow.so_far.filter(|so_far| so_far.refused > 0) {
+        let SoFar { connections, refused } = so_far;
+        lines.push(format!(
+            "refused {refused} of {connections} connections from here: nothing listens at {}",
+            flow.port
+        ));
+    }
+    lines
+}
+
+fn of_way(way: &Way) -> String {
+    let Way {
+        to,
+        node,
+        device,
+        next_hop,
+        neighbour,
+        is_silent,
+    } = way;
+    let to = match node {
+        Some(node) => format!("its node {node} ({to})"),
+        None => to.to_string(),
+    };
+    let Some(device) = device else {
+        return format!("no route leads to {to}");
+    };
+    let hop = match next_hop {
+        Some(hop) => format!(", next hop {hop}"),
+        None => String::new(),
+    };
+    let known = neighbour
+        .as_ref()
+        .map_or_else(String::new, |known| format!(" (neighbour {known})"));
+    let silent = if *is_silent {
+        ", which does not answer: it is down, or the link is"
+    } else {
+        ""
+    };
+    format!("{to} is reached by {device}{hop}{known}{silent}")
 }
 
 fn describe(place: &Place) -> String {

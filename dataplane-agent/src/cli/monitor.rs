@@ -5,6 +5,7 @@ mod capture;
 mod seen;
 
 use std::{
+    collections::{BTreeMap, HashMap, HashSet},
     io::{self, Write},
     net::IpAddr,
     path::Path,
@@ -32,10 +33,7 @@ use crate::{
     bpf::events::Watch,
     explain::Port,
     model::policy::Direction,
-    netlink::{
-        socket::RequestSocket,
-        tables::{Link, dump_links},
-    },
+    netlink::tables::device_names,
     told::{Told, ToldVerdict},
 };
 
@@ -258,9 +256,9 @@ impl Monitor<'_> {
 struct Known<'a> {
     socket: &'a Path,
     names: Names,
-    devices: Vec<Link>,
-    policies: std::collections::HashMap<String, Vec<String>>,
-    asked_for: std::collections::HashSet<IpAddr>,
+    devices: BTreeMap<u32, String>,
+    policies: HashMap<String, Vec<String>>,
+    asked_for: HashSet<IpAddr>,
     since: Option<Instant>,
     is_there: bool,
 }
@@ -270,9 +268,9 @@ impl<'a> Known<'a> {
         Self {
             socket,
             names: Names::default(),
-            devices: Vec::new(),
-            policies: std::collections::HashMap::new(),
-            asked_for: std::collections::HashSet::new(),
+            devices: BTreeMap::new(),
+            policies: HashMap::new(),
+            asked_for: HashSet::new(),
             since: None,
             is_there: false,
         }
@@ -283,9 +281,7 @@ impl<'a> Known<'a> {
             self.since = Some(Instant::now());
             self.policies.clear();
             self.asked_for.clear();
-            self.devices = RequestSocket::open()
-                .and_then(|mut socket| dump_links(&mut socket))
-                .unwrap_or_default();
+            self.devices = device_names().unwrap_or_default();
             self.is_there = self.names.learn_services(self.socket, ask::WITHIN).is_ok();
         }
         self.is_there
@@ -305,8 +301,8 @@ impl<'a> Known<'a> {
     }
 
     fn device(&self, ifindex: u32) -> String {
-        let link = self.devices.iter().find(|link| link.ifindex == ifindex);
-        link.map_or_else(|| ifindex.to_string(), |link| link.name.clone())
+        let name = self.devices.get(&ifindex).cloned();
+        name.unwrap_or_else(|| ifindex.to_string())
     }
 
     fn policies(&mut self, of: String) -> Vec<String> {

@@ -1,10 +1,6 @@
 //! `policies`: what policies do on a node, rule by rule.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    net::IpAddr,
-    path::Path,
-};
+use std::{collections::HashMap, net::IpAddr, path::Path};
 
 use anyhow::{Context, ensure};
 use serde::Serialize;
@@ -18,7 +14,7 @@ use super::{
 use crate::{
     enforced::{Enforced, EnforcedPolicy, EnforcedRule, OfDirection, OfPod},
     model::Name,
-    netlink::{socket::RequestSocket, tables::dump_links},
+    netlink::tables::device_names,
     store::{
         bpf::BpfStore,
         enforced::{EnforcedTables, TableDirection, TablePod},
@@ -45,7 +41,7 @@ pub fn run(places: Places<'_>, output: Output) -> anyhow::Result<()> {
         Ok(enforced) => output.print(&enforced, render),
         Err(error) => {
             let pods = alone::instead(&error, || in_tables(places.bpffs, |tables| Ok(tables.pods()?)))?;
-            let devices = devices();
+            let devices = device_names().unwrap_or_default();
             let pods = pods.into_iter().map(|pod| ShownPod {
                 device: devices.get(&pod.ifindex).cloned(),
                 pod,
@@ -100,13 +96,6 @@ fn in_tables<T>(
     let store = BpfStore::open(&pinned(bpffs)?)?;
     let tables = EnforcedTables::read(&store).context("failed to read the pinned tables")?;
     read(&tables)
-}
-
-/// The names of this namespace's devices, as far as they can be had.
-fn devices() -> BTreeMap<u32, String> {
-    let links = RequestSocket::open().and_then(|mut socket| dump_links(&mut socket));
-    let links = links.unwrap_or_default().into_iter();
-    links.map(|link| (link.ifindex, link.name)).collect()
 }
 
 fn render_tables(shown: &InTables) -> String {

@@ -1,6 +1,6 @@
 //! `status`: what is attached, by the kernel's own queries, and how full the tables are.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::Context;
 use jiff::Timestamp;
@@ -47,6 +47,12 @@ fn render(status: &Status) -> String {
         "agent {agent}, datapath {datapath} under {}, tc by {}\n",
         status.bpffs, status.tc
     );
+
+    for problem in problems(status) {
+        text += "problem: ";
+        text += &problem;
+        text += "\n";
+    }
 
     let rows = status.conditions.iter().map(|one| {
         let holds = if one.status { "yes" } else { "no" };
@@ -128,12 +134,37 @@ fn render(status: &Status) -> String {
     });
     text += &table(&["REASON", "COUNT", "MEANING"], rows);
 
-    for warning in &status.warnings {
-        text += "\nwarning: ";
-        text += warning;
-        text += "\n";
-    }
     text
+}
+
+/// What is wrong, before everything else.
+fn problems(status: &Status) -> Vec<String> {
+    let mut problems = Vec::new();
+    if status.installed && !status.agent_running {
+        problems
+            .push("no agent runs: packets go on by what the tables hold, which nobody changes".to_owned());
+    }
+    let unmet = status.conditions.iter().filter(|one| !one.status);
+    problems.extend(unmet.map(|one| format!("{}: {}", one.kind.as_str(), one.message)));
+    if let Some(source) = &status.source {
+        // Kinds that fail for the same reason are one problem.
+        let mut failing: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (kind, state) in &source.kinds {
+            if let Some(why) = &state.failing {
+                failing.entry(why).or_default().push(kind);
+            }
+        }
+        let of = |(why, kinds): (&str, Vec<&str>)| {
+            format!(
+                "API server {}: {} not followed: {why}",
+                source.server,
+                kinds.join(", ")
+            )
+        };
+        problems.extend(failing.into_iter().map(of));
+    }
+    problems.extend(status.warnings.iter().cloned());
+    problems
 }
 
 fn kind_row(kind: &str, state: &KindState, now: Timestamp) -> Vec<String> {

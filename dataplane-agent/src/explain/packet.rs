@@ -1,6 +1,6 @@
 //! The first packet of a flow, made to be led through the host build of the datapath, and what it became.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use dataplane_common::addr::{ethertype, proto};
 
@@ -62,18 +62,30 @@ fn transport(from: (IpAddr, u16), to: (IpAddr, u16), port: Port) -> (Vec<u8>, u8
     (bytes, number)
 }
 
-/// Where a packet that [`first`] made goes now.
-pub fn destination(bytes: &[u8]) -> Option<(IpAddr, u16)> {
-    let port = |at: usize| {
-        let bytes: [u8; 2] = bytes.get(at + 2..at + 4)?.try_into().ok()?;
-        Some(u16::from_be_bytes(bytes))
+/// Where a packet that [`first`] made comes from now.
+pub fn source(bytes: &[u8]) -> Option<SocketAddr> {
+    end(bytes, 0)
+}
+
+/// Where it goes now.
+pub fn destination(bytes: &[u8]) -> Option<SocketAddr> {
+    end(bytes, 1)
+}
+
+/// The first address and port of a packet, or the second.
+fn end(bytes: &[u8], number: usize) -> Option<SocketAddr> {
+    let port = |l4: usize| {
+        let at = l4 + 2 * number;
+        Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
     };
     if bytes.get(LINK)? >> 4 == 4 {
-        let addr: [u8; 4] = bytes.get(LINK + 16..LINK + 20)?.try_into().ok()?;
-        return Some((addr.into(), port(LINK + IPV4)?));
+        let at = LINK + 12 + 4 * number;
+        let addr: [u8; 4] = bytes.get(at..at + 4)?.try_into().ok()?;
+        return Some((addr, port(LINK + IPV4)?).into());
     }
-    let addr: [u8; 16] = bytes.get(LINK + 24..LINK + 40)?.try_into().ok()?;
-    Some((addr.into(), port(LINK + IPV6)?))
+    let at = LINK + 8 + 16 * number;
+    let addr: [u8; 16] = bytes.get(at..at + 16)?.try_into().ok()?;
+    Some((addr, port(LINK + IPV6)?).into())
 }
 
 #[cfg(test)]
@@ -117,8 +129,10 @@ mod tests {
             );
             let to: (IpAddr, u16) = ("fd00::2".parse().unwrap(), 80);
             let six = first(("fd00::1".parse().unwrap(), 4000), to, port);
-            assert_eq!(destination(&six), Some(to));
-            assert_eq!(destination(&four), Some(("10.0.0.2".parse().unwrap(), 80)));
+            assert_eq!(destination(&six), Some(to.into()));
+            assert_eq!(source(&six), Some("[fd00::1]:4000".parse().unwrap()));
+            assert_eq!(source(&four), Some("10.0.0.1:4000".parse().unwrap()));
+            assert_eq!(destination(&four), Some("10.0.0.2:80".parse().unwrap()));
             for read in [read::<V4>(four), read::<V6>(six)] {
                 assert_eq!((read.0, read.2), (number, 80), "{text}");
                 assert_eq!(read.1 && number == proto::TCP, is_syn, "{text}");

@@ -2,6 +2,7 @@
 //! of the Pods that are here.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
 };
@@ -10,18 +11,20 @@ use dataplane_common::{
     pipeline::Context,
     reason::Reason,
     service::{Scope, Service, service_flags},
+    tables::Env,
     verdict::Hook,
 };
 
 use super::{
-    End, Explained, Place, Port, Share, Step,
+    Becomes, End, Explained, Place, Port, Share, SoFar, Step,
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place, unchosen,
+    packet, place, unchosen, ways,
 };
 use crate::{
     bpf::world::{Outcome, World},
     model::{Index, Name, policy::Direction},
+    store::traffic::TrafficTables,
 };
 
 /// What is asked.
@@ -37,6 +40,9 @@ pub struct Query {
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
 
+/// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
+const LOOPBACK: u32 = 1;
+
 /// The tables, and what is known of what is in them.
 #[derive(Debug)]
 pub struct Here<'a> {
@@ -44,6 +50,10 @@ pub struct Here<'a> {
     /// Empty where nobody knows names.
     pub index: &'a Index,
     pub known: &'a dyn Known,
+    /// What has gone over backends.
+    pub traffic: TrafficTables,
+    /// Names of devices.
+    pub devices: BTreeMap<u32, String>,
 }
 
 /// Why the tables have no answer.
@@ -66,6 +76,35 @@ struct Flow<'a> {
     asked: SocketAddr,
     to: Found<'a>,
     port: Port,
+}
+
+/// An endpoint that a Service may choose for a flow.
+#[derive(Clone, Copy, Debug)]
+struct Chosen {
+    share: Option<Share>,
+    /// One that leads there.
+    source_port: u16,
+    at: SocketAddr,
+    /// Of the backend.
+    id: Option<u32>,
+}
+
+/// A hook, and at which device.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    hook: Hook,
+    ifindex: u32,
+    from_host: bool,
+}
+
+impl Entry {
+    fn of_pod(hook: Hook, ifindex: u32) -> Self {
+        Self {
+            hook,
+            ifindex,
+            from_host: false,
+        }
+    }
 }
 
 impl<'a> Here<'a> {
@@ -156,17 +195,33 @@ impl<'a> Here<'a> {
         let name = ends::service_with(self.index, asked, port.proto);
         let name = name.map_or_else(|| asked.to_string(), |service| service.name.to_string());
         let mut explained = Vec::new();
-        for (share, source_port, to) in self.endpoints(query, &flow, index, &service) {
+        for Chosen {
+            share,
+            source_port,
+            at,
+            id,
+        } in self.endpoints(query, &flow, index, &service)
+        {
             let flow = Flow {
                 source_port,
-                to: ends::at(self.index, to.ip()),
+                to: ends::at(self.index, at.ip()),
                 port: Port {
-                    number: to.port(),
+                    number: at.port(),
                     ..port
                 },
                 ..flow
             };
-            explained.push(self.judge(flow, share)?);
+            let so_far = id.map(|id| {
+                let traffic = self.traffic.backend(id);
+                SoFar {
+                    connections: traffic.connections,
+                    refused: traffic.refused,
+                }
+            });
+            explained.push(Explained {
+                so_far,
+                ..self.judge(flow, share)?
+            });
         }
         if explained.is_empty() {
             explained.push(self.refused(flow)?);
@@ -177,14 +232,8 @@ impl<'a> Here<'a> {
         Ok(explained)
     }
 
-    /// The endpoints that a service may choose for a flow, with their share and a source port that leads there.
-    fn endpoints(
-        &self,
-        query: &Query,
-        flow: &Flow<'_>,
-        index: u32,
-        service: &Service,
-    ) -> Vec<(Option<Share>, u16, SocketAddr)> {
+    /// The endpoints that a service may choose for a flow.
+    fn endpoints(&self, query: &Query, flow: &Flow<'_>, index: u32, service: &Service) -> Vec<Chosen> {
         let choice = self.world.choice(index);
         let proto = service.proto;
         let from = |port| SocketAddr::new(flow.from.0, port);
@@ -193,14 +242,22 @@ impl<'a> Here<'a> {
             && let Some(ifindex) = self.interface(flow.from)
         {
             // It is the client's, whatever its port.
-            let outcome = self.run(Hook::FromPod, ifindex, false, flow, flow.asked);
+            let outcome = self.run(Entry::of_pod(Hook::FromPod, ifindex), flow, flow.asked);
             let led = outcome
                 .ok()
                 .and_then(|outcome| packet::destination(&outcome.bytes));
-            let led = led.map(|(addr, port)| SocketAddr::new(addr, port));
             return led
                 .filter(|led| *led != flow.asked)
-                .map(|led| (None, flow.source_port, led))
+                .map(|at| Chosen {
+                    share: None,
+                    source_port: flow.source_port,
+                    at,
+                    id: choice
+                        .ids
+                        .iter()
+                        .copied()
+                        .find(|id| self.world.backend_at(*id) == Some(at)),
+                })
                 .into_iter()
                 .collect();
         }
@@ -221,18 +278,21 @@ impl<'a> Here<'a> {
                     slots,
                     of: choice.slots(),
                 };
-                let at = self.world.backend_at(choice.ids[number])?;
-                Some((Some(share), ports[number].unwrap_or(flow.source_port), at))
+                let id = choice.ids[number];
+                Some(Chosen {
+                    share: Some(share),
+                    source_port: ports[number].unwrap_or(flow.source_port),
+                    at: self.world.backend_at(id)?,
+                    id: Some(id),
+                })
             })
             .collect()
     }
 
     /// A flow whose Service has nowhere to lead it to.
     fn refused(&self, flow: Flow<'a>) -> Result<Explained, Failed> {
-        let reason = match self.interface(flow.from) {
-            Some(ifindex) => self
-                .run(Hook::FromPod, ifindex, false, &flow, flow.asked)?
-                .stopped(),
+        let reason = match self.entry(&flow)? {
+            Some(entry) => self.run(entry, &flow, flow.asked)?.stopped(),
             None => None,
         };
         let reason = reason.unwrap_or(Reason::NoEndpoints);
@@ -257,12 +317,14 @@ impl<'a> Here<'a> {
             explained.source_port = Some(flow.source_port);
         }
         let mut told = Vec::new();
-        if let Some(ifindex) = self.interface(flow.from) {
-            let outcome = self.run(Hook::FromPod, ifindex, false, &flow, flow.asked)?;
+        explained.ways = ways::to(&self.world.routing, &self.devices, self.index, flow.to)?;
+        if let Some(entry) = self.entry(&flow)? {
+            let outcome = self.run(entry, &flow, flow.asked)?;
             if let Some(reason) = outcome.stopped().filter(|reason| !is_of_policy(*reason)) {
                 explained.push(refusal(&flow, reason));
                 return Ok(explained);
             }
+            explained.becomes = becomes(&outcome).filter(|becomes| becomes.to != flow.asked);
             told = outcome.told;
         }
         self.step(
@@ -275,8 +337,11 @@ impl<'a> Here<'a> {
             // On the fast path both ends are asked at once.
             && !told.iter().any(|event| event.ifindex == ifindex && event.outward == 0)
         {
-            let from_host = self.world.is_own(flow.from.0);
-            told = self.run(Hook::ToPod, ifindex, from_host, &flow, target)?.told;
+            let entry = Entry {
+                from_host: self.world.is_own(flow.from.0),
+                ..Entry::of_pod(Hook::ToPod, ifindex)
+            };
+            told = self.run(entry, &flow, target)?.told;
         }
         self.step(
             &mut explained,
@@ -302,15 +367,37 @@ impl<'a> Here<'a> {
         }
     }
 
+    /// Where this node meets the flow first. `None`: it does not, or where is not known.
+    fn entry(&self, flow: &Flow<'_>) -> io::Result<Option<Entry>> {
+        let (from, pod) = flow.from;
+        if let Some(ifindex) = self.interface(flow.from) {
+            return Ok(Some(Entry::of_pod(Hook::FromPod, ifindex)));
+        }
+        let is_own = self.world.is_own(from);
+        if !is_own && pod.is_some() {
+            return Ok(None);
+        }
+        let by = if is_own { flow.asked.ip() } else { from };
+        let device = self.world.routing.way(by)?.map(|way| way.ifindex);
+        let device = device.filter(|ifindex| self.world.device(*ifindex).is_some());
+        Ok(device.map(|ifindex| Entry {
+            hook: match (is_own, ifindex) {
+                (false, _) => Hook::FromNetdev,
+                (true, LOOPBACK) => Hook::ToLo,
+                (true, _) => Hook::ToNetdev,
+            },
+            ifindex,
+            from_host: is_own,
+        }))
+    }
+
     /// Leads the flow's first packet, sent to `to`, through a hook.
-    fn run(
-        &self,
-        hook: Hook,
-        ifindex: u32,
-        from_host: bool,
-        flow: &Flow<'_>,
-        to: SocketAddr,
-    ) -> io::Result<Outcome> {
+    fn run(&self, entry: Entry, flow: &Flow<'_>, to: SocketAddr) -> io::Result<Outcome> {
+        let Entry {
+            hook,
+            ifindex,
+            from_host,
+        } = entry;
         let at = Context {
             hook,
             ifindex,
@@ -348,10 +435,21 @@ fn answer(flow: &Flow<'_>, share: Option<Share>) -> Explained {
         service: None,
         share,
         source_port: None,
+        becomes: None,
+        ways: Vec::new(),
+        so_far: None,
         allowed: true,
         steps: Vec::new(),
         elsewhere: Vec::new(),
     }
+}
+
+/// What the packet of an outcome has become.
+fn becomes(outcome: &Outcome) -> Option<Becomes> {
+    Some(Becomes {
+        from: packet::source(&outcome.bytes)?,
+        to: packet::destination(&outcome.bytes)?,
+    })
 }
 
 /// A step that ends a flow before policies are asked.

@@ -12,4 +12,5 @@ pub mod select;
 pub mod socket;
 pub mod sockets;
 pub mod tables;
+pub mod way;
 pub mod xdp_features;

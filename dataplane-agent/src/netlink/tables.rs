@@ -1,6 +1,7 @@
 //! Links, addresses and routes as the agent uses them, dumped from the kernel.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::RawFd,
@@ -15,14 +16,14 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
-const RTM_GETROUTE: u16 = 26;
+pub(super) const RTM_GETROUTE: u16 = 26;
 
 const IFINFO_LEN: usize = 16;
 const IFADDR_LEN: usize = 8;
-const RTMSG_LEN: usize = 12;
+pub(super) const RTMSG_LEN: usize = 12;
 
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
+pub(super) const AF_INET: u8 = 2;
+pub(super) const AF_INET6: u8 = 10;
 
 /// `ARPHRD_ETHER`.
 const HARDWARE_ETHERNET: u16 = 1;
@@ -175,6 +176,12 @@ pub fn dump_links(socket: &mut RequestSocket) -> io::Result<Vec<Link>> {
         .collect())
 }
 
+/// The names of this namespace's devices, by their indices.
+pub fn device_names() -> io::Result<BTreeMap<u32, String>> {
+    let links = dump_links(&mut RequestSocket::open()?)?.into_iter();
+    Ok(links.map(|link| (link.ifindex, link.name)).collect())
+}
+
 /// One device of another namespace.
 pub fn get_link_in(socket: &mut RequestSocket, namespace: i32, ifindex: u32) -> io::Result<Link> {
     const IFLA_TARGET_NETNSID: u16 = 46;
@@ -310,7 +317,7 @@ fn parse_address(message: &Message) -> Option<Address> {
     })
 }
 
-fn parse_ip(value: &[u8]) -> Option<IpAddr> {
+pub(super) fn parse_ip(value: &[u8]) -> Option<IpAddr> {
     if let Ok(octets) = <[u8; 4]>::try_from(value) {
         return Some(Ipv4Addr::from(octets).into());
     }

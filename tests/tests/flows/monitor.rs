@@ -139,13 +139,21 @@ pub fn while_connecting(
     (client, to): (&str, &str),
     watch: impl Fn() -> Result<Output> + Send,
 ) -> Result<Output> {
+    let mut herd = 0;
+    let connect = || {
+        // Those that are refused are no less of interest.
+        let _refused = stage.begin(client, &format!("herd{herd}"), to);
+        herd += 1;
+    };
+    while_doing(connect, watch)
+}
+
+/// Does something again and again until a command has ended well.
+pub fn while_doing(mut what: impl FnMut(), watch: impl Fn() -> Result<Output> + Send) -> Result<Output> {
     thread::scope(|scope| {
         let watching = scope.spawn(watch);
-        let mut herd = 0;
         while !watching.is_finished() {
-            // Those that are refused are no less of interest.
-            let _refused = stage.begin(client, &format!("herd{herd}"), to);
-            herd += 1;
+            what();
         }
         let output = watching
             .join()

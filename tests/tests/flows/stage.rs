@@ -9,12 +9,13 @@ use anyhow::{Context, Result, bail};
 use dataplane_tests::agent::{AgentOptions, Agents};
 use dataplane_tests::cluster::Cluster;
 use dataplane_tests::manifests::{self, Manifests, pod};
+use dataplane_tests::netns::set_sysctls;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
-use dataplane_tests::worker::protocol::{HerdReport, Proto, Request, Response};
+use dataplane_tests::worker::protocol::{Direction, HerdReport, Proto, Request, Response, Transfer};
 use serde_json::{Value, json};
 
-const PORT: u16 = 8080;
+pub const PORT: u16 = 8080;
 /// How long one exchange may take; machines that run tests are busy.
 const EXCHANGE_MS: u64 = 20_000;
 const CALL: Duration = Duration::from_mins(4);
@@ -52,6 +53,8 @@ pub struct Stage {
     folder: Manifests,
     /// The slice's endpoints.
     slice: BTreeMap<String, State>,
+    /// Of the endpoints, as the slice says.
+    target_port: u16,
 }
 
 fn addresses(text: &str) -> Result<Vec<IpAddr>> {
@@ -127,7 +130,7 @@ impl Stage {
             .iter()
             .map(|name| ((*name).to_owned(), State::Ready))
             .collect();
-        write_slice(&folder, &cluster, &slice)?;
+        write_slice(&folder, &cluster, &slice, PORT)?;
         let options = AgentOptions {
             program: agent,
             flags: flags.into_iter().map(str::to_owned).collect(),
@@ -138,6 +141,7 @@ impl Stage {
             cluster,
             folder,
             slice,
+            target_port: PORT,
         };
         stage.settle()?;
         Ok(stage)
@@ -160,7 +164,17 @@ impl Stage {
                 None => self.slice.remove(*name),
             };
         }
-        write_slice(&self.folder, &self.cluster, &self.slice)
+        self.write_slice()
+    }
+
+    /// Another port of the endpoints; they go on listening at [`PORT`].
+    pub fn set_target_port(&mut self, port: u16) -> Result<()> {
+        self.target_port = port;
+        self.write_slice()
+    }
+
+    fn write_slice(&self) -> Result<()> {
+        write_slice(&self.folder, &self.cluster, &self.slice, self.target_port)
     }
 
     /// Waits until the agents have programmed what the folder says.
@@ -215,6 +229,25 @@ impl Stage {
         )
     }
 
+    /// A backend takes bulk transfers at this port.
+    pub fn take_much(&self, backend: &str, port: u16) -> Result<()> {
+        let request = Request::TransferListen { port };
+        self.cluster.worker(backend)?.call(request, CALL).map(drop)
+    }
+
+    /// A bulk transfer to such a port, of a client that knows nothing of the path's MTU.
+    pub fn send_much(&self, client: &str, to: &str) -> Result<()> {
+        let request = Request::Transfer(Transfer {
+            to: to.parse()?,
+            direction: Direction::Upload,
+            bytes: 100_000,
+            timeout_ms: 2000,
+        });
+        let forget = || set_sysctls(&[("net/ipv4/route/flush", "1")]);
+        self.cluster.member_netns(client)?.enter(forget)?;
+        self.cluster.worker(client)?.call(request, CALL).map(drop)
+    }
+
     fn ask(&self, client: &str, request: Request) -> Result<HerdReport> {
         match self.cluster.worker(client)?.call(request, CALL)? {
             Response::Herd(report) => Ok(report),
@@ -245,7 +278,12 @@ pub fn service() -> Value {
     })
 }
 
-fn write_slice(folder: &Manifests, cluster: &Cluster, slice: &BTreeMap<String, State>) -> Result<()> {
+fn write_slice(
+    folder: &Manifests,
+    cluster: &Cluster,
+    slice: &BTreeMap<String, State>,
+    port: u16,
+) -> Result<()> {
     let endpoint = |(name, state): (&String, &State)| -> Result<Value> {
         let shape = cluster.shape();
         let ready = *state == State::Ready;
@@ -262,7 +300,7 @@ fn write_slice(folder: &Manifests, cluster: &Cluster, slice: &BTreeMap<String, S
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {"name": "svc1-4", "namespace": "ns1", "labels": {"kubernetes.io/service-name": "svc1"}},
         "endpoints": slice.iter().map(endpoint).collect::<Result<Vec<_>>>()?,
-        "ports": [{"port": PORT, "protocol": "TCP"}],
+        "ports": [{"port": port, "protocol": "TCP"}],
     }))
 }
 

@@ -1,0 +1,52 @@
+//! How a flow leaves this node, in words.
+
+use std::{collections::BTreeMap, io, net::IpAddr};
+
+use super::{Way, ends::Found};
+use crate::{
+    model::{Index, Name},
+    netlink::way::{Neighbour, Routing},
+};
+
+/// The ways to a target, and to the node that it is on, where packets go there by another one: in a tunnel, or through a router.
+pub fn to(
+    routing: &Routing,
+    names: &BTreeMap<u32, String>,
+    index: &Index,
+    (addr, pod): Found<'_>,
+) -> io::Result<Vec<Way>> {
+    let way = |to: IpAddr, node: Option<&str>| -> io::Result<Way> {
+        let found = routing.way(to)?;
+        let name = |ifindex: u32| {
+            names
+                .get(&ifindex)
+                .cloned()
+                .unwrap_or_else(|| ifindex.to_string())
+        };
+        let neighbour = found.and_then(|found| found.neighbour);
+        Ok(Way {
+            to,
+            node: node.map(str::to_owned),
+            device: found.map(|found| name(found.ifindex)),
+            next_hop: found.map(|found| found.next_hop).filter(|hop| *hop != to),
+            neighbour: neighbour.as_ref().map(ToString::to_string),
+            is_silent: neighbour.is_some_and(Neighbour::is_silent),
+        })
+    };
+    let mut ways = vec![way(addr, None)?];
+    if let Some((node, of_node)) = pod.and_then(|pod| node_of(index, pod.node.as_deref()?, addr))
+        && of_node != addr
+        && ways[0].next_hop != Some(of_node)
+    {
+        ways.push(way(of_node, Some(node))?);
+    }
+    Ok(ways)
+}
+
+/// A node's address, of the family of `like` if it has one.
+fn node_of<'a>(index: &Index, node: &'a str, like: IpAddr) -> Option<(&'a str, IpAddr)> {
+    let found = index.node_by_name(&Name::new("", node))?;
+    let mut ips = found.internal_ips.iter();
+    let same = ips.clone().find(|ip| ip.is_ipv4() == like.is_ipv4());
+    same.or_else(|| ips.next()).map(|ip| (node, *ip))
+}

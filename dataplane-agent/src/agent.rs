@@ -684,7 +684,9 @@ impl Agent {
     }
 
     fn sign_of_life(&mut self) {
-        self.publish_unknown();
+        if self.publish_unknown() {
+            self.publish_progress();
+        }
         self.progress
             .send_modify(|progress| progress.alive = Instant::now());
     }
@@ -726,8 +728,7 @@ mod tests {
         }
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn the_machine_is_not_looked_at_with_half_the_pods() {
+    fn agent() -> (Agent, watch::Receiver<WantedPods>) {
         let run = ["dataplane-agent", "run", "--node-name", "a", "--manifests", "/m"];
         let config = Cli::config_of(run).unwrap();
         let store = Memory::new(LIMITS);
@@ -742,15 +743,27 @@ mod tests {
             health_checks: node_ports::Servers::new(seen),
             metrics: Metrics::new(),
         };
-        let mut agent = Agent::new(&config, Box::new(store), syncer, policies, bound, outward);
-        let node = applied(&json!({
+        let agent = Agent::new(&config, Box::new(store), syncer, policies, bound, outward);
+        (agent, wanted_seen)
+    }
+
+    fn node() -> Change {
+        applied(&json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"},
             "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
-        }));
-        let pod = applied(&json!({
+        }))
+    }
+
+    fn pod() -> Change {
+        applied(&json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
             "spec": {"nodeName": "a", "containers": []}, "status": {"podIPs": [{"ip": "10.244.1.5"}]},
-        }));
+        }))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_machine_is_not_looked_at_with_half_the_pods() {
+        let (mut agent, wanted_seen) = agent();
         let mut take = |revision, complete, changes| {
             agent.take_batch(Batch {
                 revision,
@@ -761,12 +774,12 @@ mod tests {
             wanted_seen.borrow().clone()
         };
         assert_eq!(
-            take(1, false, vec![node]),
+            take(1, false, vec![node()]),
             WantedPods::default(),
             "Nodes come first"
         );
         assert_eq!(
-            take(2, false, vec![pod]),
+            take(2, false, vec![pod()]),
             WantedPods::default(),
             "perhaps not all"
         );
@@ -777,5 +790,35 @@ mod tests {
             "shop/web"
         );
         assert_eq!(wanted.node_addresses.len(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_pod_that_no_interface_leads_to_is_a_problem() {
+        let (mut agent, _wanted) = agent();
+        agent.take_batch(Batch {
+            revision: 1,
+            complete: true,
+            changes: vec![node(), pod()],
+            ..Batch::default()
+        });
+        let looked = HostState {
+            wanted_revision: 1,
+            ..HostState::default()
+        };
+        agent.take_host(Some(looked.clone()));
+        assert_eq!(agent.problems(), [], "it may be found yet");
+        agent
+            .expected
+            .begin(Instant::now().checked_sub(Duration::from_hours(1)).unwrap());
+        agent.sign_of_life();
+        let problems = agent.problems();
+        assert!(
+            matches!(&problems[..], [one] if one.object == "Pod shop/web"),
+            "{problems:?}"
+        );
+        let bound_pods = [(7, "shop/web".to_owned())].into();
+        agent.take_host(Some(HostState { bound_pods, ..looked }));
+        agent.sign_of_life();
+        assert_eq!(agent.problems(), []);
     }
 }

@@ -14,7 +14,7 @@ use super::Agent;
 use crate::{
     compile::policy::classes::Place,
     host::Unknown,
-    model::{Name, Pod},
+    model::{Cause, Kind, Name, ObjectRef, Pod, Problem, Rejected},
     sync::{bound::pod_ranges, policy::BoundPod},
 };
 
@@ -24,8 +24,10 @@ const FOUND_WITHIN: Duration = Duration::from_secs(30);
 /// What is kept of it.
 #[derive(Debug, Default)]
 pub struct Expected {
-    /// Pods without an interface that policies select, and since when.
+    /// Pods with an address and without an interface, and since when.
     since: BTreeMap<Name, Instant>,
+    /// Those of them that have none that could be found.
+    lost: BTreeSet<Name>,
     /// `None`: to be found out anew.
     ranges: Option<[PodRange; 2]>,
     /// Ranges that are not where this node's pods have their addresses from.
@@ -33,6 +35,12 @@ pub struct Expected {
 }
 
 impl Expected {
+    /// All that are without an interface have been so since then.
+    #[cfg(test)]
+    pub fn begin(&mut self, then: Instant) {
+        self.since.values_mut().for_each(|since| *since = then);
+    }
+
     /// Pods or this node's object have changed.
     pub fn forget_ranges(&mut self) {
         self.ranges = None;
@@ -104,38 +112,66 @@ impl Agent {
         pods.any(|pod| !pod.host_network && !self.index.is_local(pod))
     }
 
-    /// Says what becomes of interfaces that nobody knows.
-    pub(super) fn publish_unknown(&mut self) {
+    /// Says what becomes of interfaces that nobody knows. Returns whether other Pods than before are without one.
+    pub(super) fn publish_unknown(&mut self) -> bool {
         let (true, Some(host)) = (self.complete, &self.host) else {
-            return;
+            return false;
         };
         let bound: BTreeSet<&str> = host.bound_pods.values().map(String::as_str).collect();
-        let selected = self.policies.pods().iter().filter(|(name, policy)| {
-            policy.sets.iter().any(|set| *set != SET_NONE) && !bound.contains(name.to_string().as_str())
-        });
-        let missing: Vec<Name> = selected.map(|(name, _)| name.clone()).collect();
+        let lives = |pod: &&Pod| !pod.host_network && !pod.finished && !pod.terminating;
+        let local = self.index.local_pods().filter(lives);
+        let without: Vec<&Pod> = local
+            .filter(|pod| !bound.contains(pod.name.to_string().as_str()))
+            .collect();
+        let addressed: BTreeSet<&Name> = without
+            .iter()
+            .filter(|pod| !pod.ips.is_empty())
+            .map(|pod| &pod.name)
+            .collect();
         let since = &mut self.expected.since;
-        since.retain(|name, _| missing.contains(name));
-        for name in missing {
-            since.entry(name).or_insert_with(Instant::now);
+        since.retain(|name, _| addressed.contains(name));
+        for name in addressed {
+            since.entry(name.clone()).or_insert_with(Instant::now);
         }
-        let mut since = since.iter();
-        let index = &self.index;
-        let is_expected = since.any(|(name, since)| {
-            let may_be_found = |pod: &Pod| pod.ips.is_empty() || since.elapsed() < FOUND_WITHIN;
-            index
-                .pod(name)
-                .is_some_and(|pod| !pod.terminating && may_be_found(pod))
-        });
-        let unknown = if is_expected {
+        let is_lost = |name: &Name| {
+            since
+                .get(name)
+                .is_some_and(|since| since.elapsed() >= FOUND_WITHIN)
+        };
+        let of_policies = self.policies.pods();
+        let is_selected = |pod: &Pod| {
+            let policy = of_policies.get(&pod.name);
+            policy.is_some_and(|policy| policy.sets.iter().any(|set| *set != SET_NONE))
+        };
+        let unknown = if without.iter().any(|pod| is_selected(pod) && !is_lost(&pod.name)) {
             Unknown::Close
         } else {
             Unknown::Leave
         };
+        let lost: BTreeSet<Name> = since.keys().filter(|name| is_lost(name)).cloned().collect();
         self.wanted.send_if_modified(|wanted| {
             let news = wanted.unknown != unknown;
             wanted.unknown = unknown;
             news
         });
+        let news = lost != self.expected.lost;
+        self.expected.lost = lost;
+        news
+    }
+
+    /// Pods that no interface leads to: their traffic passes no hook.
+    pub(super) fn lost_pods(&self) -> impl Iterator<Item = Rejected> {
+        self.expected.lost.iter().map(|name| {
+            let object = ObjectRef {
+                kind: Kind::Pod,
+                name: name.clone(),
+            };
+            let reason = "no veth of this node leads to it: policies about it are not enforced here, and Services that it asks for are not translated at its interface";
+            Rejected {
+                origin: self.origins.get(&object).cloned(),
+                object: object.to_string(),
+                problem: Problem::new("", reason).because(Cause::Unsupported),
+            }
+        })
     }
 }

@@ -61,6 +61,7 @@ impl Agent {
         let rejected: BTreeSet<Rejected> = all
             .chain(self.rejected_by_policies())
             .chain(self.other_proxy())
+            .chain(self.lost_pods())
             .collect();
         let event = |reason, one: &Rejected| Event {
             reason,

@@ -4,7 +4,7 @@ use std::{net::IpAddr, time::Duration};
 
 use dataplane_common::{
     addr::{AnyAddr, proto},
-    policy::{PolicyRule, RuleAction, VerdictEvent},
+    policy::{PolicyRule, VerdictEvent},
     reason::Reason,
 };
 use jiff::Timestamp;
@@ -63,13 +63,10 @@ pub struct Told {
 impl Told {
     /// An event. `name_of`: what to call an address; whose policy has decided, the caller may know.
     pub fn of(event: &VerdictEvent, rule: Option<PolicyRule>, name_of: impl Fn(IpAddr) -> String) -> Self {
-        let reason = Reason::ALL.get(event.reason as usize).copied();
+        let reason = Reason::from_number(event.reason);
         let [from, to] = [event.src_be, event.dst_be].map(|addr| name_of(address(event, addr)));
         let port = u16::from_be(event.dport_be);
-        let action = rule.and_then(|rule| {
-            let mut actions = RuleAction::ALL.iter();
-            actions.find(|action| **action as u8 == rule.action)
-        });
+        let action = rule.and_then(|rule| rule.action());
         Self {
             number: 0,
             time: wall_clock(event.at_ns),

@@ -296,6 +296,15 @@ pub struct PolicyRule {
     pub pad: [u8; 3],
 }
 
+impl PolicyRule {
+    /// What the rule does; `None`: the element was never written, or by another version.
+    pub fn action(&self) -> Option<RuleAction> {
+        RuleAction::ALL
+            .into_iter()
+            .find(|action| *action as u8 == self.action)
+    }
+}
+
 const _: () = assert!(size_of::<PodPolicy>() == 16);
 const _: () = assert!(size_of::<PolicyFlowKey4>() == 16);
 const _: () = assert!(size_of::<PolicyFlowKey6>() == 40);

@@ -11,6 +11,11 @@ macro_rules! reasons {
             /// Every reason, in the order of `COUNTERS`.
             pub const ALL: &[Reason] = &[$(Reason::$name,)+];
 
+            /// The reason of a number; `None`: nobody of this version gives it.
+            pub fn from_number(number: u32) -> Option<Reason> {
+                Self::ALL.get(number as usize).copied()
+            }
+
             /// The label in metrics and on the command line.
             pub const fn label(self) -> &'static str {
                 match self { $(Reason::$name => $label,)+ }

@@ -137,14 +137,12 @@ impl World {
         if let Some(error) = failed {
             return Err(error);
         }
-        let reasons = reasons
-            .iter()
-            .filter_map(|number| Reason::ALL.get(*number as usize));
+        let reasons = reasons.iter().filter_map(|number| Reason::from_number(*number));
         Ok(Outcome {
             verdict,
             bytes: frame.bytes,
             told,
-            reasons: reasons.copied().collect(),
+            reasons: reasons.collect(),
         })
     }
 
@@ -602,7 +600,7 @@ impl Outcome {
     /// Why the packet went no further, if so.
     pub fn stopped(&self) -> Option<Reason> {
         match self.verdict.action() {
-            Action::Drop => Reason::ALL.get(self.verdict.value() as usize).copied(),
+            Action::Drop => Reason::from_number(self.verdict.value()),
             Action::Answer => self.reasons.last().copied(),
             _ => None,
         }

@@ -15,7 +15,7 @@ use std::{
 use anyhow::Context;
 use dataplane_common::{
     monitor::{Event, EventKind},
-    policy::{NO_RULE_INDEX, RuleAction},
+    policy::NO_RULE_INDEX,
     reason::Reason,
 };
 use tokio::{
@@ -213,13 +213,10 @@ impl Monitor<'_> {
             });
         }
         let rule = self.watch.rule(event)?;
-        let action = RuleAction::ALL
-            .iter()
-            .find(|action| **action as u8 == rule.action);
         Some(By {
             policies: self.who.policies(format!("number={}", rule.policy)),
             rule: Some(rule.place),
-            action: action.map(|action| action.label().to_owned()),
+            action: rule.action().map(|action| action.label().to_owned()),
         })
     }
 

@@ -1,7 +1,7 @@
 //! What the tables alone say of verdicts: addresses, and policies by the numbers that `RULES` has of them.
 
 use dataplane_common::{
-    policy::{NO_RULE_INDEX, RuleAction, SET_NONE, VerdictEvent},
+    policy::{NO_RULE_INDEX, SET_NONE, VerdictEvent},
     reason::Reason,
 };
 
@@ -82,9 +82,7 @@ impl Known for Unnamed {
 fn decision(world: &World, set: u32, direction: Direction, event: &VerdictEvent) -> Option<Decision> {
     let rule = world.rule(event.rule).filter(|_| event.rule != NO_RULE_INDEX)?;
     let set = world.set(set)?;
-    let action = RuleAction::ALL
-        .iter()
-        .find(|action| **action as u8 == rule.action)?;
+    let action = rule.action()?;
     Some(Decision {
         policy: policy_called(rule.policy),
         tier: tier_of(&set, event.rule.wrapping_sub(set.rules)).to_string(),

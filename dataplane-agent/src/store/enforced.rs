@@ -262,14 +262,14 @@ impl<'a> EnforcedTables<'a> {
     ) {
         let Row { place, rule, hits } = row;
         let policy = policy_called(rule.policy);
-        let action = RuleAction::ALL
-            .iter()
-            .find(|action| **action as u8 == rule.action);
         let shown = EnforcedRule {
             direction: direction.as_str().to_owned(),
             rule: Some(rule.place),
             name: String::new(),
-            action: action.map_or("unknown", |action| action.label()).to_owned(),
+            action: rule
+                .action()
+                .map_or("unknown", |action| action.label())
+                .to_owned(),
             peers: self.peers(set, *place),
             ports: self.ports(set, *place),
             verdicts: if dry_run { 0 } else { hits.decided },

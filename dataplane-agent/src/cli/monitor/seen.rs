@@ -230,9 +230,7 @@ impl Seen {
             ports,
         } = ends;
         let pod = |addr: Option<IpAddr>| names.pod(addr?).cloned();
-        let reason = Reason::ALL
-            .get(event.reason as usize)
-            .map(|reason| reason.label());
+        let reason = Reason::from_number(event.reason).map(Reason::label);
         let verdict = match EventKind::ALL.get(usize::from(event.kind)) {
             Some(EventKind::Refused | EventKind::RefusedByBackend) => Word::Refuse,
             Some(EventKind::TooBig) => Word::TooBig,

@@ -41,7 +41,7 @@ pub struct Query {
 const SOURCE_PORT: u16 = 32768;
 
 /// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
-const LOOPBACK: u32 = 1;
+pub const LOOPBACK: u32 = 1;
 
 /// The tables, and what is known of what is in them.
 #[derive(Debug)]

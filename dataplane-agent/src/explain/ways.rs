@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io, net::IpAddr};
 
-use super::{Way, ends::Found};
+use super::{Way, ends::Found, tables::LOOPBACK};
 use crate::{
     model::{Index, Name},
     netlink::way::{Neighbour, Routing},
@@ -37,6 +37,8 @@ pub fn to(
     if let Some((node, of_node)) = pod.and_then(|pod| node_of(index, pod.node.as_deref()?, addr))
         && of_node != addr
         && ways[0].next_hop != Some(of_node)
+        // It is this node.
+        && !routing.way(of_node)?.is_some_and(|way| way.ifindex == LOOPBACK)
     {
         ways.push(way(of_node, Some(node))?);
     }

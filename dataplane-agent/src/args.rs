@@ -161,9 +161,8 @@ pub enum Command {
     /// Show what goes over Services, endpoints and Pods now, and what is dropped; on a screen that keeps up, or where stdout is no
     /// terminal, once.
     Top {
-        /// The agent's socket.
-        #[arg(long, env = "DATAPLANE_SOCKET", default_value = SOCKET)]
-        socket: PathBuf,
+        #[command(flatten)]
+        tables: Tables,
         /// Seconds between two answers, of which rates are made.
         #[arg(long, default_value = "1s", value_parser = interval)]
         interval: Duration,

@@ -52,16 +52,11 @@ impl Agent {
         for (name, pod) in &mut pods {
             pod.pod.clone_from(name);
         }
-        let drops = counters::read(&tables.pins)?.into_iter();
-        let drops =
-            drops.filter(|(reason, count)| *count > 0 && kernel_side::outcome(*reason).0 == "dropped");
         Ok(Load {
             at: Timestamp::now(),
             services,
             pods: pods.into_values().collect(),
-            drops: drops
-                .map(|(reason, count)| (reason.label().to_owned(), count))
-                .collect(),
+            drops: kernel_side::drops(&counters::read(&tables.pins)?),
         })
     }
 

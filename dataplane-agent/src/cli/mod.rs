@@ -106,10 +106,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => manual::completions(shell)?,
         Command::Man { folder } => manual::write_pages(&folder)?,
         Command::Top {
-            socket,
+            tables,
             interval,
             once,
-        } => top::run(&socket, interval, once)?,
+        } => top::run(tables.places(), interval, once)?,
         Command::Ui {
             listen,
             allow_host,

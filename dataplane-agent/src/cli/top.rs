@@ -4,6 +4,7 @@ mod draw;
 pub mod numbers;
 mod rates;
 mod state;
+mod tables;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +26,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::state::{Top, View};
 use super::{
-    ask,
+    alone::{self, Places},
+    ask::{self, Answer},
     output::{print, table},
 };
 use crate::load::Load;
@@ -37,18 +39,18 @@ const LATE: Duration = Duration::from_secs(2);
 /// Rows that the page keys move.
 const PAGE: isize = 10;
 
-/// Shows what the agent at `socket` tells each `interval`. `once`, and where nobody looks: after one interval, in plain tables.
-pub fn run(socket: &Path, interval: Duration, once: bool) -> anyhow::Result<()> {
-    // An agent that is not there is an error here, and no empty screen.
-    let first = load(socket)?;
+/// Shows what an agent tells each `interval`, or the tables where none runs. `once`, and where nobody looks: after one interval, in plain tables.
+pub fn run(places: Places<'_>, interval: Duration, once: bool) -> anyhow::Result<()> {
+    // Where neither is there, that is an error here, and no empty screen.
+    let (source, first) = Source::find(places)?;
     let mut top = Top::default();
     top.update(first);
     if once || !io::stdout().is_terminal() {
         thread::sleep(interval);
-        top.update(load(socket)?);
+        top.update(source.load()?);
         return print(&plain(&top));
     }
-    let answers = ask_again_and_again(socket.to_owned(), interval);
+    let answers = ask_again_and_again(source, interval);
     let ended = told_to_end()?;
     let _restored = Screen;
     let mut terminal = ratatui::try_init().context("failed to use this terminal: --once needs none")?;
@@ -101,8 +103,35 @@ impl Drop for Screen {
     }
 }
 
-fn load(socket: &Path) -> anyhow::Result<Load> {
-    let answer = ask::reach(socket, "/load")?;
+/// Who tells, for as long as the command runs: names do not come and go on the screen.
+enum Source {
+    Agent(PathBuf),
+    /// The BPF file system.
+    Tables(PathBuf),
+}
+
+impl Source {
+    fn find(places: Places<'_>) -> anyhow::Result<(Self, Load)> {
+        let Places { socket, bpffs } = places;
+        let agent = ask::reach(socket, "/load");
+        match agent {
+            Ok(answer) => Ok((Self::Agent(socket.to_owned()), of_answer(socket, &answer)?)),
+            Err(error) => {
+                let load = alone::instead(&error, || tables::load(bpffs))?;
+                Ok((Self::Tables(bpffs.to_owned()), load))
+            }
+        }
+    }
+
+    fn load(&self) -> anyhow::Result<Load> {
+        match self {
+            Self::Agent(socket) => of_answer(socket, &ask::reach(socket, "/load")?),
+            Self::Tables(bpffs) => tables::load(bpffs),
+        }
+    }
+}
+
+fn of_answer(socket: &Path, answer: &Answer) -> anyhow::Result<Load> {
     ensure!(
         answer.status != 404,
         "the agent at {} does not count what goes over Services{}",
@@ -136,12 +165,12 @@ fn told_to_end() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// Asks in a thread of its own, so that keys work while the agent is slow. It ends with the process.
-fn ask_again_and_again(socket: PathBuf, interval: Duration) -> mpsc::Receiver<anyhow::Result<Load>> {
+fn ask_again_and_again(source: Source, interval: Duration) -> mpsc::Receiver<anyhow::Result<Load>> {
     let (answers, taken) = mpsc::sync_channel(1);
     thread::spawn(move || {
         loop {
             thread::sleep(interval);
-            if answers.send(load(&socket)).is_err() {
+            if answers.send(source.load()).is_err() {
                 return;
             }
         }

@@ -1,6 +1,7 @@
 //! What the datapath's maps say, read when somebody asks: packets by reason, and how full the tables are.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
@@ -75,6 +76,16 @@ pub fn outcome(reason: Reason) -> (&'static str, &'static str) {
         _ => "other",
     };
     (outcome, meaning)
+}
+
+/// Packets that were dropped, by their reasons' labels.
+pub fn drops(packets: &[(Reason, u64)]) -> BTreeMap<String, u64> {
+    let dropped = packets
+        .iter()
+        .filter(|(reason, count)| *count > 0 && outcome(*reason).0 == "dropped");
+    dropped
+        .map(|(reason, count)| (reason.label().to_owned(), *count))
+        .collect()
 }
 
 /// The families, each with a series for every reason and every table.

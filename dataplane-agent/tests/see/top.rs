@@ -41,7 +41,7 @@ fn a_pipe_gets_plain_tables_after_one_interval() {
 fn no_agent_and_a_wrong_interval_are_said_in_words() {
     let agent = Agent::start();
     agent.stop();
-    let output = top(&agent.socket(), &["--once"]);
+    let output = top(&agent.socket(), &["--once", "--bpffs", "/nonexistent"]);
     assert!(!output.status.success());
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(error.contains("failed to reach an agent at"), "{error}");

@@ -92,6 +92,15 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
     );
 
     stage.agents.kill_all();
+    let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
+    let top = ["top", "--once", "--interval", "1s", "--bpffs", &bpffs];
+    let top = stage.agents.asking(NODE, &top)?;
+    let said = String::from_utf8_lossy(&top.stdout);
+    ensure!(
+        top.status.success() && said.contains("10.96.0.41:80/TCP"),
+        "{said}{}",
+        String::from_utf8_lossy(&top.stderr)
+    );
     let alone = watched(
         &stage,
         &["--from", "10.244.1.10", "--verdict", "refuse", "--count", "1"],

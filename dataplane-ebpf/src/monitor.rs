@@ -173,7 +173,11 @@ unsafe fn describe_work<F: Family>(event: *mut Event, work: &Work<F>, what: What
             (*event).dst_be = F::to_any(*goes.dst);
             (*event).sport_be = goes.sport_be;
             (*event).dport_be = goes.dport_be;
-            (*event).reason = if is_refused { Reason::BackendRefused as u32 } else { 0 };
+            (*event).reason = if is_refused {
+                Reason::BackendRefused as u32
+            } else {
+                0
+            };
         } else if what.kind == EventKind::TooBig as u8 {
             (*event).mtu = what.value as u16;
             (*event).reason = Reason::FragmentationNeeded as u32;

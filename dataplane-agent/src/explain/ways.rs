@@ -37,8 +37,8 @@ pub fn to(
     if let Some((node, of_node)) = pod.and_then(|pod| node_of(index, pod.node.as_deref()?, addr))
         && of_node != addr
         && ways[0].next_hop != Some(of_node)
-        // It is this node.
-        && !routing.way(of_node)?.is_some_and(|way| way.ifindex == LOOPBACK)
+        // Not of this node.
+        && routing.way(of_node)?.is_none_or(|way| way.ifindex != LOOPBACK)
     {
         ways.push(way(of_node, Some(node))?);
     }

@@ -13,6 +13,10 @@ use clap::ValueEnum;
 use crate::{chart, image, paths, process, progress};
 
 const SCRIPTS: &str = "tests/cluster";
+/// Tests that have to pass.
+const EXPECTED: &str = "expected.txt";
+/// Those of them that fail where nobody serves Services and nobody enforces policies.
+const PROVING: &str = "proving.txt";
 /// Every test of these groups is run unless `--focus` says otherwise.
 const FOCUS: [&str; 2] = [r"\[sig-network\]", "NetworkPolicy between"];
 /// What needs a cloud, the Internet, kernel modules or kube-proxy itself.
@@ -279,9 +283,8 @@ impl Seen {
 
 /// Compares with what passes elsewhere. Without a proxy nothing is wrong with a failure: it says that the test proves something.
 fn judge(seen: &Seen, args: &Args) -> Result<()> {
-    let place = paths::root().join(SCRIPTS).join("expected.txt");
-    let text = fs::read_to_string(&place).with_context(|| format!("failed to read {}", place.display()))?;
-    let expected: BTreeSet<&str> = expected(&text)
+    let text = names_in(EXPECTED)?;
+    let expected: BTreeSet<&str> = names(&text)
         .into_iter()
         .filter(|name| can_pass(name, !args.single_stack))
         .collect();
@@ -302,7 +305,7 @@ fn judge(seen: &Seen, args: &Args) -> Result<()> {
         not_run
     );
     if args.proxy == Serving::None {
-        println!("these fail without a proxy:");
+        println!("these fail without a proxy ({SCRIPTS}/{PROVING}):");
         for name in &seen.failed {
             println!("{name}");
         }
@@ -311,6 +314,11 @@ fn judge(seen: &Seen, args: &Args) -> Result<()> {
     if seen.passed.is_empty() {
         bail!("no test passed");
     }
+    let text = names_in(PROVING)?;
+    let proving = names(&text)
+        .into_iter()
+        .filter(|name| seen.passed.contains(*name));
+    println!("{} of those that passed fail without a proxy", proving.count());
     if !wrong.is_empty() {
         bail!("these have to pass, and failed:\n{}", wrong.join("\n"));
     }
@@ -322,7 +330,13 @@ fn can_pass(name: &str, dual: bool) -> bool {
     !name.contains(if dual { SINGLE_STACK_ONLY } else { DUAL_STACK_ONLY })
 }
 
-fn expected(text: &str) -> BTreeSet<&str> {
+/// A list of tests beside the scripts.
+fn names_in(file: &str) -> Result<String> {
+    let place = paths::root().join(SCRIPTS).join(file);
+    fs::read_to_string(&place).with_context(|| format!("failed to read {}", place.display()))
+}
+
+fn names(text: &str) -> BTreeSet<&str> {
     text.lines()
         .map(str::trim)
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
@@ -354,8 +368,10 @@ mod tests {
 
     #[test]
     fn every_test_that_has_to_pass_is_of_a_group_that_is_run() {
-        let text = fs::read_to_string(paths::root().join(SCRIPTS).join("expected.txt")).unwrap();
-        let expected = expected(&text);
+        let text = names_in(EXPECTED).unwrap();
+        let expected = names(&text);
+        let proving = names_in(PROVING).unwrap();
+        assert!(!proving.is_empty() && names(&proving).is_subset(&expected));
         assert!(expected.len() > 100, "{}", expected.len());
         assert_eq!(
             expected

@@ -36,6 +36,7 @@ use crate::{
 /// Everything that `status` shows.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Status {
+    pub versions: Versions,
     pub agent_running: bool,
     /// The pin folder is there.
     pub installed: bool,
@@ -59,6 +60,17 @@ pub struct Status {
     /// Where it is asked.
     #[serde(skip)]
     pub socket: Option<PathBuf>,
+}
+
+/// What works together here.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Versions {
+    /// Of this command.
+    pub command: &'static str,
+    /// Of the agent that has answered. Absent: none runs, or one that is older than any that tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    pub kernel: String,
 }
 
 /// One program at one hook.
@@ -139,6 +151,11 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         warnings.extend(unreadable(&pins));
     }
     Ok(Status {
+        versions: Versions {
+            command: env!("CARGO_PKG_VERSION"),
+            agent: None,
+            kernel: kernel::release(),
+        },
         agent_running: State::is_running(bpffs),
         installed,
         bpffs: bpffs.display().to_string(),

@@ -45,14 +45,21 @@ pub enum KernelError {
     NotCgroup2(PathBuf),
 }
 
+/// The running kernel's release, as `uname -r` prints it; empty where /proc does not say.
+pub fn release() -> String {
+    let release = fs::read_to_string(OSRELEASE).unwrap_or_default();
+    release.trim().to_owned()
+}
+
 /// Major and minor number of the running kernel.
 pub fn version() -> Result<(u32, u32), KernelError> {
-    let path = "/proc/sys/kernel/osrelease";
-    let text = fs::read_to_string(path).map_err(PathError::new("read", path.as_ref()))?;
+    let text = fs::read_to_string(OSRELEASE).map_err(PathError::new("read", OSRELEASE.as_ref()))?;
     parse_version(text.trim()).ok_or_else(|| KernelError::TooOld {
         found: text.trim().to_owned(),
     })
 }
+
+const OSRELEASE: &str = "/proc/sys/kernel/osrelease";
 
 fn parse_version(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(|c: char| !c.is_ascii_digit());

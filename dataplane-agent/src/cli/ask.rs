@@ -40,6 +40,11 @@ impl Answer {
             .with_context(|| format!("failed to read the agent's answer{}", self.other_version()))
     }
 
+    /// The agent's. The first ones told none.
+    pub fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
     /// In brackets, that this program is of another version than the agent.
     pub fn other_version(&self) -> String {
         match self.version.as_deref() {

@@ -6,11 +6,11 @@ use anyhow::Context;
 use jiff::Timestamp;
 
 use super::{
-    ask,
+    ask::{self, Answer},
     output::{Output, table},
 };
 use crate::{
-    attach::inspect::{self, Status},
+    attach::inspect::{self, Status, Versions},
     bpf::kernel,
     source::kube::state::KindState,
 };
@@ -20,7 +20,9 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     kernel::check_capabilities()?;
     let mut status = inspect::inspect(bpffs).context("failed to query what is attached")?;
     if let Some(socket) = status.socket.as_ref().filter(|_| status.agent_running) {
-        match ask::value(socket, "/conditions") {
+        let answer = ask::reach(socket, "/conditions");
+        status.versions.agent = answer.as_ref().ok().and_then(Answer::version).map(str::to_owned);
+        match answer.and_then(|answer| answer.value()) {
             Ok(conditions) => status.conditions = conditions,
             Err(error) => status.warnings.push(format!("{error:#}")),
         }
@@ -32,28 +34,34 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     output.print(&status, render)
 }
 
+/// Who works here, and what is wrong: what is read first.
+fn head(status: &Status) -> String {
+    let running = if status.agent_running { "" } else { "not " };
+    let installed = if status.installed { "" } else { "not " };
+    let Versions {
+        command,
+        agent,
+        kernel,
+    } = &status.versions;
+    let other = agent.as_ref().filter(|agent| agent != command);
+    let version = match other {
+        Some(agent) => format!("version {agent}, this command {command}"),
+        None => format!("version {command}"),
+    };
+    let mut lines = vec![
+        format!(
+            "agent {running}running, datapath {installed}installed under {}, tc by {}",
+            status.bpffs, status.tc
+        ),
+        format!("{version}, Linux {kernel}"),
+    ];
+    let problems = problems(status).into_iter();
+    lines.extend(problems.map(|problem| format!("problem: {problem}")));
+    lines.join("\n") + "\n"
+}
+
 fn render(status: &Status) -> String {
-    let agent = if status.agent_running {
-        "running"
-    } else {
-        "not running"
-    };
-    let datapath = if status.installed {
-        "installed"
-    } else {
-        "not installed"
-    };
-    let mut text = format!(
-        "agent {agent}, datapath {datapath} under {}, tc by {}\n",
-        status.bpffs, status.tc
-    );
-
-    for problem in problems(status) {
-        text += "problem: ";
-        text += &problem;
-        text += "\n";
-    }
-
+    let mut text = head(status);
     let rows = status.conditions.iter().map(|one| {
         let holds = if one.status { "yes" } else { "no" };
         vec![

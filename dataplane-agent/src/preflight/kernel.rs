@@ -18,9 +18,8 @@ use crate::{
 
 /// Returns whether programs can be loaded at all.
 pub(super) fn look(rows: &mut Rows<'_>, config: &Config) -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     match kernel::check_version() {
-        Ok(()) => rows.ok("version", release.trim()),
+        Ok(()) => rows.ok("version", kernel::release()),
         Err(error) => rows.problem("version", error),
     }
     capabilities(rows);

@@ -164,10 +164,7 @@ impl Agents {
 
     /// Where a node's agent reads objects from its next start on.
     pub fn set_source(&mut self, node: &str, flags: &[&str]) -> Result<()> {
-        let mut nodes = self.nodes.iter_mut();
-        let agent = nodes.find(|agent| agent.node == node);
-        let agent = agent.with_context(|| format!("no node {node}"))?;
-        agent.source = flags.iter().map(Into::into).collect();
+        self.of_mut(node)?.source = flags.iter().map(Into::into).collect();
         Ok(())
     }
 
@@ -180,9 +177,7 @@ impl Agents {
 
     /// Kills the agent of one node.
     pub fn kill(&mut self, node: &str) -> Result<()> {
-        let agent = self.nodes.iter_mut().find(|agent| agent.node == node);
-        let agent = agent.with_context(|| format!("there is no agent of {node}"))?;
-        agent.kill();
+        self.of_mut(node)?.kill();
         Ok(())
     }
 
@@ -305,6 +300,11 @@ impl Agents {
 
     fn of(&self, node: &str) -> Result<&Agent> {
         let agent = self.nodes.iter().find(|agent| agent.node == node);
+        agent.with_context(|| format!("there is no agent of {node}"))
+    }
+
+    fn of_mut(&mut self, node: &str) -> Result<&mut Agent> {
+        let agent = self.nodes.iter_mut().find(|agent| agent.node == node);
         agent.with_context(|| format!("there is no agent of {node}"))
     }
 

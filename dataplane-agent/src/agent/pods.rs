@@ -118,7 +118,7 @@ impl Agent {
             return false;
         };
         let bound: BTreeSet<&str> = host.bound_pods.values().map(String::as_str).collect();
-        let lives = |pod: &&Pod| !pod.host_network && !pod.finished && !pod.terminating;
+        let lives = |pod: &&Pod| !pod.host_network && !pod.terminating;
         let local = self.index.local_pods().filter(lives);
         let without: Vec<&Pod> = local
             .filter(|pod| !bound.contains(pod.name.to_string().as_str()))

@@ -33,7 +33,7 @@ use crate::{
     bpf::events::Watch,
     explain::Port,
     model::policy::Direction,
-    netlink::tables::device_names,
+    netlink::tables::{device_name, device_names},
     told::{Told, ToldVerdict},
 };
 
@@ -298,8 +298,7 @@ impl<'a> Known<'a> {
     }
 
     fn device(&self, ifindex: u32) -> String {
-        let name = self.devices.get(&ifindex).cloned();
-        name.unwrap_or_else(|| ifindex.to_string())
+        device_name(&self.devices, ifindex)
     }
 
     fn policies(&mut self, of: String) -> Vec<String> {

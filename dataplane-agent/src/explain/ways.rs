@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, io, net::IpAddr};
 use super::{Way, ends::Found, tables::LOOPBACK};
 use crate::{
     model::{Index, Name},
-    netlink::way::{Neighbour, Routing},
+    netlink::{
+        tables::device_name,
+        way::{self, Neighbour, Routing},
+    },
 };
 
 /// The ways to a target, and to the node that it is on, where packets go there by another one: in a tunnel, or through a router.
@@ -15,32 +18,27 @@ pub fn to(
     index: &Index,
     (addr, pod): Found<'_>,
 ) -> io::Result<Vec<Way>> {
-    let way = |to: IpAddr, node: Option<&str>| -> io::Result<Way> {
-        let found = routing.way(to)?;
-        let name = |ifindex: u32| {
-            names
-                .get(&ifindex)
-                .cloned()
-                .unwrap_or_else(|| ifindex.to_string())
-        };
+    let in_words = |to: IpAddr, node: Option<&str>, found: Option<way::Way>| {
         let neighbour = found.and_then(|found| found.neighbour);
-        Ok(Way {
+        Way {
             to,
             node: node.map(str::to_owned),
-            device: found.map(|found| name(found.ifindex)),
+            device: found.map(|found| device_name(names, found.ifindex)),
             next_hop: found.map(|found| found.next_hop).filter(|hop| *hop != to),
             neighbour: neighbour.as_ref().map(ToString::to_string),
             is_silent: neighbour.is_some_and(Neighbour::is_silent),
-        })
+        }
     };
-    let mut ways = vec![way(addr, None)?];
+    let mut ways = vec![in_words(addr, None, routing.way(addr)?)];
     if let Some((node, of_node)) = pod.and_then(|pod| node_of(index, pod.node.as_deref()?, addr))
         && of_node != addr
         && ways[0].next_hop != Some(of_node)
-        // Not of this node.
-        && routing.way(of_node)?.is_none_or(|way| way.ifindex != LOOPBACK)
     {
-        ways.push(way(of_node, Some(node))?);
+        let found = routing.way(of_node)?;
+        // Not of this node.
+        if found.is_none_or(|way| way.ifindex != LOOPBACK) {
+            ways.push(in_words(of_node, Some(node), found));
+        }
     }
     Ok(ways)
 }

@@ -182,6 +182,12 @@ pub fn device_names() -> io::Result<BTreeMap<u32, String>> {
     Ok(links.map(|link| (link.ifindex, link.name)).collect())
 }
 
+/// What to call a device: where it has no name here, its index.
+pub fn device_name(names: &BTreeMap<u32, String>, ifindex: u32) -> String {
+    let name = names.get(&ifindex).cloned();
+    name.unwrap_or_else(|| ifindex.to_string())
+}
+
 /// One device of another namespace.
 pub fn get_link_in(socket: &mut RequestSocket, namespace: i32, ifindex: u32) -> io::Result<Link> {
     const IFLA_TARGET_NETNSID: u16 = 46;

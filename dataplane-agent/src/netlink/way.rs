@@ -1,11 +1,7 @@
 //! Where this host's own routing sends packets now, and whether the next hop answers. The kernel is asked as it would be for a
 //! packet; nothing is sent.
 
-use std::{
-    cell::RefCell,
-    fmt, io,
-    net::{IpAddr, Ipv6Addr},
-};
+use std::{cell::RefCell, fmt, io, net::IpAddr};
 
 use super::{
     socket::{RequestSocket, attributes, push_attribute, read_u16, read_u32},
@@ -147,7 +143,7 @@ fn family(addr: IpAddr) -> u8 {
 fn octets(addr: IpAddr) -> Vec<u8> {
     match addr {
         IpAddr::V4(addr) => addr.octets().to_vec(),
-        IpAddr::V6(addr) => Ipv6Addr::octets(&addr).to_vec(),
+        IpAddr::V6(addr) => addr.octets().to_vec(),
     }
 }
 

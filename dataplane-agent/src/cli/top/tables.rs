@@ -10,7 +10,7 @@ use crate::{
     cli::pinned,
     load::{EndpointLoad, Load, PodLoad, ServiceLoad},
     metrics::kernel_side,
-    netlink::tables::device_names,
+    netlink::tables::{device_name, device_names},
     served,
     store::{
         bpf::BpfStore,
@@ -58,10 +58,7 @@ pub fn load(bpffs: &Path) -> anyhow::Result<Load> {
         .context(failed)?
         .into_iter()
         .map(|(ifindex, drops)| PodLoad {
-            pod: devices
-                .get(&ifindex)
-                .cloned()
-                .unwrap_or_else(|| ifindex.to_string()),
+            pod: device_name(&devices, ifindex),
             here: true,
             drops,
             ..PodLoad::default()

@@ -555,6 +555,7 @@ impl Agent {
         let updates = self.compiler.set_own_addresses(&self.index, own.collect());
         self.syncer.update(updates);
         self.syncer.set_host(&*self.store, tables);
+        self.before_serving();
         let addrs = self.addresses_of(&bound);
         let ranges = self.pod_ranges();
         let checked = self.source_checked(&bound);

@@ -5,6 +5,10 @@
 //! entries that let its packets pass as they are: those that the client sends, those that the client gets behind
 //! netfilter, and those that the endpoint sends, by which no new flow takes its ports. Like any other entry they end with the
 //! endpoint, with silence, and with a FIN.
+//!
+//! Whatever else netfilter knows that is answered to a port of the range for translation has that port too (it masquerades from
+//! any): what this node's own processes have begun, for services or not, and before anything is served all that is there. It
+//! gets the entry that it would have if the datapath had seen it begin (`flow_flags::DIRECT`).
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,7 +22,7 @@ use dataplane_common::{
 };
 
 use crate::{
-    netlink::conntrack::{Ends, Translated},
+    netlink::conntrack::{Connection, Ends, Phase},
     sync::encode,
 };
 
@@ -31,42 +35,67 @@ pub struct Owner {
     pub backend: Option<(u32, u32)>,
 }
 
+/// What a connection that netfilter knows is to the datapath.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Its packets would be taken for those of a service.
+    Service(Owner),
+    /// A process of this node has begun it, for a service: netfilter translates before any hook.
+    Own,
+    Other,
+}
+
 /// Entries of `FLOWS_V4` and `FLOWS_V6`.
 #[derive(Clone, Debug, Default)]
 pub struct Entries {
     pub v4: HashMap<FlowKey4, Flow4>,
     pub v6: HashMap<FlowKey6, Flow6>,
+    /// Connections of this node's own processes for services, which need none.
+    pub own: usize,
 }
 
-/// The entries of those connections whose packets the datapath would take for its own: `owner` tells whose they are.
+/// The entries of connections that netfilter knows. `role` tells what those are whose destination it translates, `is_ours`
+/// whether what is answered to an address and port might be taken for an answer to the datapath.
 pub fn entries(
-    connections: &[Translated],
+    connections: &[Connection],
     now_ticks: u32,
-    mut owner: impl FnMut(&Translated) -> Option<Owner>,
+    mut role: impl FnMut(&Connection) -> Role,
+    is_ours: impl Fn(SocketAddr) -> bool,
 ) -> Entries {
     let mut all = Entries::default();
     for connection in connections {
-        if let Some(owner) = owner(connection) {
-            if connection.original.src.is_ipv4() {
-                all.v4.extend(of_connection::<V4>(connection, &owner, now_ticks));
-            } else {
-                all.v6.extend(of_connection::<V6>(connection, &owner, now_ticks));
+        let is_under_way = connection.is_translated() && connection.phase != Phase::Over;
+        let role = if is_under_way {
+            role(connection)
+        } else {
+            Role::Other
+        };
+        all.own += usize::from(role == Role::Own);
+        let is_ipv4 = connection.original.src.is_ipv4();
+        match role {
+            Role::Service(owner) if is_ipv4 => {
+                all.v4.extend(of_service::<V4>(connection, &owner, now_ticks));
             }
+            Role::Service(owner) => all.v6.extend(of_service::<V6>(connection, &owner, now_ticks)),
+            Role::Own | Role::Other if !is_ours(connection.reply.dst) => {}
+            Role::Own | Role::Other if is_ipv4 => all.v4.extend([of_port::<V4>(connection, now_ticks)]),
+            Role::Own | Role::Other => all.v6.extend([of_port::<V6>(connection, now_ticks)]),
         }
     }
     all
 }
 
 impl Entries {
-    /// Connections.
+    /// Whether netfilter has to go on translating.
+    pub fn need_netfilter(&self) -> bool {
+        self.own > 0 || self.len() > 0
+    }
+
+    /// Connections to services.
     pub fn len(&self) -> usize {
         let v4 = self.v4.values().filter(|flow| is_counted(&flow.meta));
         let v6 = self.v6.values().filter(|flow| is_counted(&flow.meta));
         v4.count() + v6.count()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.v4.is_empty() && self.v6.is_empty()
     }
 }
 
@@ -76,16 +105,16 @@ pub fn is_counted(meta: &FlowMeta) -> bool {
     meta.flags & CLIENT_GETS == CLIENT_GETS
 }
 
-fn of_connection<F: Family>(
-    connection: &Translated,
+fn of_service<F: Family>(
+    connection: &Connection,
     owner: &Owner,
     now_ticks: u32,
 ) -> [(F::FlowKey, F::Flow); 3] {
-    let Translated {
+    let Connection {
         proto,
         original,
         reply,
-        closing,
+        phase,
     } = *connection;
     let meta = FlowMeta {
         backend: owner.backend.map_or(u32::MAX, |(id, _)| id),
@@ -93,7 +122,7 @@ fn of_connection<F: Family>(
         service: owner.service,
         service_generation: owner.service_generation,
         seen_ticks: now_ticks,
-        state: if closing {
+        state: if phase == Phase::Closing {
             flow_state::CLOSING
         } else {
             flow_state::OPEN
@@ -125,6 +154,28 @@ fn of_connection<F: Family>(
         ),
         entry(reply, Side::Ingress, reply_flags),
     ]
+}
+
+/// By which no new flow takes the port that a connection is answered to.
+fn of_port<F: Family>(connection: &Connection, now_ticks: u32) -> (F::FlowKey, F::Flow) {
+    let meta = FlowMeta {
+        backend: u32::MAX,
+        service: u32::MAX,
+        flags: flow_flags::REPLY | flow_flags::DIRECT | flow_flags::OTHER_EGRESS,
+        seen_ticks: now_ticks,
+        state: if connection.phase == Phase::Open {
+            flow_state::OPEN
+        } else {
+            flow_state::CLOSING
+        },
+        judged: REVISION_NONE,
+        ..FlowMeta::default()
+    };
+    let tuple = tuple::<F>(connection.reply);
+    (
+        F::flow_key(&tuple, connection.proto, Side::Ingress),
+        F::flow(&tuple, meta),
+    )
 }
 
 fn tuple<F: Family>(ends: Ends) -> Tuple<F::Addr> {
@@ -169,13 +220,17 @@ mod tests {
         }
     }
 
-    fn connection() -> Translated {
-        Translated {
+    fn connection() -> Connection {
+        Connection {
             proto: proto::TCP,
             original: ends("10.244.1.10:4000", "10.96.0.1:80"),
             reply: ends("10.244.2.21:8080", "10.244.1.10:4000"),
-            closing: false,
+            phase: Phase::Open,
         }
+    }
+
+    fn is_ours(at: SocketAddr) -> bool {
+        at == "192.0.2.1:61000".parse().unwrap() || at == "[2001:db8::1]:61000".parse().unwrap()
     }
 
     const OWNER: Owner = Owner {
@@ -188,9 +243,18 @@ mod tests {
     fn a_connection_has_three_entries_that_change_nothing() {
         let mut other = connection();
         other.original.dst = "10.96.0.2:80".parse().unwrap();
-        let of_service = |one: &Translated| (one == &connection()).then_some(OWNER);
-        let all = entries(&[connection(), other], 100, of_service);
+        let mut over = connection();
+        over.phase = Phase::Over;
+        let role = |one: &Connection| {
+            if one.original.dst == connection().original.dst {
+                Role::Service(OWNER)
+            } else {
+                Role::Other
+            }
+        };
+        let all = entries(&[connection(), other, over], 100, role, is_ours);
         assert_eq!((all.v4.len(), all.v6.len(), all.len()), (3, 0, 1));
+        assert!(all.need_netfilter());
         for (key, flow) in &all.v4 {
             let same = (key.src_be, key.dst_be, key.sport_be, key.dport_be);
             assert_eq!((flow.src_be, flow.dst_be, flow.sport_be, flow.dport_be), same);
@@ -201,7 +265,7 @@ mod tests {
             let key = V4::flow_key(&tuple::<V4>(ends), proto::TCP, side);
             all.v4[&key].meta.flags
         };
-        let Translated { original, reply, .. } = connection();
+        let Connection { original, reply, .. } = connection();
         assert_eq!(
             flags(original, Side::Ingress),
             flow_flags::LEFT,
@@ -213,6 +277,45 @@ mod tests {
             flow_flags::LEFT | flow_flags::REPLY | flow_flags::SELF_EGRESS
         );
         assert_eq!(flags(reply, Side::Ingress), flow_flags::LEFT | flow_flags::REPLY);
+    }
+
+    #[test]
+    fn a_port_of_the_range_is_taken_by_whatever_is_answered_there() {
+        let answered_to = |from: &str, to: &str| Connection {
+            reply: ends(from, to),
+            ..connection()
+        };
+        let by_node = answered_to("10.244.2.21:8080", "192.0.2.1:61000");
+        let elsewhere = answered_to("10.244.2.21:8080", "192.0.2.1:60999");
+        let mut v6 = answered_to("[fd00::21]:8080", "[2001:db8::1]:61000");
+        v6.original = ends("[2001:db8::1]:40000", "[fd00:10:96::1]:80");
+        let mut over = answered_to("198.51.100.1:443", "192.0.2.1:61000");
+        over.phase = Phase::Over;
+        let role = |one: &Connection| {
+            if one.original == v6.original {
+                Role::Other
+            } else {
+                Role::Own
+            }
+        };
+        let all = entries(&[by_node, elsewhere, v6, over], 100, role, is_ours);
+        assert_eq!((all.v4.len(), all.v6.len(), all.len(), all.own), (2, 1, 0, 2));
+        assert!(all.need_netfilter());
+        let entry =
+            |one: &Connection| all.v4[&V4::flow_key(&tuple::<V4>(one.reply), one.proto, Side::Ingress)];
+        let flow = entry(&by_node);
+        let flags = flow_flags::REPLY | flow_flags::DIRECT | flow_flags::OTHER_EGRESS;
+        assert_eq!((flow.meta.flags, flow.meta.exit), (flags, 0));
+        assert_eq!(flow.meta.state, flow_state::OPEN);
+        assert_eq!(
+            (flow.sport_be, flow.dport_be),
+            (8080_u16.to_be(), 61000_u16.to_be())
+        );
+        assert_eq!(entry(&over).meta.state, flow_state::CLOSING);
+
+        let others = entries(&[v6], 100, |_| Role::Other, is_ours);
+        assert_eq!(others.v6.len(), 1);
+        assert!(!others.need_netfilter(), "nobody takes its rules away");
     }
 
     #[test]

@@ -13,13 +13,13 @@ use super::{Agent, explain::Tables};
 use crate::{
     bpf::{sys, world::World},
     netlink::{
-        conntrack::{self, Translated},
+        conntrack::{self, Connection, Phase},
         nat,
         socket::RequestSocket,
     },
     store::{Store, left::LeftFlows},
     sync::encode,
-    takeover::{self, Endpoints, Entries, Owner},
+    takeover::{self, Endpoints, Entries, Owner, Role},
 };
 
 /// What is left to netfilter.
@@ -28,6 +28,8 @@ pub struct Takeover {
     flows: LeftFlows,
     /// Connections are still to be entered.
     begun: bool,
+    /// No new flow will take a port that one of them has.
+    ports_taken: bool,
     /// There may be such connections.
     any: bool,
     told: Option<String>,
@@ -37,16 +39,25 @@ impl Takeover {
     pub fn new(flows: LeftFlows) -> io::Result<Self> {
         Ok(Self {
             begun: flows.is_begun()?,
+            ports_taken: false,
             any: flows.count()? > 0,
             flows,
             told: None,
         })
     }
 
+    /// Takes the ports that netfilter's connections have, before anything is served. What begins after this node's addresses
+    /// are in the tables takes its port itself.
+    fn take_ports(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
+        self.flows.enter(&entries(tables, store)?)?;
+        self.ports_taken = true;
+        Ok(())
+    }
+
     /// Enters the connections that netfilter translates, once everything is served.
     fn enter(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
         let entries = entries(tables, store)?;
-        self.any = !entries.is_empty();
+        self.any = entries.need_netfilter();
         if self.any {
             keep_nat();
         }
@@ -64,8 +75,9 @@ impl Takeover {
 
     /// Forgets those that netfilter has forgotten.
     fn look_again(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
-        self.flows.keep(&entries(tables, store)?)?;
-        self.any = self.flows.count()? > 0;
+        let known = entries(tables, store)?;
+        self.flows.keep(&known)?;
+        self.any = known.own > 0 || self.flows.count()? > 0;
         if self.any {
             keep_nat();
             return Ok(());
@@ -85,6 +97,17 @@ fn keep_nat() {
 }
 
 impl Agent {
+    /// Before services are first written.
+    pub(super) fn before_serving(&mut self) {
+        if let Some(takeover) = &self.takeover
+            && takeover.begun
+            && !takeover.ports_taken
+        {
+            tokio::task::block_in_place(|| self.syncer.write_host(&mut *self.store));
+            self.with_takeover(Takeover::take_ports);
+        }
+    }
+
     /// The first time that everything is served: from now on what is in no table is ours.
     pub(super) fn take_over(&mut self) {
         let begun = self.takeover.as_ref().is_some_and(|takeover| takeover.begun);
@@ -119,14 +142,19 @@ impl Agent {
     }
 }
 
-/// The entries of all connections that netfilter translates and that the datapath would take for its own.
+/// The entries of all connections that netfilter knows and that the datapath would take for its own.
 fn entries(tables: &Tables, store: &dyn Store) -> io::Result<Entries> {
+    let world = World::open(&tables.pins, tables.constants)?;
+    let (first, last) = (tables.constants.snat_port_min, tables.constants.snat_port_max);
+    let is_ours = |at: SocketAddr| (first..=last).contains(&at.port()) && world.is_own(at.ip());
+    let is_of_interest = |connection: &Connection| {
+        connection.is_translated() && connection.phase != Phase::Over || is_ours(connection.reply.dst)
+    };
     let mut socket = RequestSocket::open_netfilter()?;
-    let connections = conntrack::translated(&mut socket)?;
+    let connections = conntrack::connections(&mut socket, is_of_interest)?;
     if connections.is_empty() {
         return Ok(Entries::default());
     }
-    let world = World::open(&tables.pins, tables.constants)?;
     let mut endpoints = Endpoints::default();
     for id in 0..store.limits().backends {
         let backend = store.read_backend(id).map_err(io::Error::other)?;
@@ -136,31 +164,34 @@ fn entries(tables: &Tables, store: &dyn Store) -> io::Result<Entries> {
         }
     }
     let now_ticks = sys::ticks();
-    let owner = |connection: &Translated| owner(connection, &world, &mut endpoints);
-    Ok(takeover::entries(&connections, now_ticks, owner))
+    let role = |connection: &Connection| role(connection, &world, &mut endpoints);
+    Ok(takeover::entries(&connections, now_ticks, role, is_ours))
 }
 
-fn owner(connection: &Translated, world: &World, endpoints: &mut Endpoints) -> Option<Owner> {
-    let Translated {
+fn role(connection: &Connection, world: &World, endpoints: &mut Endpoints) -> Role {
+    let Connection {
         proto,
         original,
         reply,
         ..
     } = *connection;
-    // Netfilter translates what this host sends before it comes to any hook.
-    if world.is_own(original.src.ip()) {
-        return None;
-    }
     let mut scopes = [Scope::Internal, Scope::External].into_iter();
-    let service = scopes.find_map(|scope| world.find_service(original.dst, proto, scope))?;
+    let service = scopes.find_map(|scope| world.find_service(original.dst, proto, scope));
+    let Some((service, head)) = service.and_then(|service| Some((service, world.service_head(service)?)))
+    else {
+        return Role::Other;
+    };
+    if world.is_own(original.src.ip()) {
+        return Role::Own;
+    }
     endpoints
         .chosen
         .entry(service)
         .or_insert_with(|| world.choice(service).ids.into_iter().collect());
     let id = endpoints.of(service, reply.src, proto);
-    Some(Owner {
+    Role::Service(Owner {
         service,
-        service_generation: world.service_head(service)?.generation,
+        service_generation: head.generation,
         backend: id.and_then(|id| Some((id, world.backend_head(id)?.generation))),
     })
 }

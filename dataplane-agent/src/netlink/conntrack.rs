@@ -1,4 +1,4 @@
-//! Connections of this network namespace that netfilter translates, as `ctnetlink` lists them.
+//! Connections of this network namespace that netfilter knows, as `ctnetlink` lists them.
 
 use std::{
     io,
@@ -45,33 +45,54 @@ impl Ends {
     }
 }
 
-/// A connection whose destination netfilter translates.
+/// A TCP or UDP connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Translated {
+pub struct Connection {
     pub proto: u8,
     /// As the client sends it.
     pub original: Ends,
-    /// As the endpoint answers.
+    /// As it is answered.
     pub reply: Ends,
-    /// A FIN has passed.
-    pub closing: bool,
+    pub phase: Phase,
 }
 
-/// Every TCP and UDP connection under way whose destination is translated. UDP: those that both ends take part in.
-pub fn translated(socket: &mut RequestSocket) -> io::Result<Vec<Translated>> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// UDP: both ends have taken part.
+    Open,
+    /// A FIN has passed.
+    Closing,
+    /// Remembered for its addresses alone. UDP: nobody has answered.
+    Over,
+}
+
+impl Connection {
+    /// Whether netfilter translates its destination.
+    #[must_use]
+    pub fn is_translated(&self) -> bool {
+        self.original.dst != self.reply.src
+    }
+}
+
+/// The connections that are of interest.
+pub fn connections(
+    socket: &mut RequestSocket,
+    is_of_interest: impl Fn(&Connection) -> bool,
+) -> io::Result<Vec<Connection>> {
     let mut all = Vec::new();
     for family in [AF_INET, AF_INET6] {
         let mut body = [0; NFGENMSG_LEN];
         body[0] = family;
         // Connections that come and go meanwhile make no dump inconsistent: each is whole in itself.
         socket.dump_each(GET_CONNECTIONS, &body, |message| {
-            all.extend(message.body.get(NFGENMSG_LEN..).and_then(parse));
+            let found = message.body.get(NFGENMSG_LEN..).and_then(parse);
+            all.extend(found.filter(&is_of_interest));
         })?;
     }
     Ok(all)
 }
 
-fn parse(attributes: &[u8]) -> Option<Translated> {
+fn parse(attributes: &[u8]) -> Option<Connection> {
     let (mut original, mut reply, mut state) = (None, None, None);
     let mut status = Status::empty();
     for attribute in NlasIterator::new(attributes) {
@@ -85,19 +106,21 @@ fn parse(attributes: &[u8]) -> Option<Translated> {
         }
     }
     let ((l4, original), (_, reply)) = (original?, reply?);
-    let is_under_way = match l4 {
-        proto::TCP => !matches!(state, Some(tcp_state::TIME_WAIT | tcp_state::CLOSE)),
-        proto::UDP => status.contains(Status::Assured),
-        _ => false,
+    let phase = match l4 {
+        proto::TCP => match state {
+            Some(tcp_state::FIN_WAIT | tcp_state::CLOSE_WAIT | tcp_state::LAST_ACK) => Phase::Closing,
+            Some(tcp_state::TIME_WAIT | tcp_state::CLOSE) => Phase::Over,
+            _ => Phase::Open,
+        },
+        proto::UDP if status.contains(Status::Assured) => Phase::Open,
+        proto::UDP => Phase::Over,
+        _ => return None,
     };
-    (is_under_way && original.dst != reply.src).then_some(Translated {
+    Some(Connection {
         proto: l4,
         original,
         reply,
-        closing: matches!(
-            state,
-            Some(tcp_state::FIN_WAIT | tcp_state::CLOSE_WAIT | tcp_state::LAST_ACK)
-        ),
+        phase,
     })
 }
 
@@ -170,7 +193,7 @@ mod tests {
     }
 
     /// `parse` of a connection from 10.244.1.10:4000 to 10.96.0.1:80.
-    fn connection(l4: u8, answers: ([u8; 4], u16), status: u32, state: Option<u8>) -> Option<Translated> {
+    fn connection(l4: u8, answers: ([u8; 4], u16), status: u32, state: Option<u8>) -> Option<Connection> {
         let client = ([10, 244, 1, 10], 4000);
         let mut bytes = tuple(1, l4, client, ([10, 96, 0, 1], 80));
         bytes.extend(tuple(2, l4, answers, client));
@@ -186,37 +209,30 @@ mod tests {
     }
 
     #[test]
-    fn connections_under_way_whose_destination_is_translated_are_found() {
+    fn connections_are_found_with_their_phase() {
         const ASSURED: u32 = 1 << 2;
         let endpoint = ([10, 244, 2, 21], 8080);
-        let itself = ([10, 96, 0, 1], 80);
         let found = connection(proto::TCP, endpoint, ASSURED, Some(3)).unwrap();
         assert_eq!(found.original.src, "10.244.1.10:4000".parse().unwrap());
         assert_eq!(found.original.dst, "10.96.0.1:80".parse().unwrap());
         assert_eq!(found.reply.src, "10.244.2.21:8080".parse().unwrap());
-        assert!(!found.closing);
-        assert!(
-            connection(proto::TCP, endpoint, 0, Some(1)).is_some(),
-            "handshake"
-        );
+        assert!(found.is_translated());
+        let itself = connection(proto::TCP, ([10, 96, 0, 1], 80), ASSURED, Some(3)).unwrap();
+        assert!(!itself.is_translated());
+
+        let phase = |l4, status, state| connection(l4, endpoint, status, state).map(|found| found.phase);
+        let handshake = Some(1);
+        assert_eq!(phase(proto::TCP, 0, handshake), Some(Phase::Open));
+        assert_eq!(phase(proto::TCP, ASSURED, Some(3)), Some(Phase::Open));
         for state in [4, 5, 6] {
-            assert!(
-                connection(proto::TCP, endpoint, ASSURED, Some(state))
-                    .unwrap()
-                    .closing
-            );
+            assert_eq!(phase(proto::TCP, ASSURED, Some(state)), Some(Phase::Closing));
         }
         for state in [7, 8] {
-            assert_eq!(connection(proto::TCP, endpoint, ASSURED, Some(state)), None);
+            assert_eq!(phase(proto::TCP, ASSURED, Some(state)), Some(Phase::Over));
         }
-        assert_eq!(
-            connection(proto::TCP, itself, ASSURED, Some(3)),
-            None,
-            "not translated"
-        );
-        assert!(connection(proto::UDP, endpoint, ASSURED, None).is_some());
-        assert_eq!(connection(proto::UDP, endpoint, 0, None), None, "never answered");
-        assert_eq!(connection(proto::ICMP, endpoint, ASSURED, None), None);
+        assert_eq!(phase(proto::UDP, ASSURED, None), Some(Phase::Open));
+        assert_eq!(phase(proto::UDP, 0, None), Some(Phase::Over));
+        assert_eq!(phase(proto::ICMP, ASSURED, None), None);
     }
 
     #[test]

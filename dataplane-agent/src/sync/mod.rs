@@ -338,6 +338,11 @@ impl Syncer {
         self.desired.services()
     }
 
+    /// Writes what this node is, before all else. What fails, [`Syncer::run`] reports.
+    pub fn write_host(&mut self, store: &mut dyn Store) {
+        self.put_host(store, &mut Report::default());
+    }
+
     fn put_host(&mut self, store: &mut dyn Store, report: &mut Report) {
         for (ifindex, device) in &self.host.devices {
             if self.programmed.devices.get(ifindex) != Some(device)

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::stage::{BACKENDS, NODE_PORT, PORT, SERVICE, backend_addresses};
+use crate::stage::{BACKENDS, NODE_PORT, PORT, SERVICE, SNAT_PORTS, backend_addresses};
 
 const CHAIN: &str = "service-SVC1-ns1/svc1/tcp/http";
 const EXTERNAL: &str = "external-SVC1-ns1/svc1/tcp/http";
@@ -84,7 +84,11 @@ fn family_rules(
     )?;
     writeln!(text, "add rule {table} masquerading mark and 0x4000 == 0 return")?;
     writeln!(text, "add rule {table} masquerading mark set mark xor 0x4000")?;
-    writeln!(text, "add rule {table} masquerading masquerade fully-random")?;
+    // Only to the ports that the datapath takes for itself: what netfilter has of them must not be taken twice.
+    writeln!(
+        text,
+        "add rule {table} masquerading meta l4proto tcp masquerade to :{SNAT_PORTS} fully-random"
+    )?;
     writeln!(text, "add rule {table} nat-output jump services")?;
     writeln!(text, "add rule {table} nat-prerouting jump services")?;
     writeln!(text, "add rule {table} nat-postrouting jump masquerading")?;

@@ -19,6 +19,8 @@ use serde_json::{Value, json};
 
 pub const PORT: u16 = 8080;
 pub const NODE_PORT: u16 = 30080;
+/// The agents'. Few, so that two who take one of them at random meet.
+pub const SNAT_PORTS: &str = "61000-61255";
 /// Endpoints, with their nodes.
 pub const BACKENDS: [(&str, u8); 3] = [("be1", 1), ("be2", 2), ("be3", 2)];
 pub const SERVICE: [&str; 2] = ["10.96.0.41", "fd00:10:96::41"];
@@ -255,7 +257,15 @@ pub struct Takers {
 impl Takers {
     /// Starts them, and waits until they serve.
     pub fn start(&mut self, stage: &Stage) -> Result<()> {
-        let flags = ["--health-addr", "off", "--metrics-bind-address", "off"].map(str::to_owned);
+        let flags = [
+            "--health-addr",
+            "off",
+            "--metrics-bind-address",
+            "off",
+            "--snat-ports",
+            SNAT_PORTS,
+        ]
+        .map(str::to_owned);
         let options = AgentOptions {
             program: stage.program.clone(),
             flags: flags.to_vec(),

@@ -88,11 +88,11 @@ pub fn entries(
 impl Entries {
     /// Whether netfilter has to go on translating.
     pub fn need_netfilter(&self) -> bool {
-        self.own > 0 || self.len() > 0
+        self.own > 0 || self.count() > 0
     }
 
     /// Connections to services.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         let v4 = self.v4.values().filter(|flow| is_counted(&flow.meta));
         let v6 = self.v6.values().filter(|flow| is_counted(&flow.meta));
         v4.count() + v6.count()
@@ -253,7 +253,7 @@ mod tests {
             }
         };
         let all = entries(&[connection(), other, over], 100, role, is_ours);
-        assert_eq!((all.v4.len(), all.v6.len(), all.len()), (3, 0, 1));
+        assert_eq!((all.v4.len(), all.v6.len(), all.count()), (3, 0, 1));
         assert!(all.need_netfilter());
         for (key, flow) in &all.v4 {
             let same = (key.src_be, key.dst_be, key.sport_be, key.dport_be);
@@ -299,7 +299,7 @@ mod tests {
             }
         };
         let all = entries(&[by_node, elsewhere, v6, over], 100, role, is_ours);
-        assert_eq!((all.v4.len(), all.v6.len(), all.len(), all.own), (2, 1, 0, 2));
+        assert_eq!((all.v4.len(), all.v6.len(), all.count(), all.own), (2, 1, 0, 2));
         assert!(all.need_netfilter());
         let entry =
             |one: &Connection| all.v4[&V4::flow_key(&tuple::<V4>(one.reply), one.proto, Side::Ingress)];

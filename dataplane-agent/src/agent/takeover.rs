@@ -66,7 +66,7 @@ impl Takeover {
         self.begun = false;
         if self.any {
             tracing::info!(
-                connections = entries.len(),
+                connections = entries.count(),
                 "left to netfilter, which translates them: they began before the datapath"
             );
         }

@@ -35,7 +35,7 @@ use crate::{
     metrics::services::OverServices,
     model::{Name, policy::Direction},
     served::{Condition, Served},
-    source::{Rescan, kube::state::State},
+    source::{self, Rescan},
     told::Told,
 };
 
@@ -162,7 +162,7 @@ pub struct Health {
     pub progress: watch::Receiver<Progress>,
     pub rescan: Rescan,
     /// `None` for a folder.
-    pub source: Option<State>,
+    pub source: source::State,
     pub asks: mpsc::UnboundedSender<Ask>,
 }
 
@@ -258,10 +258,7 @@ impl Health {
     async fn command(mut self, uri: &Uri) -> Answer {
         match uri.path() {
             "/conditions" => Answer::of_health(true, to_json(&self.progress.borrow().conditions)),
-            "/source" => {
-                let report = self.source.as_ref().map(State::report);
-                Answer::of_health(true, to_json(&report))
-            }
+            "/source" => Answer::of_health(true, to_json(&self.source.report())),
             "/services" => match self.ask(Ask::Served).await {
                 Some(served) => Answer::of_health(true, to_json(&served)),
                 None => Answer::of_health(false, "{}\n".to_owned()),

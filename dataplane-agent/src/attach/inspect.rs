@@ -28,7 +28,7 @@ use crate::{
         tables::{Link, Tables},
     },
     served::Condition,
-    source::kube::state::Report,
+    source::Report,
     store::{Store, bpf::BpfStore, left::LeftFlows},
     sync::find_slice,
 };
@@ -54,7 +54,7 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// What a running agent says of its work.
     pub conditions: Vec<Condition>,
-    /// What it has read of the API server.
+    /// What it has read of its source, and when.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<Report>,
     /// Where it is asked.

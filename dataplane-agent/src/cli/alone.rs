@@ -1,8 +1,10 @@
 //! Without an agent: what commands ask the pinned tables in its place, which know addresses and no names.
 
-use std::{io::Write, path::Path};
+use std::path::Path;
 
 use anyhow::{Context, anyhow};
+
+use super::output::note;
 
 /// Where an agent is asked, and where its tables are.
 #[derive(Clone, Copy, Debug)]
@@ -14,12 +16,15 @@ pub struct Places<'a> {
 /// What the tables say in place of an agent that does not answer, `error` being why. Says so on stderr.
 pub fn instead<T>(error: &anyhow::Error, tables: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let said = tables().with_context(|| format!("{error:#}"))?;
-    // Nothing is left to report to when stderr is closed.
-    let _closed = writeln!(
-        std::io::stderr(),
+    note(format_args!(
         "{error:#}: this is what the pinned tables say, without names"
-    );
+    ));
     Ok(said)
+}
+
+/// Says on stderr why addresses have to do where names were wanted.
+pub fn unnamed(error: &anyhow::Error) {
+    note(format_args!("no names: {error:#}"));
 }
 
 /// What only an agent can say. `way_out`: what can be asked in its place.

@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    io::Write,
     net::{IpAddr, SocketAddr},
     path::Path,
 };
@@ -15,7 +14,7 @@ use super::{
     alone::{self, Places},
     ask,
     names::Names,
-    output::{Output, percent, table},
+    output::{Output, note, percent, table},
     pinned,
     services::{FlowsOf, Listing, Tables, began_at, unknown},
     top::numbers::size,
@@ -77,10 +76,12 @@ pub fn run(service: Option<&str>, places: Places<'_>, output: Listing) -> anyhow
                 counted.narrow(service, &served)?;
             }
             let addrs: Vec<IpAddr> = counted.endpoints.iter().map(|(one, _)| one.addr.ip()).collect();
-            // Addresses have to do where it tells no names.
-            let _unnamed = known.names.learn_pods(socket, addrs.iter().copied(), ask::WITHIN);
-            if output != Listing::Table {
-                let _unplaced = known.names.learn_nodes(socket, addrs.into_iter(), ask::WITHIN);
+            let mut named = known.names.learn_pods(socket, addrs.iter().copied(), ask::WITHIN);
+            if named.is_ok() && output != Listing::Table {
+                named = known.names.learn_nodes(socket, addrs.into_iter(), ask::WITHIN);
+            }
+            if let Err(error) = named {
+                alone::unnamed(&error);
             }
             counted
         }
@@ -137,11 +138,9 @@ impl Counted {
         let owner = object.parse().ok().map(|object| encode::owner(&object));
         self.endpoints.retain(|(one, _)| Some(one.owner) == owner);
         if self.endpoints.is_empty() {
-            // Nothing is left to report to when stderr is closed.
-            let _closed = writeln!(
-                std::io::stderr(),
+            note(format_args!(
                 "Service {service} has no endpoint: `explain` with `--to svc/{service}` says why"
-            );
+            ));
         }
         Ok(())
     }

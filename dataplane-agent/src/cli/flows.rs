@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
-    alone::Places,
+    alone::{self, Places},
     ask,
     names::Names,
     output::{Output, table},
@@ -113,9 +113,9 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
     }
     if !by_name {
         flows.truncate(shown.len());
-        // Without an agent addresses have to do.
-        if learn(&mut names, socket, &flows, ask::WITHIN).is_ok() {
-            shown = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
+        match learn(&mut names, socket, &flows, ask::WITHIN) {
+            Ok(()) => shown = flows.iter().map(|flow| Shown::of(flow, &names)).collect(),
+            Err(error) => alone::unnamed(&error),
         }
     }
     output.print(&shown, |shown| render(shown, found))

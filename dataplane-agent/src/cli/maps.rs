@@ -1,11 +1,11 @@
 //! `maps`: what each pinned table is for, and what it takes.
 
-use std::{io::Write, path::Path};
+use std::path::Path;
 
 use anyhow::Context;
 
 use super::{
-    output::{Output, table},
+    output::{Output, note, table},
     pinned,
 };
 use crate::attach::inspect::{self, TableInfo};
@@ -15,8 +15,7 @@ pub fn run(bpffs: &Path, output: Output) -> anyhow::Result<()> {
     let pins = pinned(bpffs)?;
     let tables = inspect::tables(&pins).context("failed to look at the pinned tables")?;
     for missing in inspect::unreadable(&pins) {
-        // Nothing is left to report to when stderr is closed.
-        let _closed = writeln!(std::io::stderr(), "warning: {missing}");
+        note(format_args!("warning: {missing}"));
     }
     output.print(&tables, |tables| render(&pins.maps(), tables))
 }

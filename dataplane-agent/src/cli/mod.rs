@@ -23,7 +23,7 @@ pub mod ui;
 pub mod verdicts;
 pub mod wait;
 
-use std::{io::Write, path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode};
 
 use crate::{
     agent,
@@ -37,8 +37,7 @@ use crate::{
 pub fn main(cli: Cli) -> ExitCode {
     logging::start();
     run(cli.command).unwrap_or_else(|error| {
-        // Nothing is left to report to when stderr is closed.
-        let _closed = writeln!(std::io::stderr(), "error: {error:#}");
+        output::note(format_args!("error: {error:#}"));
         ExitCode::FAILURE
     })
 }

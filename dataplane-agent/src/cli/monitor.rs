@@ -28,7 +28,7 @@ use self::{
     capture::Capture,
     seen::{By, Seen},
 };
-use super::{alone::Places, ask, flows::Who, names::Names, pinned};
+use super::{alone::Places, ask, flows::Who, names::Names, output::note, pinned};
 use crate::{
     bpf::events::Watch,
     explain::Port,
@@ -240,11 +240,9 @@ impl Monitor<'_> {
     fn end(&mut self) {
         let missed = self.watch.missed();
         if missed > 0 {
-            // Nothing is left to report to when stderr is closed.
-            let _closed = writeln!(
-                io::stderr(),
+            note(format_args!(
                 "missed {missed} events: there were more than can be told; counters have them all"
-            );
+            ));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How commands print: tables for people, JSON for programs.
 
-use std::io::Write;
+use std::{fmt::Display, io::Write};
 
 use anyhow::Context;
 use comfy_table::{Table, presets};
@@ -31,6 +31,12 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .context("failed to print")
+}
+
+/// Says something on stderr beside what is printed.
+pub fn note(text: impl Display) {
+    // Nothing is left to report to when stderr is closed.
+    let _closed = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Nothing when there are no rows, else an empty line first.

@@ -12,7 +12,11 @@ use super::{
 use crate::{
     attach::inspect::{self, Status, Versions},
     bpf::kernel,
-    source::kube::state::KindState,
+    source::{
+        Report,
+        kube::{self, state::KindState},
+        manifests,
+    },
 };
 
 /// Prints the status of the datapath under `bpffs`.
@@ -72,27 +76,11 @@ fn render(status: &Status) -> String {
     });
     text += &table(&["CONDITION", "HOLDS", "NOT SERVED"], rows);
 
-    if let Some(source) = &status.source {
-        let head = format!(
-            "\nAPI server {}: {} requests, {} bytes received\n",
-            source.server, source.requests, source.received_bytes
-        );
-        text += &head;
-        text += &table(
-            &[
-                "KIND",
-                "STATE",
-                "OBJECTS",
-                "LISTS",
-                "LAST EVENT",
-                "ERRORS",
-                "FAILING",
-            ],
-            source
-                .kinds
-                .iter()
-                .map(|(kind, state)| kind_row(kind, state, Timestamp::now())),
-        );
+    let now = Timestamp::now();
+    match &status.source {
+        Some(Report::Api(source)) => text += &of_server(source, now),
+        Some(Report::Folder(source)) => text += &of_folder(source, now),
+        None => {}
     }
 
     let rows = status.attachments.iter().map(|one| {
@@ -145,6 +133,46 @@ fn render(status: &Status) -> String {
     text
 }
 
+fn of_server(source: &kube::state::Report, now: Timestamp) -> String {
+    let head = format!(
+        "\nAPI server {}: {} requests, {} bytes received\n",
+        source.server, source.requests, source.received_bytes
+    );
+    let columns = [
+        "KIND",
+        "STATE",
+        "OBJECTS",
+        "LISTS",
+        "LAST EVENT",
+        "ERRORS",
+        "FAILING",
+    ];
+    let kinds = source.kinds.iter();
+    head + &table(&columns, kinds.map(|(kind, state)| kind_row(kind, state, now)))
+}
+
+fn of_folder(source: &manifests::Report, now: Timestamp) -> String {
+    let row = vec![
+        source.path.display().to_string(),
+        source.files.to_string(),
+        source.objects.to_string(),
+        source.refused.to_string(),
+        since(source.last_look, now),
+        since(source.last_change, now),
+    ];
+    table(
+        &[
+            "FOLDER",
+            "FILES",
+            "OBJECTS",
+            "REFUSED",
+            "LAST LOOK",
+            "LAST CHANGE",
+        ],
+        std::iter::once(row),
+    )
+}
+
 /// What is wrong, before everything else.
 fn problems(status: &Status) -> Vec<String> {
     let mut problems = Vec::new();
@@ -154,7 +182,7 @@ fn problems(status: &Status) -> Vec<String> {
     }
     let unmet = status.conditions.iter().filter(|one| !one.status);
     problems.extend(unmet.map(|one| format!("{}: {}", one.kind.as_str(), one.message)));
-    if let Some(source) = &status.source {
+    if let Some(Report::Api(source)) = &status.source {
         // Kinds that fail for the same reason are one problem.
         let mut failing: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (kind, state) in &source.kinds {
@@ -176,23 +204,23 @@ fn problems(status: &Status) -> Vec<String> {
 }
 
 fn kind_row(kind: &str, state: &KindState, now: Timestamp) -> Vec<String> {
-    let last_event = state
-        .last_event
-        .map_or_else(String::new, |time| age(now.as_second() - time.as_second()));
     vec![
         kind.to_owned(),
         state.phase.as_str().to_owned(),
         state.objects.to_string(),
         state.lists.to_string(),
-        last_event,
+        since(state.last_event, now),
         state.errors.to_string(),
         state.failing.clone().unwrap_or_default(),
     ]
 }
 
 /// For people; JSON has the time itself.
-fn age(seconds: i64) -> String {
-    match seconds.max(0) {
+fn since(time: Option<Timestamp>, now: Timestamp) -> String {
+    let Some(time) = time else {
+        return String::new();
+    };
+    match (now.as_second() - time.as_second()).max(0) {
         seconds @ ..=119 => format!("{seconds} s ago"),
         seconds @ 120..=7199 => format!("{} min ago", seconds / 60),
         seconds => format!("{} h ago", seconds / 3600),
@@ -225,5 +253,22 @@ mod tests {
         }
         let row = kind_row("Service", &KindState::default(), now);
         assert!(!row.iter().any(|cell| cell.contains("ago")), "nothing has come");
+    }
+
+    #[test]
+    fn the_age_of_what_is_known_of_a_folder_is_shown() {
+        let now = Timestamp::now();
+        let report = manifests::Report {
+            path: "/manifests".into(),
+            files: 2,
+            objects: 40,
+            refused: 1,
+            last_look: Some(now - jiff::SignedDuration::from_secs(3)),
+            last_change: Some(now - jiff::SignedDuration::from_secs(300)),
+        };
+        let text = of_folder(&report, now);
+        for expected in ["/manifests", "40", "3 s ago", "5 min ago"] {
+            assert!(text.contains(expected), "{text}");
+        }
     }
 }

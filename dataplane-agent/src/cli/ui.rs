@@ -3,13 +3,13 @@
 mod api;
 mod site;
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use hyper::header::HOST;
 
 use self::site::Site;
-use super::output::print;
+use super::output::{note, print};
 use crate::health::http::{self, Listener};
 
 /// Where what is shown comes from.
@@ -24,11 +24,9 @@ pub struct Places {
 /// Serves the page until it is killed; prints where.
 pub fn run(listen: SocketAddr, allow_host: &[String], places: Places) -> anyhow::Result<()> {
     if !listen.ip().is_loopback() {
-        // Nothing is left to report to when stderr is closed.
-        let _closed = writeln!(
-            std::io::stderr(),
+        note(format_args!(
             "warning: whoever reaches {listen} reads the names and addresses of this node's Pods and Services; nobody is asked for a password"
-        );
+        ));
     }
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

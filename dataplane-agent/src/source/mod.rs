@@ -3,8 +3,12 @@
 pub mod kube;
 pub mod manifests;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -43,12 +47,38 @@ pub struct Batch {
 pub struct Source {
     pub batches: mpsc::UnboundedReceiver<Batch>,
     pub rescan: Rescan,
-    /// What it has read and when; `None` for a folder, whose problems say it all.
-    pub state: Option<kube::state::State>,
+    /// What it has read and when.
+    pub state: State,
     /// Takes Kubernetes Events; `None` where there is nobody to send them to.
     pub events: Option<mpsc::Sender<Event>>,
     /// Takes what this node's Node object should say; `None` where there is nobody to say it to.
     pub node_status: Option<watch::Sender<Option<String>>>,
+}
+
+/// What a source has read, and when. Clones are the same one.
+#[derive(Clone, Debug)]
+pub enum State {
+    Api(kube::state::State),
+    Folder(Arc<Mutex<manifests::Report>>),
+}
+
+/// What `status` shows of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Report {
+    Api(kube::state::Report),
+    Folder(manifests::Report),
+}
+
+impl State {
+    pub fn report(&self) -> Report {
+        match self {
+            State::Api(state) => Report::Api(state.report()),
+            State::Folder(report) => {
+                Report::Folder(report.lock().unwrap_or_else(PoisonError::into_inner).clone())
+            }
+        }
+    }
 }
 
 /// Asks a source to look again.

@@ -11,7 +11,7 @@ use dataplane_agent::{
     metrics::Metrics,
     model::Object,
     source::{
-        Change, Source,
+        self, Change, Source,
         kube::{
             self, Address, Settings,
             state::{Report, State},
@@ -187,7 +187,10 @@ impl Seen {
     }
 
     pub fn report(&self) -> Report {
-        self.source.state.as_ref().map(State::report).unwrap_or_default()
+        match self.source.state.report() {
+            source::Report::Api(report) => report,
+            source::Report::Folder(report) => panic!("a folder: {report:?}"),
+        }
     }
 
     fn take(&mut self, within: Duration) -> bool {

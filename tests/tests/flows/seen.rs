@@ -67,7 +67,14 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
 
     levels_of_the_log(&stage)?;
     let report = archive(&stage, "running")?;
-    ensure!(json(&report, "status.json")?["agent_running"] == true);
+    let status = json(&report, "status.json")?;
+    let folder = &status["source"]["folder"];
+    ensure!(
+        status["agent_running"] == true
+            && folder["objects"].as_u64() > Some(0)
+            && folder["last_look"].is_string(),
+        "{status}"
+    );
     ensure!(json(&report, "flows.json")?.as_array().map(Vec::len) >= Some(CONNECTIONS));
     ensure!(text(&report, "log.txt")?.lines().count() >= 1);
 
@@ -78,6 +85,7 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
     ensure!(text(&report, "policies.json.error")?.contains("failed to reach an agent"));
     ensure!(json(&report, "policies.json")?["pods"].is_array());
     ensure!(text(&report, "log.txt.error")?.contains("failed to reach an agent"));
+    ensure!(text(&report, "flows.json.error")?.contains("no names: failed to reach an agent"));
     let unnamed = shown(&stage, &["flows", "--to", "10.96.0.41", "--port", "80/TCP"])?;
     let flows = unnamed.as_array().context("no list of flows")?;
     ensure!(

@@ -78,7 +78,7 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
     Ok(Source {
         batches: outbox,
         rescan: Rescan::Api(asks),
-        state: Some(state),
+        state: super::State::Api(state),
         events: Some(events),
         node_status: Some(status),
     })

@@ -102,6 +102,11 @@ impl Folder {
         self.readable
     }
 
+    /// How many files were read, and how many objects are in force.
+    pub fn size(&self) -> (usize, usize) {
+        (self.files.len(), self.in_force.len())
+    }
+
     /// Whether every file's time stamp can be trusted.
     pub fn is_settled(&self) -> bool {
         self.files.values().all(|file| file.stamp.is_some())

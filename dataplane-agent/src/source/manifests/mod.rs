@@ -19,15 +19,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode},
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
 pub use folder::Folder;
 
-use super::{Batch, Rescan, Source};
+use super::{Batch, Rescan, Source, State};
 
 /// Without events the folder is looked at this often.
 const POLL: Duration = Duration::from_secs(5);
@@ -45,13 +47,35 @@ pub enum Request {
     Rescan(oneshot::Sender<u64>),
 }
 
+/// What has been read of a folder, and when.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    pub path: PathBuf,
+    pub files: usize,
+    /// Those in force.
+    pub objects: usize,
+    /// Documents that are refused.
+    pub refused: usize,
+    /// When the folder was last read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_look: Option<Timestamp>,
+    /// When something in it was last found changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_change: Option<Timestamp>,
+}
+
 /// Starts following `root` in a thread of its own, which ends when its batches are not received any more.
 pub fn start(root: &Path) -> notify::Result<Source> {
     let root = absolute(root);
     let (requests, inbox) = mpsc::channel();
     let (batches, outbox) = async_mpsc::unbounded_channel();
     let watches = Watches::new(&root, requests.clone())?;
+    let report = Arc::new(Mutex::new(Report {
+        path: root.clone(),
+        ..Report::default()
+    }));
     let follower = Follower {
+        report: report.clone(),
         folder: Folder::new(root),
         watches,
         inbox,
@@ -66,7 +90,7 @@ pub fn start(root: &Path) -> notify::Result<Source> {
     Ok(Source {
         batches: outbox,
         rescan: Rescan::Folder(requests),
-        state: None,
+        state: State::Folder(report),
         events: None,
         node_status: None,
     })
@@ -85,6 +109,7 @@ fn absolute(root: &Path) -> PathBuf {
 }
 
 struct Follower {
+    report: Arc<Mutex<Report>>,
     folder: Folder,
     watches: Watches,
     inbox: Receiver<Request>,
@@ -124,6 +149,7 @@ impl Follower {
                     || last.ignored != batch.ignored
                     || last.complete != batch.complete
             });
+            self.tell(&batch, news);
             if news {
                 self.revision += 1;
                 let batch = Batch {
@@ -140,6 +166,19 @@ impl Follower {
             }
             if !self.watches.follow(&self.folder) {
                 return !self.batches.is_closed();
+            }
+        }
+    }
+
+    fn tell(&self, batch: &Batch, news: bool) {
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.refused = batch.rejected.len();
+        if self.folder.is_readable() {
+            let now = Timestamp::now();
+            report.last_look = Some(now);
+            (report.files, report.objects) = self.folder.size();
+            if news {
+                report.last_change = Some(now);
             }
         }
     }

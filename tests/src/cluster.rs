@@ -1,7 +1,7 @@
 //! The test cluster: nodes, pods, router and clients outside, each in a namespace with a worker.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::process::Helper;
 use crate::shape::{Network, PodShape, Shape, Uplink, contains};
 use crate::underlay::{COMMON, FORWARD, UPLINK, Underlay};
 use crate::worker::Worker;
-use crate::worker::protocol::{Proto, Request};
+use crate::worker::protocol::{Proto, Request, Response};
 
 const CALL: Duration = Duration::from_secs(10);
 
@@ -179,6 +179,19 @@ impl Cluster {
     pub fn listen(&self, name: &str, proto: Proto, port: u16) -> Result<()> {
         self.worker(name)?.call(Request::Listen { proto, port }, CALL)?;
         Ok(())
+    }
+
+    /// What a node answers at a port of its own, within a time.
+    pub fn page(&self, node: &str, port: u16, path: &str, within: Duration) -> Result<String> {
+        let request = Request::HttpGet {
+            to: (Ipv4Addr::LOCALHOST, port).into(),
+            path: path.to_owned(),
+            timeout_ms: within.as_millis() as u64,
+        };
+        match self.worker(node)?.call(request, within * 2)? {
+            Response::Http { body, .. } => Ok(body),
+            other => bail!("{node} has no {path}: {other:?}"),
+        }
     }
 
     /// Makes `via` the node that receives what `client` sends to `to`. Without it the packet goes to the client's own

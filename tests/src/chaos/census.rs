@@ -2,12 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use dataplane_tests::worker::protocol::{Request, Response};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::faults::SPARED;
@@ -215,15 +213,7 @@ fn kernel_objects(kind: &str) -> Result<BTreeMap<String, u64>> {
 
 /// A metric of a node's agent that has no labels.
 fn metric(stage: &Stage, node: &str, name: &str) -> Result<u64> {
-    let request = Request::HttpGet {
-        to: (Ipv4Addr::LOCALHOST, METRICS).into(),
-        path: "/metrics".to_owned(),
-        timeout_ms: ANSWER.as_millis() as u64,
-    };
-    let text = match stage.cluster.worker(node)?.call(request, ANSWER * 2)? {
-        Response::Http { body, .. } => body,
-        other => bail!("the agent of {node} has no metrics: {other:?}"),
-    };
+    let text = stage.cluster.page(node, METRICS, "/metrics", ANSWER)?;
     let value = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());

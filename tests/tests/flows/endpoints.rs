@@ -1,11 +1,9 @@
 //! `endpoints`: which of a Service's endpoints refuses is seen at a glance, with an agent and without; and the metrics of the Service.
 
-use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use dataplane_tests::agent;
-use dataplane_tests::worker::protocol::{Request, Response};
 use serde_json::{Value, json};
 
 use crate::stage::{Mode, Stage};
@@ -24,9 +22,8 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         return Ok(());
     };
     let mode = Mode {
-        socket_lb: "off",
-        datapath: "tc",
         more: &["--service-metrics", "1"],
+        ..Mode::without_sockets("tc")
     };
     let mut stage = Stage::set(
         "refusing",
@@ -147,19 +144,9 @@ fn shown(stage: &Stage, arguments: &[&str]) -> Result<Vec<Value>> {
 
 /// The page of the first node's agent.
 fn metrics(stage: &Stage) -> Result<String> {
-    let request = Request::HttpGet {
-        to: (Ipv4Addr::LOCALHOST, 10249).into(),
-        path: "/metrics".to_owned(),
-        timeout_ms: 30_000,
-    };
-    match stage
+    stage
         .cluster
-        .worker(NODE)?
-        .call(request, Duration::from_mins(1))?
-    {
-        Response::Http { body, .. } => Ok(body),
-        other => bail!("no metrics: {other:?}"),
-    }
+        .page(NODE, 10249, "/metrics", Duration::from_secs(30))
 }
 
 fn asked(stage: &Stage, arguments: &[&str]) -> Result<(String, String)> {

@@ -28,11 +28,7 @@ fn one_command_names_the_cause_of_a_fault() -> Result<()> {
         return Ok(());
     };
     // An uplink that is a veth has no XDP unless it is asked for.
-    let mode = Mode {
-        socket_lb: "off",
-        datapath: "auto",
-        more: &[],
-    };
+    let mode = Mode::without_sockets("auto");
     let mut stage = Stage::set("faults", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
     endpoints_are_not_ready(&mut stage)?;
     a_policy_denies(&mut stage)?;

@@ -36,11 +36,7 @@ fn survive(name: &str, datapath: &'static str, from: &str, to: &str, counter: &s
     let Some(agent) = agent::built() else {
         return Ok(());
     };
-    let mode = Mode {
-        socket_lb: "off",
-        datapath,
-        more: &[],
-    };
+    let mode = Mode::without_sockets(datapath);
     let backends = [("be1", 1), ("be2", 1), ("be3", 2), ("be4", 2)];
     let mut stage = Stage::set(name, mode, &backends, &["be1", "be2", "be3", "be4"], agent)?;
     for (client, to) in CLIENTS {

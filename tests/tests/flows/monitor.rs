@@ -20,11 +20,7 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
     let Some(agent) = agent::built() else {
         return Ok(());
     };
-    let mode = Mode {
-        socket_lb: "off",
-        datapath: "tc",
-        more: &[],
-    };
+    let mode = Mode::without_sockets("tc");
     let mut stage = Stage::set("monitor", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
     stage.open("client1", "counted", AT, CONNECTIONS as u32)?;
     counted(&stage.agents.ask(NODE, "/load")?)?;

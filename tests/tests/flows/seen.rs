@@ -22,11 +22,7 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
     let Some(agent) = agent::built() else {
         return Ok(());
     };
-    let mode = Mode {
-        socket_lb: "off",
-        datapath: "tc",
-        more: &[],
-    };
+    let mode = Mode::without_sockets("tc");
     let mut stage = Stage::set("seen", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
     stage.open("client1", "all", "10.96.0.41:80", CONNECTIONS as u32)?;
     // Both ends have spoken, so that no entry is half-open.

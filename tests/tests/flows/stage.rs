@@ -38,6 +38,17 @@ pub struct Mode {
     pub more: &'static [&'static str],
 }
 
+impl Mode {
+    /// Every connection is seen packet by packet, by programs of `datapath`.
+    pub const fn without_sockets(datapath: &'static str) -> Self {
+        Self {
+            socket_lb: "off",
+            datapath,
+            more: &[],
+        }
+    }
+}
+
 /// How a backend stands in the slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {

@@ -118,7 +118,7 @@ pub enum Ask {
     /// What is served.
     Served(oneshot::Sender<Served>),
     /// What goes over Services, endpoints and Pods.
-    Load(oneshot::Sender<Load>),
+    Load(oneshot::Sender<Result<Load, String>>),
     /// What has gone over single Services, for `/metrics`; `None` where that is switched off.
     OverServices(oneshot::Sender<Option<OverServices>>),
     /// What the tables say of a flow.
@@ -137,6 +137,12 @@ pub enum Ask {
     Bind(Name, Claim, watch::Sender<Binding>),
     /// What policies have decided after the verdict with a number.
     Verdicts(u64, oneshot::Sender<Vec<Told>>),
+}
+
+/// Why a question has no answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Refusal {
+    pub error: String,
 }
 
 /// Policies that somebody wants to know the names of.
@@ -264,7 +270,8 @@ impl Health {
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
             "/load" => match self.ask(Ask::Load).await {
-                Some(load) => Answer::of_health(true, to_json(&load)),
+                Some(Ok(load)) => Answer::of_health(true, to_json(&load)),
+                Some(Err(error)) => Answer::of_health(false, to_json(&Refusal { error })),
                 None => Answer::of_health(false, "{}\n".to_owned()),
             },
             "/names" => self.of_addresses(uri, Ask::Names).await,

@@ -45,6 +45,13 @@ pub struct EndpointLoad {
     pub traffic: Traffic,
 }
 
+impl EndpointLoad {
+    /// Whether new connections may go there.
+    pub fn is_active(&self) -> bool {
+        self.state == "active"
+    }
+}
+
 /// A Pod, as an endpoint and as one that policies are about.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodLoad {

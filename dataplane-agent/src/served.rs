@@ -168,9 +168,16 @@ pub struct Problem {
 }
 
 impl ServedObject {
-    /// `None`: nothing leads to it.
-    pub fn of(object: &ObjectRef, compiled: &Compiled) -> Option<Self> {
-        let frontends: Vec<ServedFrontend> = compiled.balancers.iter().map(frontend).collect();
+    /// `None`: nothing leads to it. `endpoints`: how many a balancer leads to.
+    pub fn of(
+        object: &ObjectRef,
+        compiled: &Compiled,
+        endpoints: impl Fn(&Balancer) -> usize,
+    ) -> Option<Self> {
+        let balancers = compiled.balancers.iter();
+        let frontends: Vec<ServedFrontend> = balancers
+            .map(|balancer| frontend(balancer, endpoints(balancer)))
+            .collect();
         (!frontends.is_empty()).then(|| Self {
             object: object.to_string(),
             frontends,
@@ -191,7 +198,7 @@ pub fn at(frontend: &FrontendAddr) -> String {
     at
 }
 
-fn frontend(balancer: &Balancer) -> ServedFrontend {
+fn frontend(balancer: &Balancer, endpoints: usize) -> ServedFrontend {
     let clients = match (balancer.internal, balancer.external) {
         (true, false) => Clients::Internal,
         (false, true) => Clients::External,
@@ -200,7 +207,7 @@ fn frontend(balancer: &Balancer) -> ServedFrontend {
     ServedFrontend {
         at: at(&balancer.frontend),
         clients,
-        endpoints: balancer.backends.len(),
+        endpoints,
     }
 }
 

@@ -15,11 +15,9 @@ use crate::{
 };
 
 impl Agent {
-    /// All zeros where the tables cannot be read.
-    pub(super) fn load(&self) -> Load {
+    pub(super) fn load(&self) -> Result<Load, String> {
         tokio::task::block_in_place(|| self.try_load())
-            .inspect_err(|error| tracing::warn!(%error, "failed to read what goes over Services"))
-            .unwrap_or_default()
+            .map_err(|error| format!("failed to read what goes over Services: {error}"))
     }
 
     fn try_load(&self) -> io::Result<Load> {

@@ -144,7 +144,15 @@ impl Agent {
             conditions: served::conditions(&problems),
             objects: wanted
                 .into_iter()
-                .filter_map(|(object, compiled)| ServedObject::of(&object, &compiled))
+                .filter_map(|(object, compiled)| {
+                    ServedObject::of(&object, &compiled, |balancer| {
+                        if self.failed.is_empty() {
+                            balancer.backends.len()
+                        } else {
+                            self.syncer.written_endpoints(&*self.store, &object, balancer)
+                        }
+                    })
+                })
                 .collect(),
             problems,
         }

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
@@ -19,7 +20,7 @@ use crate::{
         map_names as names,
         pins::Pins,
         purposes::purpose,
-        sys,
+        sys::{self, MapFd},
     },
     netlink::{
         filters,
@@ -30,7 +31,7 @@ use crate::{
     served::Condition,
     source::Report,
     store::{Store, bpf::BpfStore, left::LeftFlows},
-    sync::find_slice,
+    sync::{encode, find_slice},
 };
 
 /// Everything that `status` shows.
@@ -149,6 +150,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
     let mut warnings = warnings(&tables, &attachments, state.record.cgroup.is_some());
     if installed {
         warnings.extend(unreadable(&pins));
+        warnings.extend(unguarded(&pins, &tables, &attachments));
     }
     Ok(Status {
         versions: Versions {
@@ -390,6 +392,47 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
     warnings
 }
 
+/// Interfaces of Pods that lack one of our programs: what passes there is neither translated nor judged.
+fn unguarded(pins: &Pins, tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
+    let mut bound: BTreeMap<u32, IpAddr> = BTreeMap::new();
+    if let Ok(map) = pins.open_map(names::BOUND_V4).and_then(MapFd::<u32, u32>::new) {
+        let _unread = map.for_each(|addr_be, ifindex| {
+            let addr = encode::ip([*addr_be, 0, 0, 0], false);
+            bound.entry(*ifindex).or_insert(addr);
+        });
+    }
+    if let Ok(map) = pins
+        .open_map(names::BOUND_V6)
+        .and_then(MapFd::<[u32; 4], u32>::new)
+    {
+        let _unread = map.for_each(|addr_be, ifindex| {
+            bound
+                .entry(*ifindex)
+                .or_insert_with(|| encode::ip(*addr_be, true));
+        });
+    }
+    let has = |ifindex: u32, hook: Hook| {
+        let at = |one: &&Attachment| one.ours && one.ifindex == ifindex && one.hook == tc_name(hook);
+        attachments.iter().any(|one| at(&one))
+    };
+    let mut lacking = Vec::new();
+    for (ifindex, addr) in bound {
+        // One that is gone leads nowhere, and its addresses are about to go too.
+        let Some(link) = tables.link(ifindex) else {
+            continue;
+        };
+        for (hook, program) in [(Hook::TcIngress, "from_pod"), (Hook::TcEgress, "to_pod")] {
+            if !has(ifindex, hook) {
+                lacking.push(format!(
+                    "{}, the interface of the Pod with {addr}, has no {program}: its packets are not translated and not judged; a running agent attaches it again within half a minute",
+                    link.name
+                ));
+            }
+        }
+    }
+    lacking
+}
+
 /// Every pinned table, by name.
 pub fn tables(pins: &Pins) -> io::Result<Vec<TableInfo>> {
     let uses = table_use(pins);
@@ -424,8 +467,7 @@ fn memory(map: BorrowedFd<'_>) -> Option<u64> {
 
 /// Tables that are not there, or not for this process, each with the reason: what commands say of the others is not all.
 pub fn unreadable(pins: &Pins) -> Vec<String> {
-    let arrays = [names::SERVICES, names::MAGLEV, names::BACKENDS];
-    let failed = COUNTED.iter().chain(&arrays).filter_map(|name| {
+    let failed = names::ALL.iter().filter_map(|name| {
         let error = anyhow::Error::from(pins.open_map(name).err()?);
         Some(format!("table {name} is left out: {error:#}"))
     });

@@ -80,3 +80,21 @@ pub(super) fn possible_cpus() -> io::Result<usize> {
     last.map(|cpu| cpu + 1)
         .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_walk_with_bpftool_looks_up_the_reason_that_it_names() {
+        let text = include_str!("../../../docs/bpftool.md");
+        let row = Reason::PolicyDenied as u32;
+        for said in [
+            format!("counted from 0; {row} is\n`policy-denied`"),
+            format!("COUNTERS key hex $(n {row})"),
+            format!("{{ \"key\": {row}, \"values\""),
+        ] {
+            assert!(text.contains(&said), "{said}");
+        }
+    }
+}

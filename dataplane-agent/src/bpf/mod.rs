@@ -100,58 +100,69 @@ impl Program {
 
 /// The maps of the object that the agent opens by name.
 pub mod map_names {
-    pub const VERDICTS: &str = "VERDICTS";
-    pub const FRONTENDS_V4: &str = "FRONTENDS_V4";
-    pub const FRONTENDS_V6: &str = "FRONTENDS_V6";
-    pub const SERVICES: &str = "SERVICES";
-    pub const BACKENDS: &str = "BACKENDS";
-    pub const MAGLEV: &str = "MAGLEV";
-    pub const AFFINITY_V4: &str = "AFFINITY_V4";
-    pub const AFFINITY_V6: &str = "AFFINITY_V6";
-    pub const RANGES_V4: &str = "RANGES_V4";
-    pub const RANGES_V6: &str = "RANGES_V6";
-    pub const FLOWS_V4: &str = "FLOWS_V4";
-    pub const FLOWS_V6: &str = "FLOWS_V6";
-    pub const HALF_OPEN_V4: &str = "HALF_OPEN_V4";
-    pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
-    pub const DATAGRAMS_V4: &str = "DATAGRAMS_V4";
-    pub const DATAGRAMS_V6: &str = "DATAGRAMS_V6";
-    pub const HELD: &str = "HELD";
-    pub const FRAGMENT_SOURCES: &str = "FRAGMENT_SOURCES";
-    pub const OWN_ADDRS_V4: &str = "OWN_ADDRS_V4";
-    pub const OWN_ADDRS_V6: &str = "OWN_ADDRS_V6";
-    pub const PORTS: &str = "PORTS";
-    pub const DEVICES: &str = "DEVICES";
-    pub const POLICY_REVISION: &str = "POLICY_REVISION";
-    pub const POD_RANGES: &str = "POD_RANGES";
-    pub const BOUND_V4: &str = "BOUND_V4";
-    pub const BOUND_V6: &str = "BOUND_V6";
-    pub const SOURCES_V4: &str = "SOURCES_V4";
-    pub const SOURCES_V6: &str = "SOURCES_V6";
-    pub const SOURCE_CHECKED: &str = "SOURCE_CHECKED";
-    pub const POD_POLICY: &str = "POD_POLICY";
-    pub const PEERS_V4: &str = "PEERS_V4";
-    pub const PEERS_V6: &str = "PEERS_V6";
-    pub const CIDRS_V4: &str = "CIDRS_V4";
-    pub const CIDRS_V6: &str = "CIDRS_V6";
-    pub const POLICY_SETS: &str = "POLICY_SETS";
-    pub const PEER_RULES: &str = "PEER_RULES";
-    pub const PORT_RULES: &str = "PORT_RULES";
-    pub const RULE_BITS: &str = "RULE_BITS";
-    pub const RULES: &str = "RULES";
-    pub const RULE_HITS: &str = "RULE_HITS";
-    pub const SET_HITS: &str = "SET_HITS";
-    pub const POLICY_FLOWS_V4: &str = "POLICY_FLOWS_V4";
-    pub const POLICY_FLOWS_V6: &str = "POLICY_FLOWS_V6";
-    pub const SOCK_CHOSEN: &str = "SOCK_CHOSEN";
-    pub const SOCK_REVERSE_V4: &str = "SOCK_REVERSE_V4";
-    pub const SOCK_REVERSE_V6: &str = "SOCK_REVERSE_V6";
-    pub const SERVICE_TRAFFIC: &str = "SERVICE_TRAFFIC";
-    pub const BACKEND_TRAFFIC: &str = "BACKEND_TRAFFIC";
-    pub const VERDICTS_TOLD: &str = "VERDICTS_TOLD";
-    pub const EVENTS: &str = "EVENTS";
-    pub const MONITOR: &str = "MONITOR";
-    pub const COUNTERS: &str = "COUNTERS";
-    pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
-    pub const MIDSTREAM: &str = "MIDSTREAM";
+    /// Each constant is its own name.
+    macro_rules! names {
+        ($($name:ident)+) => {
+            $(pub const $name: &str = stringify!($name);)+
+
+            pub const ALL: &[&str] = &[$($name,)+];
+        };
+    }
+
+    names! {
+        VERDICTS
+        FRONTENDS_V4
+        FRONTENDS_V6
+        SERVICES
+        BACKENDS
+        MAGLEV
+        AFFINITY_V4
+        AFFINITY_V6
+        RANGES_V4
+        RANGES_V6
+        FLOWS_V4
+        FLOWS_V6
+        HALF_OPEN_V4
+        HALF_OPEN_V6
+        DATAGRAMS_V4
+        DATAGRAMS_V6
+        HELD
+        FRAGMENT_SOURCES
+        OWN_ADDRS_V4
+        OWN_ADDRS_V6
+        PORTS
+        DEVICES
+        POLICY_REVISION
+        POD_RANGES
+        BOUND_V4
+        BOUND_V6
+        SOURCES_V4
+        SOURCES_V6
+        SOURCE_CHECKED
+        POD_POLICY
+        PEERS_V4
+        PEERS_V6
+        CIDRS_V4
+        CIDRS_V6
+        POLICY_SETS
+        PEER_RULES
+        PORT_RULES
+        RULE_BITS
+        RULES
+        RULE_HITS
+        SET_HITS
+        POLICY_FLOWS_V4
+        POLICY_FLOWS_V6
+        SOCK_CHOSEN
+        SOCK_REVERSE_V4
+        SOCK_REVERSE_V6
+        SERVICE_TRAFFIC
+        BACKEND_TRAFFIC
+        VERDICTS_TOLD
+        EVENTS
+        MONITOR
+        COUNTERS
+        FLOW_EVENTS
+        MIDSTREAM
+    }
 }

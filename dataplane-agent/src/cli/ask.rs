@@ -10,13 +10,18 @@ use std::{
 use anyhow::{Context, anyhow};
 use serde::de::DeserializeOwned;
 
-use crate::health::PROGRAM;
+use crate::health::{PROGRAM, Refusal};
 
 /// How long an agent may be silent.
 pub const WITHIN: Duration = Duration::from_secs(10);
 
 /// This program's version.
 const OWN: &str = env!("CARGO_PKG_VERSION");
+
+/// It took the question, and has not answered in time.
+#[derive(Debug, thiserror::Error)]
+#[error("the agent is silent: no answer within {} s", .0.as_secs_f32())]
+pub struct Silent(Duration);
 
 /// What an agent said.
 #[derive(Debug)]
@@ -31,6 +36,11 @@ impl Answer {
     /// What the agent said, unless it said no.
     pub fn value<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
         let status = self.status;
+        if let Ok(Refusal { error }) = serde_json::from_str(&self.body)
+            && status != 200
+        {
+            return Err(anyhow!("the agent {error}{}", self.other_version()));
+        }
         anyhow::ensure!(
             status == 200,
             "the agent answered with status {status}{}",
@@ -84,7 +94,12 @@ pub fn ask(socket: &Path, path: &str, within: Duration) -> anyhow::Result<Answer
         "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
     )?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
+    stream
+        .read_to_string(&mut answer)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => anyhow::Error::from(Silent(within)),
+            _ => error.into(),
+        })?;
     anyhow::ensure!(!answer.is_empty(), "the agent hung up");
     parse(&answer).with_context(|| {
         let first = answer.lines().next().unwrap_or_default();

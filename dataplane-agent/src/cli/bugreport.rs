@@ -13,7 +13,11 @@ use anyhow::{Context, ensure};
 use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
 
-use super::{alone::Places, ask, output::print};
+use super::{
+    alone::Places,
+    ask,
+    output::{print, unprinted},
+};
 
 /// Our own commands, by the file that each becomes. Each has its way to say that no agent runs, or no tables are pinned.
 const COMMANDS: &[(&str, &[&str])] = &[
@@ -50,7 +54,8 @@ pub fn run(places: Places<'_>, to: Option<PathBuf>) -> anyhow::Result<()> {
     if to.as_deref() == Some(Path::new("-")) {
         let stdout = io::stdout();
         ensure!(!stdout.is_terminal(), "an archive is nothing for a terminal");
-        return write(stdout.lock(), &folder, now, places).context("failed to write the archive");
+        return write(stdout.lock(), &folder, now, places)
+            .map_err(|error| unprinted(error, "failed to write the archive"));
     }
     let to = to.unwrap_or_else(|| format!("{folder}.tar.gz").into());
     let file = File::create_new(&to).with_context(|| format!("failed to create {}", to.display()))?;

@@ -14,7 +14,7 @@ use super::{
     alone::{self, Places},
     ask,
     names::Names,
-    output::{Output, note, percent, table},
+    output::{Output, note, number, percent, table},
     pinned,
     services::{FlowsOf, Listing, Tables, began_at, unknown},
     top::numbers::size,
@@ -26,6 +26,7 @@ use crate::{
     served::{self, Served},
     store::{
         bpf::BpfStore,
+        flows::Flow,
         served::{TableEndpoint, TableFrontend, endpoints, state},
         traffic::TrafficTables,
     },
@@ -50,8 +51,8 @@ struct Shown {
     share: f64,
     /// Of those from outside; `None`: the Service takes none.
     external_share: Option<f64>,
-    /// Flows that go there now, half-open ones left out.
-    flows: usize,
+    /// Flows that go there now, half-open ones left out; `None`: they could not be read.
+    flows: Option<usize>,
     #[serde(flatten)]
     traffic: Traffic,
 }
@@ -153,7 +154,7 @@ impl Counted {
         let flows = self.tables.flows_of_backends();
         let rows = self.endpoints.iter().map(|(endpoint, traffic)| {
             let frontends = of_owner.get(&endpoint.owner).map_or(&[][..], Vec::as_slice);
-            Shown::of(endpoint, *traffic, frontends, &flows, known)
+            Shown::of(endpoint, *traffic, frontends, flows.as_ref(), known)
         });
         let mut rows: Vec<Shown> = rows.collect();
         rows.sort_by(|one, other| one.place().cmp(&other.place()));
@@ -167,7 +168,7 @@ impl Shown {
         endpoint: &TableEndpoint,
         traffic: Traffic,
         frontends: &[&TableFrontend],
-        flows: &FlowsOf<'_>,
+        flows: Option<&FlowsOf<'_>>,
         known: &Known,
     ) -> Self {
         let TableEndpoint { id, addr, proto, .. } = *endpoint;
@@ -185,9 +186,10 @@ impl Shown {
             let FrontendAddr { addr, .. } = frontend.at;
             (share_of(frontend).is_none(), addr.is_unspecified())
         });
-        let flows = flows.get(&(proto.number(), addr)).map_or(0, |flows| {
-            let is_its = |flow| frontends.clone().any(|frontend| began_at(flow, &frontend.at));
-            flows.iter().filter(|flow| is_its(flow)).count()
+        let flows = flows.map(|flows| {
+            let is_its = |flow: &&&Flow| frontends.clone().any(|frontend| began_at(flow, &frontend.at));
+            let there = flows.get(&(proto.number(), addr)).into_iter().flatten();
+            there.filter(is_its).count()
         });
         Self {
             object: known.objects.get(&endpoint.owner).cloned(),
@@ -252,7 +254,7 @@ fn row(one: &Shown) -> Vec<String> {
         if one.local { "here" } else { "" }.to_owned(),
         one.state.to_owned(),
         percent(one.share),
-        one.flows.to_string(),
+        number(one.flows),
         one.traffic.connections.to_string(),
         one.traffic.refused.to_string(),
     ]
@@ -349,13 +351,13 @@ mod tests {
                     frontend("0.0.0.0:30080", true, 1),
                     frontend("10.96.0.1:80", false, 4),
                 ],
-                flows: vec![
+                flows: Some(vec![
                     flow(1, "10.96.0.1:80", FlowState::Established),
                     flow(1, "192.0.2.1:30080", FlowState::Established),
                     flow(1, "10.96.0.1:80", FlowState::HalfOpen),
                     flow(1, "10.96.0.2:80", FlowState::Established),
                     flow(2, "10.96.0.1:80", FlowState::Closing),
-                ],
+                ]),
             },
             endpoints: vec![
                 (endpoint(3, backend_state::DRAINING, 99), traffic(1, 0)),

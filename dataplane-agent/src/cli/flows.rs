@@ -14,7 +14,7 @@ use super::{
     alone::{self, Places},
     ask,
     names::Names,
-    output::{Output, table},
+    output::{Output, note, table},
     pinned,
 };
 use crate::{
@@ -91,6 +91,12 @@ pub struct Shown {
 
 /// Prints the flows of the tables that `filter` lets through.
 pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Result<()> {
+    if let Some(Who::Named(name)) = &filter.from {
+        anyhow::ensure!(
+            !name.starts_with("svc/"),
+            "no connection comes from {name}: its clients' do, see --to"
+        );
+    }
     let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
     let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
@@ -105,6 +111,12 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
         Ok(())
     };
     asked.context("names are known to a running agent alone; filter by addresses without one")?;
+    if let Some(Who::Named(name)) = &filter.to
+        && name.starts_with("svc/")
+        && !names.has_service(name)
+    {
+        note(format_args!("nothing is served as {name} now"));
+    }
     let mut shown: Vec<Shown> = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
     shown.retain(|shown| filter.lets_named_through(shown));
     let found = shown.len();

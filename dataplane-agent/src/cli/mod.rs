@@ -37,6 +37,9 @@ use crate::{
 pub fn main(cli: Cli) -> ExitCode {
     logging::start();
     run(cli.command).unwrap_or_else(|error| {
+        if error.is::<output::Closed>() {
+            return ExitCode::SUCCESS;
+        }
         output::note(format_args!("error: {error:#}"));
         ExitCode::FAILURE
     })

@@ -28,10 +28,18 @@ use self::{
     capture::Capture,
     seen::{By, Seen},
 };
-use super::{alone::Places, ask, flows::Who, names::Names, output::note, pinned};
+use super::{
+    alone::{self, Places},
+    ask,
+    flows::Who,
+    names::Names,
+    output::{note, unprinted},
+    pinned,
+};
 use crate::{
     bpf::events::Watch,
     explain::Port,
+    metrics::kernel_side::outcome,
     model::policy::Direction,
     netlink::tables::{device_name, device_names},
     told::{Told, ToldVerdict},
@@ -90,7 +98,57 @@ fn reason(text: &str) -> Result<Reason, String> {
     })
 }
 
+/// The words under which a reason is shown; none: it is counted alone.
+fn words_of(reason: Reason) -> &'static [Word] {
+    match reason {
+        Reason::PolicyAllowed => &[Word::Allow],
+        Reason::DryRunDenied => &[Word::WouldDeny],
+        Reason::DryRunAllowed => &[Word::WouldAllow],
+        reason => match outcome(reason).0 {
+            "dropped" => &[Word::Drop],
+            "refused" => &[Word::Refuse],
+            "answered" => &[Word::TooBig],
+            _ => &[],
+        },
+    }
+}
+
 impl Filter {
+    /// That it lets through what may happen: a filter that nothing can pass looks like peace.
+    fn check(&self) -> anyhow::Result<()> {
+        if let Some(Who::Named(name)) = &self.from {
+            anyhow::ensure!(
+                !name.starts_with("svc/"),
+                "nothing comes from {name}: a Service's answers are its endpoints', see --to"
+            );
+        }
+        for reason in &self.reason {
+            let (label, words) = (reason.label(), words_of(*reason));
+            anyhow::ensure!(
+                !words.is_empty(),
+                "{label} is counted, see `status`, and no packet is shown for it"
+            );
+            let fits = self.verdict.is_empty() || words.iter().any(|word| self.verdict.contains(word));
+            anyhow::ensure!(
+                fits,
+                "what is shown for {label} has the verdict {}",
+                words
+                    .iter()
+                    .map(|word| word.as_str())
+                    .collect::<Vec<_>>()
+                    .join(" or ")
+            );
+        }
+        Ok(())
+    }
+
+    fn named(&self) -> impl Iterator<Item = &str> {
+        [&self.from, &self.to].into_iter().filter_map(|who| match who {
+            Some(Who::Named(name)) => Some(name.as_str()),
+            _ => None,
+        })
+    }
+
     fn lets_through(&self, seen: &Seen) -> bool {
         let is = |who: &Option<Who>, addrs: &[Option<IpAddr>], names: &[&Option<String>]| match who {
             None => true,
@@ -115,8 +173,11 @@ impl Filter {
 
 /// Prints what happens until it is told to stop, or has shown what was asked for.
 pub fn run(places: Places<'_>, filter: &Filter, format: Format) -> anyhow::Result<()> {
+    filter.check()?;
     let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
+    let mut who = Known::new(socket);
+    who.begin(filter)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("failed to start the runtime")?;
     runtime.block_on(async {
@@ -125,7 +186,7 @@ pub fn run(places: Places<'_>, filter: &Filter, format: Format) -> anyhow::Resul
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut monitor = Monitor {
             watch: Watch::begin(&pins)?,
-            who: Known::new(socket),
+            who,
             filter,
             out: Out::new(format)?,
             shown: 0,
@@ -271,6 +332,26 @@ impl<'a> Known<'a> {
         }
     }
 
+    /// Looks whether an agent tells names: a filter by names needs one, and all else has to do without if there is none.
+    fn begin(&mut self, filter: &Filter) -> anyhow::Result<()> {
+        let told = self.names.learn_services(self.socket, ask::WITHIN);
+        let mut services = filter.named().filter(|name| name.starts_with("svc/"));
+        match told {
+            Ok(()) => {
+                let unknown = services.find(|name| !self.names.has_service(name));
+                if let Some(name) = unknown {
+                    // It may come.
+                    note(format_args!("nothing is served as {name} now"));
+                }
+            }
+            Err(error) if filter.named().next().is_some() => {
+                return Err(alone::only_an_agent(&error, "names", "filter by addresses"));
+            }
+            Err(error) => alone::unnamed(&error),
+        }
+        Ok(())
+    }
+
     fn is_there(&mut self) -> bool {
         if self.since.is_none_or(|since| since.elapsed() >= NAMES_FOR) {
             self.since = Some(Instant::now());
@@ -341,10 +422,66 @@ impl Out {
         let printed = match (self, event) {
             (Out::Text, _) => writeln!(stdout, "{seen}"),
             (Out::Json, _) => writeln!(stdout, "{}", serde_json::to_string(seen)?),
-            (Out::Pcapng(capture), Some(event)) => return capture.write(seen, event),
+            (Out::Pcapng(capture), Some(event)) => {
+                let written = capture.write(seen, event);
+                return written.map_err(|error| unprinted(error, "failed to print"));
+            }
             // A verdict without its packet.
             (Out::Pcapng(_), None) => Ok(()),
         };
-        printed.and_then(|()| stdout.flush()).context("failed to print")
+        printed
+            .and_then(|()| stdout.flush())
+            .map_err(|error| unprinted(error, "failed to print"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complaint(verdict: &[Word], reasons: &[Reason]) -> Option<String> {
+        let filter = Filter {
+            verdict: verdict.to_vec(),
+            reason: reasons.to_vec(),
+            ..Filter::default()
+        };
+        filter.check().err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_filter_that_nothing_can_pass_is_refused() {
+        assert_eq!(complaint(&[], &[]), None);
+        assert_eq!(complaint(&[], &[Reason::NoEndpoints, Reason::PolicyDenied]), None);
+        assert_eq!(
+            complaint(&[Word::Refuse, Word::Drop], &[Reason::NoEndpoints]),
+            None
+        );
+        assert_eq!(complaint(&[Word::Allow], &[Reason::PolicyAllowed]), None);
+        let wrong = complaint(&[Word::Drop], &[Reason::NoEndpoints]).unwrap();
+        assert_eq!(wrong, "what is shown for no-endpoints has the verdict refuse");
+        let wrong = complaint(&[Word::Translate], &[Reason::PolicyDenied]).unwrap();
+        assert!(wrong.ends_with("has the verdict drop"), "{wrong}");
+        assert!(
+            complaint(&[], &[Reason::Malformed]).is_some(),
+            "passed, and counted alone"
+        );
+
+        let from_service = Filter {
+            from: Some("svc/shop/web".parse().unwrap()),
+            ..Filter::default()
+        };
+        assert!(from_service.check().is_err());
+    }
+
+    #[test]
+    fn every_reason_but_those_of_what_goes_on_has_a_word() {
+        let without = Reason::ALL.iter().filter(|reason| words_of(**reason).is_empty());
+        for reason in without {
+            let (outcome, meaning) = outcome(*reason);
+            assert!(
+                ["passed", "held", "released", "untold"].contains(&outcome),
+                "{outcome}: {meaning}"
+            );
+        }
     }
 }

@@ -91,6 +91,12 @@ impl Names {
         })
     }
 
+    /// Whether something leads to `svc/namespace/name`.
+    #[must_use]
+    pub fn has_service(&self, name: &str) -> bool {
+        self.services.values().any(|known| known == name)
+    }
+
     #[cfg(test)]
     pub fn name_pod(&mut self, addr: IpAddr, name: &str) {
         self.pods.insert(addr, name.to_owned());

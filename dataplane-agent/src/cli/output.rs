@@ -1,8 +1,10 @@
 //! How commands print: tables for people, JSON for programs.
 
-use std::{fmt::Display, io::Write};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+};
 
-use anyhow::Context;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
@@ -27,16 +29,33 @@ impl Output {
 
 /// Prints a text at once.
 pub fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout();
+    let mut out = io::stdout();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .context("failed to print")
+        .map_err(|error| unprinted(error, "failed to print"))
+}
+
+/// Whoever read what is printed has had enough (`| head`): the end of a command, and no failure.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody reads on")]
+pub struct Closed;
+
+/// Why something was not printed.
+pub fn unprinted(error: impl Into<anyhow::Error>, what: &'static str) -> anyhow::Error {
+    let error = error.into();
+    let mut causes = error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>());
+    if causes.any(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+        return Closed.into();
+    }
+    error.context(what)
 }
 
 /// Says something on stderr beside what is printed.
 pub fn note(text: impl Display) {
     // Nothing is left to report to when stderr is closed.
-    let _closed = writeln!(std::io::stderr(), "{text}");
+    let _closed = writeln!(io::stderr(), "{text}");
 }
 
 /// Nothing when there are no rows, else an empty line first.
@@ -55,6 +74,11 @@ pub fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String
         text += "\n";
     }
     text
+}
+
+/// A number that may not be known.
+pub fn number(value: Option<usize>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
 /// A share, from 0 to 1.

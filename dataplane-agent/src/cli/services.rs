@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{
     alone::{self, Places},
     ask,
-    output::{self, Output, percent, table},
+    output::{self, Output, note, number, percent, table},
     pinned,
 };
 use crate::{
@@ -74,8 +74,8 @@ struct ShownBackend {
     local: bool,
     /// Of new connections, from 0 to 1.
     share: f64,
-    /// Flows that go there now, half-open ones left out.
-    flows: usize,
+    /// Flows that go there now, half-open ones left out; `None`: they could not be read.
+    flows: Option<usize>,
 }
 
 /// Prints the Services of an agent and its tables, or only what is wrong with them.
@@ -92,7 +92,11 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
             let way_out = "without --problems, what the tables serve is shown";
             alone::only_an_agent(&error, "problems", way_out)
         })?;
-        return format.print(&served.problems, |problems| of_problems(problems));
+        let mut shown = Shown::of_agent(served, None);
+        if let Some(service) = asked.service {
+            shown.narrow(service)?;
+        }
+        return format.print(&shown.problems, |problems| of_problems(problems));
     }
     let mut shown = match of_agent {
         Ok(served) => {
@@ -120,7 +124,8 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
 /// What the pinned tables hold.
 pub(super) struct Tables {
     pub frontends: Vec<TableFrontend>,
-    pub flows: Vec<Flow>,
+    /// `None`: they could not be read.
+    pub flows: Option<Vec<Flow>>,
 }
 
 /// Flows by protocol and backend, half-open ones left out.
@@ -148,22 +153,27 @@ impl Tables {
         Self::of(&pins, &BpfStore::open(&pins)?)
     }
 
+    /// Flows are left out where their tables cannot be read, which is said on stderr.
     pub fn of(pins: &Pins, store: &BpfStore) -> anyhow::Result<Self> {
+        let flows = flows::read(pins)
+            .inspect_err(|error| note(format_args!("no flows: failed to read their tables: {error}")));
         Ok(Self {
             frontends: read(store).context("failed to read the pinned tables")?,
-            flows: flows::read(pins).context("failed to read the tables of flows")?,
+            flows: flows.ok(),
         })
     }
 
-    pub fn flows_of_backends(&self) -> FlowsOf<'_> {
+    /// `None`: flows could not be read.
+    pub fn flows_of_backends(&self) -> Option<FlowsOf<'_>> {
         let mut of_backend = FlowsOf::new();
-        for flow in self.flows.iter().filter(|flow| flow.state != FlowState::HalfOpen) {
+        let flows = self.flows.as_ref()?;
+        for flow in flows.iter().filter(|flow| flow.state != FlowState::HalfOpen) {
             of_backend
                 .entry((flow.proto, flow.backend))
                 .or_default()
                 .push(flow);
         }
-        of_backend
+        Some(of_backend)
     }
 
     /// Frontends in words, with the same key as the agent's.
@@ -177,9 +187,10 @@ impl Tables {
                 state: backend.state(),
                 local: backend.local,
                 share: backend.share(),
-                flows: of_backend
-                    .get(&(proto, backend.addr))
-                    .map_or(0, |flows| flows.iter().filter(is_here).count()),
+                flows: of_backend.as_ref().map(|flows| {
+                    let there = flows.get(&(proto, backend.addr)).into_iter().flatten();
+                    there.filter(is_here).count()
+                }),
             });
             ((served::at(&frontend.at), frontend.external), backends.collect())
         });
@@ -298,7 +309,7 @@ fn rows(object: &str, frontend: &ShownFrontend, is_wide: bool) -> Vec<Vec<String
             backend.at.to_string(),
             backend.state.to_owned(),
             percent(backend.share),
-            backend.flows.to_string(),
+            number(backend.flows),
         ]
     }));
     rows
@@ -365,7 +376,10 @@ mod tests {
         };
         Tables {
             frontends: vec![frontend(false), frontend(true)],
-            flows: vec![flow(2, FlowState::Established), flow(2, FlowState::HalfOpen)],
+            flows: Some(vec![
+                flow(2, FlowState::Established),
+                flow(2, FlowState::HalfOpen),
+            ]),
         }
     }
 

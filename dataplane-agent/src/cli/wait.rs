@@ -1,15 +1,15 @@
 //! `wait`: asks a running agent over its socket.
 
 use std::{
-    io,
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use serde::Deserialize;
 
-use super::ask::{Answer, ask};
+use super::ask::{Answer, Silent, ask};
 
 /// Between attempts to reach an agent that is still starting.
 const RETRY: Duration = Duration::from_millis(50);
@@ -24,7 +24,8 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
         let path = format!("/wait?timeout_ms={}", left.as_millis());
         match ask(socket, &path, left + GRACE) {
             Ok(answer) => return judge(&answer, timeout),
-            Err(error) if is_silence(&error) => bail!(
+            // Its socket is there before it has started.
+            Err(error) if error.is::<Silent>() => bail!(
                 "not programmed within {} s: the agent is silent",
                 timeout.as_secs_f32()
             ),
@@ -38,24 +39,60 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
     }
 }
 
-/// Its socket is there before it has started.
-fn is_silence(error: &anyhow::Error) -> bool {
-    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-    matches!(kind, Some(io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
+/// How far an agent says that it is.
+#[derive(Deserialize)]
+struct Page {
+    revision: u64,
+    source_revision: u64,
+    failed: Vec<String>,
+}
+
+fn why(body: &str) -> String {
+    let Ok(page) = serde_json::from_str::<Page>(body) else {
+        return body.trim().to_owned();
+    };
+    match page.failed.split_first() {
+        Some((first, [])) => first.clone(),
+        Some((first, others)) => format!("{first}, and {} more: see `status`", others.len()),
+        None if page.revision < page.source_revision => format!(
+            "the tables are at revision {} of {} of the source",
+            page.revision, page.source_revision
+        ),
+        None => "the agent still reads its source, or looks at this machine".to_owned(),
+    }
 }
 
 fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {
     let Answer { status, body, .. } = answer;
     match status {
         200 => Ok(()),
-        504 => bail!(
-            "not programmed within {} s: {}",
-            timeout.as_secs_f32(),
-            body.trim()
-        ),
+        504 => bail!("not programmed within {} s: {}", timeout.as_secs_f32(), why(body)),
         status => bail!(
             "the agent answered with status {status}{}",
             answer.other_version()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_waited_for_is_told_in_a_line() {
+        let page = |revision: u64, failed: &[&str]| {
+            let page = serde_json::json!({
+                "ready": false, "revision": revision, "source_revision": 7, "rejected": [], "failed": failed,
+            });
+            why(&page.to_string())
+        };
+        assert_eq!(
+            page(3, &["a is full", "b is full", "c is full"]),
+            "a is full, and 2 more: see `status`"
+        );
+        assert_eq!(page(3, &["a is full"]), "a is full");
+        assert_eq!(page(3, &[]), "the tables are at revision 3 of 7 of the source");
+        assert!(page(7, &[]).contains("still reads"));
+        assert_eq!(why("{}\n"), "{}");
     }
 }

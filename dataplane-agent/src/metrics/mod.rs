@@ -505,6 +505,7 @@ mod tests {
         metrics
             .add(kernel_side::KernelSide::new(std::path::Path::new("/nonexistent")))
             .unwrap();
+        metrics.source.begin();
         let mut families = metrics.registry.gather();
         let table = crate::attach::inspect::TableUse {
             name: "SERVICES",

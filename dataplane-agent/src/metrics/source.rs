@@ -65,14 +65,18 @@ impl SourceMetrics {
         registry.register(Box::new(metrics.events_dropped.clone()))?;
         registry.register(Box::new(metrics.listed.clone()))?;
         registry.register(Box::new(metrics.last_event.clone()))?;
+        Ok(metrics)
+    }
+
+    /// Shows every kind, before anything has come: there is an API server to read. Of a folder, no kind is shown.
+    pub fn begin(&self) {
         for kind in Kind::ALL {
             let label = &[kind.as_str()];
-            metrics.lists.with_label_values(label);
-            metrics.errors.with_label_values(label);
-            metrics.listed.with_label_values(label);
-            metrics.last_event.with_label_values(label);
+            self.lists.with_label_values(label);
+            self.errors.with_label_values(label);
+            self.listed.with_label_values(label);
+            self.last_event.with_label_values(label);
         }
-        Ok(metrics)
     }
 
     #[expect(clippy::disallowed_methods, reason = "Prometheus reads it")]

@@ -4,8 +4,17 @@ use std::collections::HashMap;
 
 use dataplane_common::backend::Backend;
 
-use super::{Syncer, backends, encode, service_ids::ServiceId};
-use crate::{model::ObjectRef, store::Store};
+use super::{
+    Syncer,
+    backends::{self, OwnedBackend},
+    encode,
+    service_ids::ServiceId,
+};
+use crate::{
+    compile::{Balancer, BalancerKey},
+    model::ObjectRef,
+    store::Store,
+};
 
 /// The places of one Service, or of a Pod with host ports.
 #[derive(Debug, Default)]
@@ -28,6 +37,29 @@ impl Syncer {
             ServiceId::Known(key) => Some(key.owner.clone()),
             ServiceId::Found(_) => None,
         }
+    }
+
+    /// How many endpoints new connections of a balancer are led to: those that had room in the tables.
+    pub fn written_endpoints(&self, store: &dyn Store, owner: &ObjectRef, balancer: &Balancer) -> usize {
+        let key = BalancerKey {
+            owner: owner.clone(),
+            frontend: balancer.frontend,
+            outside: !balancer.internal,
+        };
+        if self.programmed.service_ids.get(&ServiceId::Known(key)).is_none() {
+            return 0;
+        }
+        let owner = encode::owner(owner);
+        let backends = balancer.backends.iter().cloned();
+        backends
+            .filter(|key| {
+                let backend = OwnedBackend {
+                    owner,
+                    key: key.clone(),
+                };
+                self.programmed.backend_id(store, &backend).is_some()
+            })
+            .count()
     }
 
     /// Of every object that is wanted, in no order.

@@ -42,7 +42,7 @@ pub enum Word {
 }
 
 impl Word {
-    const fn as_str(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Word::Drop => "drop",
             Word::Refuse => "refuse",

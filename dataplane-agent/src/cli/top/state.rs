@@ -331,7 +331,7 @@ impl Top {
                 services
                     .map(|service| {
                         let about = About::Service {
-                            endpoints: service.endpoints.len(),
+                            endpoints: service.endpoints.iter().filter(|one| one.is_active()).count(),
                         };
                         row(&service.object, &self.rates.services, about)
                     })

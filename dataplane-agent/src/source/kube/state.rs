@@ -69,6 +69,7 @@ pub struct State {
 
 impl State {
     pub fn new(metrics: SourceMetrics) -> Self {
+        metrics.begin();
         Self {
             metrics,
             report: Arc::default(),

@@ -10,7 +10,13 @@ pub use self::settings::Run;
 #[cfg(test)]
 use crate::config::Config;
 use crate::{
-    cli::{alone::Places, flows::Filter, monitor, output::Output, services::Listing},
+    cli::{
+        alone::Places,
+        flows::Filter,
+        monitor,
+        output::Output,
+        services::{Listing, Which},
+    },
     explain::{End, Port},
 };
 
@@ -105,8 +111,8 @@ pub enum Command {
     /// Say what is served and where it leads, and which objects are refused, wholly or in part. Without a running agent: what the
     /// pinned tables serve, without names.
     Services {
-        /// Only this Service: namespace/name.
-        service: Option<String>,
+        /// Only this Service: namespace/name, or an address that it has.
+        service: Option<Which>,
         #[command(flatten)]
         tables: Tables,
         /// Only what is not served, and why.
@@ -120,7 +126,7 @@ pub enum Command {
     /// and how many it has refused, because nothing listens at its port. Without a running agent: by addresses.
     Endpoints {
         /// Only those of this Service: namespace/name.
-        service: Option<String>,
+        service: Option<Which>,
         #[command(flatten)]
         tables: Tables,
         /// `wide`: with its node, its share of connections from outside, and packets and bytes, of which one packet in 64 is counted.

@@ -392,8 +392,8 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
     warnings
 }
 
-/// Interfaces of Pods that lack one of our programs: what passes there is neither translated nor judged.
-fn unguarded(pins: &Pins, tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
+/// Interfaces of this node's Pods, each with one of the addresses that it leads to; none where the tables cannot be read.
+pub fn bound(pins: &Pins) -> BTreeMap<u32, IpAddr> {
     let mut bound: BTreeMap<u32, IpAddr> = BTreeMap::new();
     if let Ok(map) = pins.open_map(names::BOUND_V4).and_then(MapFd::<u32, u32>::new) {
         let _unread = map.for_each(|addr_be, ifindex| {
@@ -411,12 +411,17 @@ fn unguarded(pins: &Pins, tables: &Tables, attachments: &[Attachment]) -> Vec<St
                 .or_insert_with(|| encode::ip(*addr_be, true));
         });
     }
+    bound
+}
+
+/// Interfaces of Pods that lack one of our programs: what passes there is neither translated nor judged.
+fn unguarded(pins: &Pins, tables: &Tables, attachments: &[Attachment]) -> Vec<String> {
     let has = |ifindex: u32, hook: Hook| {
         let at = |one: &&Attachment| one.ours && one.ifindex == ifindex && one.hook == tc_name(hook);
         attachments.iter().any(|one| at(&one))
     };
     let mut lacking = Vec::new();
-    for (ifindex, addr) in bound {
+    for (ifindex, addr) in bound(pins) {
         // One that is gone leads nowhere, and its addresses are about to go too.
         let Some(link) = tables.link(ifindex) else {
             continue;

@@ -16,7 +16,7 @@ use super::{
     names::Names,
     output::{Output, note, number, percent, table},
     pinned,
-    services::{FlowsOf, Listing, Tables, began_at, unknown},
+    services::{FlowsOf, Listing, Tables, Which, began_at, unknown},
     top::numbers::size,
 };
 use crate::{
@@ -66,7 +66,16 @@ struct Known {
 }
 
 /// Prints the endpoints of all Services, or of the one that is called `service`.
-pub fn run(service: Option<&str>, places: Places<'_>, output: Listing) -> anyhow::Result<()> {
+pub fn run(service: Option<&Which>, places: Places<'_>, output: Listing) -> anyhow::Result<()> {
+    let service = match service {
+        None => None,
+        Some(Which::Named(service)) => Some(service.as_str()),
+        Some(Which::At(addr)) => {
+            anyhow::bail!(
+                "endpoints are listed by Service: `services {addr}` says which one has that address"
+            )
+        }
+    };
     let Places { bpffs, socket } = places;
     let mut known = Known::default();
     let counted = match ask::value::<Served>(socket, "/services") {

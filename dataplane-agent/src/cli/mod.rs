@@ -79,7 +79,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             output,
         } => {
             let asked = services::Asked {
-                service: service.as_deref(),
+                service: service.as_ref(),
                 places: tables.places(),
                 problems,
             };
@@ -89,7 +89,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             service,
             tables,
             output,
-        } => endpoints::run(service.as_deref(), tables.places(), output)?,
+        } => endpoints::run(service.as_ref(), tables.places(), output)?,
         Command::Policies { pod, tables, output } => match pod {
             Some(pod) => policies::run_for(&pod, tables.places(), output)?,
             None => policies::run(tables.places(), output)?,

@@ -37,7 +37,8 @@ use super::{
     pinned,
 };
 use crate::{
-    bpf::events::Watch,
+    attach::inspect,
+    bpf::{events::Watch, pins::Pins},
     explain::Port,
     metrics::kernel_side::outcome,
     model::policy::Direction,
@@ -45,6 +46,8 @@ use crate::{
     told::{Told, ToldVerdict},
 };
 
+/// The hook at which a Pod's own packets are seen.
+const FROM_POD: &str = "from_pod";
 /// Between two looks at the ring.
 const LOOK: Duration = Duration::from_millis(20);
 /// Names and devices are asked for again after this time, and so is an agent that did not answer.
@@ -176,7 +179,7 @@ pub fn run(places: Places<'_>, filter: &Filter, format: Format) -> anyhow::Resul
     filter.check()?;
     let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
-    let mut who = Known::new(socket);
+    let mut who = Known::new(socket, &pins);
     who.begin(filter)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("failed to start the runtime")?;
@@ -233,6 +236,12 @@ impl Monitor<'_> {
         self.who.learn(&events);
         for event in &events {
             let mut seen = Seen::of(event, &self.who.names);
+            if seen.hook == FROM_POD
+                && let Some(sender) = self.who.pod_at(event.ifindex)
+            {
+                // Whatever address it says that it has.
+                seen.from_pod = Some(sender);
+            }
             seen.device.clone_from(&self.who.device(event.ifindex));
             if event.reason == Reason::PolicyDenied as u32 && event.kind == EventKind::Dropped as u8 {
                 seen.by = self.decided_by(event, &seen);
@@ -261,7 +270,7 @@ impl Monitor<'_> {
     /// The policy and the rule that denied a packet; where no rule did, the policies that isolate the pod.
     fn decided_by(&mut self, event: &Event, seen: &Seen) -> Option<By> {
         if event.rule == NO_RULE_INDEX {
-            let (own, direction) = if seen.hook == "from_pod" {
+            let (own, direction) = if seen.hook == FROM_POD {
                 (seen.from?, Direction::Egress)
             } else {
                 (seen.to?, Direction::Ingress)
@@ -311,6 +320,9 @@ impl Monitor<'_> {
 /// What an agent and the kernel know of names.
 struct Known<'a> {
     socket: &'a Path,
+    pins: &'a Pins,
+    /// Interfaces of Pods.
+    bound: BTreeMap<u32, IpAddr>,
     names: Names,
     devices: BTreeMap<u32, String>,
     policies: HashMap<String, Vec<String>>,
@@ -320,9 +332,11 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    fn new(socket: &'a Path) -> Self {
+    fn new(socket: &'a Path, pins: &'a Pins) -> Self {
         Self {
             socket,
+            pins,
+            bound: BTreeMap::new(),
             names: Names::default(),
             devices: BTreeMap::new(),
             policies: HashMap::new(),
@@ -358,6 +372,7 @@ impl<'a> Known<'a> {
             self.policies.clear();
             self.asked_for.clear();
             self.devices = device_names().unwrap_or_default();
+            self.bound = inspect::bound(self.pins);
             self.is_there = self.names.learn_services(self.socket, ask::WITHIN).is_ok();
         }
         self.is_there
@@ -368,12 +383,20 @@ impl<'a> Known<'a> {
         if events.is_empty() || !self.is_there() {
             return;
         }
-        let ends = events.iter().flat_map(seen::addresses);
+        let senders = events
+            .iter()
+            .filter_map(|event| self.bound.get(&event.ifindex).copied());
+        let ends = events.iter().flat_map(seen::addresses).chain(senders);
         let unknown: Vec<IpAddr> = ends.filter(|addr| self.asked_for.insert(*addr)).collect();
         self.is_there = self
             .names
             .learn_pods(self.socket, unknown.into_iter(), ask::WITHIN)
             .is_ok();
+    }
+
+    /// The Pod of an interface.
+    fn pod_at(&self, ifindex: u32) -> Option<String> {
+        self.names.pod(*self.bound.get(&ifindex)?).cloned()
     }
 
     fn device(&self, ifindex: u32) -> String {

@@ -1,6 +1,11 @@
 //! `services`: what is served, by what a running agent says and by what the pinned tables hold, and what is not.
 
-use std::{collections::HashMap, net::SocketAddr, path::Path};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    str::FromStr,
+};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -30,11 +35,35 @@ pub enum Listing {
     Json,
 }
 
+/// Which Service somebody asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// `namespace/name`.
+    Named(String),
+    At(IpAddr),
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(addr) = text.parse() {
+            return Ok(Self::At(addr));
+        }
+        let name = text.strip_prefix("svc/").unwrap_or(text);
+        match name.split('/').collect::<Vec<_>>()[..] {
+            [namespace, service] if !namespace.is_empty() && !service.is_empty() => {
+                Ok(Self::Named(name.to_owned()))
+            }
+            _ => Err(format!("`{text}` is neither namespace/service nor an address")),
+        }
+    }
+}
+
 /// What to print.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
-    /// `namespace/name`.
-    pub service: Option<&'a str>,
+    pub service: Option<&'a Which>,
     pub places: Places<'a>,
     /// Only what is wrong.
     pub problems: bool,
@@ -108,7 +137,7 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
             };
             Shown::of_agent(served, tables.as_ref())
         }
-        Err(error) if asked.service.is_some() => {
+        Err(error) if matches!(asked.service, Some(Which::Named(_))) => {
             let way_out = "without a name, all that the tables serve is shown; `-o wide` has the endpoints";
             return Err(alone::only_an_agent(&error, "names", way_out));
         }
@@ -260,7 +289,11 @@ impl Shown {
     }
 
     /// Leaves what is about one Service.
-    fn narrow(&mut self, service: &str) -> anyhow::Result<()> {
+    fn narrow(&mut self, service: &Which) -> anyhow::Result<()> {
+        let service = match service {
+            Which::Named(service) => service,
+            Which::At(addr) => return self.narrow_to(*addr),
+        };
         let object = format!("Service {service}");
         self.objects.retain(|one| one.object == object);
         self.problems.retain(|one| one.object == object);
@@ -271,6 +304,27 @@ impl Shown {
         );
         Ok(())
     }
+
+    /// Leaves what leads from one address.
+    fn narrow_to(&mut self, addr: IpAddr) -> anyhow::Result<()> {
+        for object in &mut self.objects {
+            object.frontends.retain(|frontend| is_at(&frontend.at, addr));
+        }
+        self.objects.retain(|object| !object.frontends.is_empty());
+        let of_these = |problem: &Problem| self.objects.iter().any(|one| one.object == problem.object);
+        self.problems.retain(of_these);
+        anyhow::ensure!(
+            !self.objects.is_empty(),
+            "no Service has {addr} here; node ports are at this node's own addresses"
+        );
+        Ok(())
+    }
+}
+
+/// Whether a frontend in words has an address.
+fn is_at(at: &str, addr: IpAddr) -> bool {
+    let socket = at.split('/').next().and_then(|at| at.parse::<SocketAddr>().ok());
+    socket.is_some_and(|socket| socket.ip() == addr)
 }
 
 fn of_problems(problems: &[Problem]) -> String {
@@ -417,13 +471,16 @@ mod tests {
 
     #[test]
     fn one_service_alone_is_shown() {
-        let narrowed = |service| {
+        let narrowed = |service: &str| {
             let mut shown = Shown::of_agent(served(), None);
             shown
-                .narrow(service)
+                .narrow(&service.parse().unwrap())
                 .map(|()| (shown.objects.len(), shown.problems.len()))
         };
         assert_eq!(narrowed("ns/a").unwrap(), (1, 0));
+        assert_eq!(narrowed("svc/ns/a").unwrap(), (1, 0));
+        assert_eq!(narrowed("10.96.0.1").unwrap(), (1, 0));
+        assert!(narrowed("10.96.0.11").is_err());
         assert_eq!(narrowed("ns/b").unwrap(), (0, 1));
         assert!(
             narrowed("ns/c")
@@ -431,5 +488,8 @@ mod tests {
                 .to_string()
                 .contains("no Service ns/c")
         );
+        for wrong in ["", "shop", "shop/", "/web", "a/b/c"] {
+            assert!(wrong.parse::<Which>().is_err(), "{wrong}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::{
     service_ids::ServiceId,
 };
 use crate::{
-    compile::{Balancer, BalancerKey},
+    compile::{BackendKey, Balancer, BalancerKey},
     model::ObjectRef,
     store::Store,
 };
@@ -50,16 +50,11 @@ impl Syncer {
             return 0;
         }
         let owner = encode::owner(owner);
-        let backends = balancer.backends.iter().cloned();
-        backends
-            .filter(|key| {
-                let backend = OwnedBackend {
-                    owner,
-                    key: key.clone(),
-                };
-                self.programmed.backend_id(store, &backend).is_some()
-            })
-            .count()
+        let is_written = |key: &&BackendKey| {
+            let backend = OwnedBackend { owner, key: **key };
+            self.programmed.backend_id(store, &backend).is_some()
+        };
+        balancer.backends.iter().filter(is_written).count()
     }
 
     /// Of every object that is wanted, in no order.

@@ -87,7 +87,25 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
         "{text}"
     );
 
+    let cannot = run(&stage, "json", &["--verdict", "drop", "--reason", "no-endpoints"])?;
+    let text = String::from_utf8_lossy(&cannot.stderr).into_owned();
+    ensure!(
+        !cannot.status.success() && text.contains("has the verdict refuse"),
+        "{text}"
+    );
+
+    without_an_agent(&mut stage)
+}
+
+/// Everything is shown by addresses, and why.
+fn without_an_agent(stage: &mut Stage) -> Result<()> {
     stage.agents.kill_all();
+    let unnamed = run(stage, "json", &["--from", "ns1/client1"])?;
+    let text = String::from_utf8_lossy(&unnamed.stderr).into_owned();
+    ensure!(
+        !unnamed.status.success() && text.contains("names are known to a running agent alone"),
+        "{text}"
+    );
     let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
     let top = ["top", "--once", "--interval", "1s", "--bpffs", &bpffs];
     let top = stage.agents.asking(NODE, &top)?;
@@ -97,15 +115,17 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
         "{said}{}",
         String::from_utf8_lossy(&top.stderr)
     );
-    let alone = watched(
-        &stage,
+    let watched_alone = watched(
+        stage,
         &["--from", "10.244.1.10", "--verdict", "refuse", "--count", "1"],
     )?;
-    let alone = lines(&alone)?;
+    let alone = lines(&watched_alone)?;
     ensure!(
         alone.len() == 1 && alone[0]["from_pod"].is_null() && alone[0]["to"] == "10.96.0.41",
         "{alone:?}"
     );
+    let text = String::from_utf8_lossy(&watched_alone.stderr).into_owned();
+    ensure!(text.contains("no names: failed to reach an agent"), "{text}");
     Ok(())
 }
 

@@ -1,12 +1,13 @@
 //! What a pod sends from addresses that are not its own.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use dataplane_tests::agent::built;
 use dataplane_tests::links::Links;
 use dataplane_tests::manifests::pod;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::stage::{PORT, Stage, address};
 
@@ -50,6 +51,12 @@ fn a_pod_sends_from_its_own_addresses_alone_unless_it_sends_for_others() -> Resu
         ensure!(last["reason"] == REASON && last["from"] == told, "{last:#}");
     }
 
+    let seen = watched(&stage, to)?;
+    ensure!(
+        seen["reason"] == REASON && seen["from"] == "10.244.1.77" && seen["from_pod"] == "shop/other",
+        "{seen:#}"
+    );
+
     let shape = stage.cluster.shape();
     let other = shape
         .pods
@@ -68,4 +75,29 @@ fn a_pod_sends_from_its_own_addresses_alone_unless_it_sends_for_others() -> Resu
     ensure!(stage.counted("node1", REASON)? == before, "it sends for others");
     ensure!(stage.connects("other", to)?);
     Ok(())
+}
+
+/// What `monitor` shows of the pod, by its name, while it sends from an address that nobody has.
+fn watched(stage: &Stage, to: SocketAddr) -> Result<Value> {
+    let of_pod = [
+        "monitor",
+        "--from",
+        "shop/other",
+        "--verdict",
+        "drop",
+        "--count",
+        "1",
+        "--seconds",
+        "60",
+    ];
+    thread::scope(|scope| {
+        let watching = scope.spawn(|| stage.command("node1", &of_pod));
+        while !watching.is_finished() {
+            ensure!(!stage.connects_as("other", MADE_UP, to)?);
+        }
+        watching
+            .join()
+            .ok()
+            .context("the thread of `monitor` has panicked")?
+    })
 }

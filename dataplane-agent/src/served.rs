@@ -83,10 +83,12 @@ const NAMED_AT_MOST: usize = 10;
 /// The conditions that follow from the problems.
 pub fn conditions(problems: &[Problem]) -> Vec<Condition> {
     let condition = |kind: ConditionKind| {
-        let of_kind: Vec<&Problem> = problems
+        let mut of_kind: Vec<&Problem> = problems
             .iter()
             .filter(|problem| kind.concerns(problem.cause))
             .collect();
+        // Who is hit first, what could not be written after that.
+        of_kind.sort_by_key(|problem| problem.object.is_empty());
         let mut parts: Vec<String> = of_kind
             .iter()
             .take(NAMED_AT_MOST)

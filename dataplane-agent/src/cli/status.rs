@@ -71,7 +71,7 @@ fn render(status: &Status) -> String {
         vec![
             one.kind.as_str().to_owned(),
             holds.to_owned(),
-            one.message.clone(),
+            shortened(&one.message),
         ]
     });
     text += &table(&["CONDITION", "HOLDS", "NOT SERVED"], rows);
@@ -213,6 +213,15 @@ fn kind_row(kind: &str, state: &KindState, now: Timestamp) -> Vec<String> {
         state.errors.to_string(),
         state.failing.clone().unwrap_or_default(),
     ]
+}
+
+/// The begin of what the head has said in full.
+fn shortened(message: &str) -> String {
+    const CHARACTERS: usize = 100;
+    match message.char_indices().nth(CHARACTERS) {
+        Some((end, _)) => format!("{} …", &message[..end]),
+        None => message.to_owned(),
+    }
 }
 
 /// For people; JSON has the time itself.

@@ -172,11 +172,11 @@ impl Report {
 /// Why something could not even be tried.
 #[derive(Debug, thiserror::Error)]
 enum NoRoom {
-    #[error("no backend id is free ({limit} backends)")]
+    #[error("no backend id is free ({limit} backends, --max-backends)")]
     Backends { limit: u32 },
-    #[error("no service index is free ({limit} services)")]
+    #[error("no service index is free ({limit} services, --max-services)")]
     Services { limit: u32 },
-    #[error("no room for a table of {wanted} elements ({limit} elements in all)")]
+    #[error("no room for a table of {wanted} elements ({limit} elements in all, --max-maglev)")]
     Maglev { wanted: u32, limit: u32 },
     #[error("{backends} endpoints are more than a table can number")]
     TooMany { backends: usize },

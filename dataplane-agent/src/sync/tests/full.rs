@@ -135,7 +135,7 @@ fn a_full_table_is_reported_and_made_good() {
     assert!(!reason.refused);
     assert_eq!(
         reason.reason,
-        "no room for a table of 28 elements (40 elements in all)"
+        "no room for a table of 28 elements (40 elements in all, --max-maglev)"
     );
     assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
     assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
@@ -199,7 +199,7 @@ fn a_service_goes_on_with_the_endpoints_that_fit() {
         .map(|(what, failure)| format!("{what}: {}", failure.reason))
         .collect();
     let expected = [
-        "backend 10.244.0.3:80/TCP: no backend id is free (3 backends)",
+        "backend 10.244.0.3:80/TCP: no backend id is free (3 backends, --max-backends)",
         "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written",
     ];
     assert_eq!(texts, expected);

@@ -76,10 +76,11 @@ pub enum Command {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
         from: End,
-        /// Who is reached: namespace/pod, svc/namespace/service or an address. Of a Service it is each endpoint, at its own port.
+        /// Who is reached: namespace/pod, svc/namespace/service or an address. Of a Service it is each endpoint, at its own port; for a
+        /// client outside, by each address that such a client can ask.
         #[arg(long)]
         to: End,
-        /// The destination port, such as 80/TCP or 53/UDP, or ICMP.
+        /// The destination port, such as 80/TCP or 53/UDP, or ICMP; of a Service a node port too.
         #[arg(long)]
         port: Port,
         /// The source's port, by which a Service chooses its endpoint; all of them are explained without it.

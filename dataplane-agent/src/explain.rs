@@ -2,10 +2,13 @@
 //! asked as the datapath asks them; or from the tables of this node as they are, through which a packet is led ([`tables`]),
 //! with names ([`known`]) or without ([`unnamed`]).
 
+mod asked;
 mod ends;
 pub mod known;
 pub mod packet;
 mod reasons;
+#[cfg(test)]
+mod samples;
 pub mod tables;
 mod unchosen;
 pub mod unnamed;
@@ -53,6 +56,12 @@ pub struct Explained {
     /// The Service whose endpoint the target is, if one is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// Where the first packet is sent, if that is an address of the Service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<SocketAddr>,
+    /// What else there is to know, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// How many of the Service's new flows the target gets, if the tables were asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
@@ -211,6 +220,8 @@ impl Judge<'_> {
             to: place(to),
             port: target.port.to_string(),
             service: target.via.as_ref().map(ToString::to_string),
+            asked: None,
+            notes: Vec::new(),
             share: None,
             source_port: None,
             becomes: None,

@@ -152,6 +152,9 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             flow.port,
             verdict(flow.allowed)
         );
+        for note in &flow.notes {
+            let _infallible = writeln!(text, "  {note}");
+        }
         if let Some(share) = flow.share {
             let percent = f64::from(share.slots) * 100.0 / f64::from(share.of.max(1));
             let port = flow

@@ -7,6 +7,7 @@ use std::{
     str::FromStr,
 };
 
+use super::asked;
 use crate::{
     compile::endpoints::{self, View},
     model::{Index, Name, Pod, Protocol, Service},
@@ -102,8 +103,11 @@ pub enum Error {
     NoService(Name),
     #[error("Service {0} begins no flows: ask for one of its Pods")]
     Client(Name),
-    #[error("Service {0} has no port {1}")]
-    NoPort(Name, Port),
+    /// With the ports that it has.
+    #[error("Service {0} has no port {1}: it has {2}")]
+    NoPort(Name, Port, String),
+    #[error("Service {0} is not served at {1}: the tables have no entry for it")]
+    NotServed(Name, SocketAddr),
     #[error("Service {0} has no endpoint at port {1}")]
     NoEndpoint(Name, Port),
     #[error("the ends have no address family in common")]
@@ -174,7 +178,7 @@ fn behind<'a>(
     let mut ports = service.ports.iter();
     let service_port = ports
         .find(|candidate| Some(candidate.proto) == port.proto && candidate.port == port.number)
-        .ok_or_else(|| Error::NoPort(service.name.clone(), port))?;
+        .ok_or_else(|| Error::NoPort(service.name.clone(), port, asked::ports(service)))?;
     let node = client
         .and_then(|client| client.node.as_deref())
         .unwrap_or_default();

@@ -17,13 +17,14 @@ use dataplane_common::{
 
 use super::{
     Becomes, End, Explained, Place, Port, Share, SoFar, Step,
+    asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
     packet, place, unchosen, ways,
 };
 use crate::{
     bpf::world::{Outcome, World},
-    model::{Index, Name, policy::Direction},
+    model::{self, Index, policy::Direction},
     store::traffic::TrafficTables,
 };
 
@@ -114,8 +115,8 @@ impl<'a> Here<'a> {
         let from = ends::sources(self.index, &query.from)?;
         let mut explained = Vec::new();
         for from in &from {
-            for (asked, to) in self.targets(query, *from)? {
-                explained.extend(self.flows(query, *from, asked, to)?);
+            for asked in self.targets(query, *from)? {
+                explained.extend(self.flows(query, *from, &asked)?);
             }
         }
         if explained.is_empty() {
@@ -125,24 +126,15 @@ impl<'a> Here<'a> {
     }
 
     /// The addresses that the flow may be sent to, and endpoints of a Service without an address of its own.
-    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<(SocketAddr, Option<Name>)>, Error> {
-        let number = query.port.number;
-        let direct = |addr: IpAddr| (SocketAddr::new(addr, number), None);
-        let all: Vec<_> = match &query.to {
+    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<Asked>, Failed> {
+        let direct = |addr: IpAddr| Asked::direct(addr, query.port);
+        let mut all = match &query.to {
             End::Service(name) => {
                 let service = self
                     .index
                     .service(name)
                     .ok_or_else(|| Error::NoService(name.clone()))?;
-                if service.cluster_ips.is_empty() {
-                    let targets = ends::targets(self.index, &query.to, query.port, from.1)?;
-                    let at = |target: ends::Target<'a>| {
-                        (SocketAddr::new(target.found.0, target.port.number), target.via)
-                    };
-                    targets.into_iter().map(at).collect()
-                } else {
-                    service.cluster_ips.iter().copied().map(direct).collect()
-                }
+                self.of_service(&service, query, from)?
             }
             End::Pod(name) => ends::of_pod(self.index, name)?
                 .into_iter()
@@ -150,20 +142,46 @@ impl<'a> Here<'a> {
                 .collect(),
             End::Addr(addr) => vec![direct(*addr)],
         };
-        Ok(all
-            .into_iter()
-            .filter(|(at, _)| at.is_ipv4() == from.0.is_ipv4())
-            .collect())
+        all.retain(|asked| asked.at.is_ipv4() == from.0.is_ipv4());
+        Ok(all)
     }
 
-    fn flows(
+    /// The addresses of a Service that the client can ask, or its endpoints if it has none at all.
+    fn of_service(
         &self,
+        service: &model::Service,
         query: &Query,
         from: Found<'a>,
-        asked: SocketAddr,
-        via: Option<Name>,
-    ) -> Result<Vec<Explained>, Failed> {
+    ) -> Result<Vec<Asked>, Failed> {
+        let node_ports_at = self.node_ports_at()?;
+        let client = Client {
+            addr: from.0,
+            is_outside: from.1.is_none() && !self.world.is_own(from.0),
+            node_ports_at: &node_ports_at,
+        };
+        if service.cluster_ips.is_empty() && !client.is_outside {
+            let targets = ends::targets(self.index, &query.to, query.port, from.1)?;
+            let endpoint = |target: ends::Target<'a>| Asked {
+                at: SocketAddr::new(target.found.0, target.port.number),
+                service: target.via,
+                kind: None,
+            };
+            return Ok(targets.into_iter().map(endpoint).collect());
+        }
+        Ok(asked::of_service(service, query.port, client)?)
+    }
+
+    /// Where node ports answer; of these the addresses that this node's object tells, if it tells any.
+    fn node_ports_at(&self) -> io::Result<Vec<IpAddr>> {
+        let all = self.world.node_ports_at()?;
+        let told = self.index.node().map_or(&[][..], |node| &node.ips);
+        let both: Vec<IpAddr> = all.iter().copied().filter(|addr| told.contains(addr)).collect();
+        Ok(if both.is_empty() { all } else { both })
+    }
+
+    fn flows(&self, query: &Query, from: Found<'a>, asked: &Asked) -> Result<Vec<Explained>, Failed> {
         let Query { port, .. } = *query;
+        let at = asked.at;
         let service = port.proto.and_then(|proto| {
             let is_inside = self.interface(from).is_some() || self.world.is_own(from.0);
             let scope = if is_inside {
@@ -171,65 +189,78 @@ impl<'a> Here<'a> {
             } else {
                 Scope::External
             };
-            self.world.find_service(asked, proto.number(), scope)
+            self.world.find_service(at, proto.number(), scope)
         });
         let flow = Flow {
             from,
             source_port: query.source_port.unwrap_or(SOURCE_PORT),
-            asked,
-            to: ends::at(self.index, asked.ip()),
+            asked: at,
+            to: ends::at(self.index, at.ip()),
             port: Port {
-                number: asked.port(),
+                number: at.port(),
                 ..port
             },
         };
         let of_service = service.and_then(|index| Some((index, self.world.service(index)?)));
         let Some((index, service)) = of_service else {
-            if let (End::Service(name), None) = (&query.to, &via) {
-                return Err(Error::NoPort(name.clone(), port).into());
+            if let Asked {
+                service: Some(name),
+                kind: Some(_),
+                ..
+            } = asked
+            {
+                return Err(Error::NotServed(name.clone(), at).into());
             }
-            let service = via.map(|name| name.to_string());
+            let service = asked.service.as_ref().map(ToString::to_string);
             let explained = self.judge(flow, None)?;
             return Ok(vec![Explained { service, ..explained }]);
         };
-        let name = ends::service_with(self.index, asked, port.proto);
-        let name = name.map_or_else(|| asked.to_string(), |service| service.name.to_string());
+        let name = ends::service_with(self.index, at, port.proto);
+        let name = name.map_or_else(|| at.to_string(), |service| service.name.to_string());
         let mut explained = Vec::new();
-        for Chosen {
-            share,
-            source_port,
-            at,
-            id,
-        } in self.endpoints(query, &flow, index, &service)
-        {
-            let flow = Flow {
-                source_port,
-                to: ends::at(self.index, at.ip()),
-                port: Port {
-                    number: at.port(),
-                    ..port
-                },
-                ..flow
-            };
-            let so_far = id.map(|id| {
-                let traffic = self.traffic.backend(id);
-                SoFar {
-                    connections: traffic.connections,
-                    refused: traffic.refused,
-                }
-            });
-            explained.push(Explained {
-                so_far,
-                ..self.judge(flow, share)?
-            });
+        for chosen in self.endpoints(query, &flow, index, &service) {
+            explained.push(self.endpoint(flow, chosen)?);
         }
         if explained.is_empty() {
             explained.push(self.refused(flow)?);
         }
         for one in &mut explained {
             one.service = Some(name.clone());
+            one.asked = Some(at);
+            one.notes
+                .extend(asked.kind.iter().map(|kind| format!("asked at {at}, {kind}")));
         }
         Ok(explained)
+    }
+
+    /// Judges a flow to one of the endpoints that a Service may choose.
+    fn endpoint(&self, flow: Flow<'a>, chosen: Chosen) -> Result<Explained, Failed> {
+        let Chosen {
+            share,
+            source_port,
+            at,
+            id,
+        } = chosen;
+        let flow = Flow {
+            source_port,
+            to: ends::at(self.index, at.ip()),
+            port: Port {
+                number: at.port(),
+                ..flow.port
+            },
+            ..flow
+        };
+        let so_far = id.map(|id| {
+            let traffic = self.traffic.backend(id);
+            SoFar {
+                connections: traffic.connections,
+                refused: traffic.refused,
+            }
+        });
+        Ok(Explained {
+            so_far,
+            ..self.judge(flow, share)?
+        })
     }
 
     /// The endpoints that a service may choose for a flow.
@@ -433,6 +464,8 @@ fn answer(flow: &Flow<'_>, share: Option<Share>) -> Explained {
         to: place(flow.to),
         port: flow.port.to_string(),
         service: None,
+        asked: None,
+        notes: Vec::new(),
         share,
         source_port: None,
         becomes: None,

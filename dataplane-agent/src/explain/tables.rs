@@ -23,7 +23,7 @@ use super::{
     packet, place, unchosen, ways,
 };
 use crate::{
-    bpf::world::{Outcome, World},
+    bpf::world::{Choice, OfClient, Outcome, World},
     model::{self, Index, policy::Direction},
     store::traffic::TrafficTables,
 };
@@ -40,6 +40,11 @@ pub struct Query {
 
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
+
+/// Why a Service with session affinity has one endpoint for a client.
+const REMEMBERED: &str = "session affinity: its client is remembered with it";
+const BY_ADDRESS: &str =
+    "session affinity: its client is not remembered yet, and its address alone leads it there";
 
 /// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
 pub const LOOPBACK: u32 = 1;
@@ -88,6 +93,8 @@ struct Chosen {
     at: SocketAddr,
     /// Of the backend.
     id: Option<u32>,
+    /// Why it is the only one.
+    note: Option<&'static str>,
 }
 
 /// A hook, and at which device.
@@ -240,6 +247,7 @@ impl<'a> Here<'a> {
             source_port,
             at,
             id,
+            note,
         } = chosen;
         let flow = Flow {
             source_port,
@@ -259,6 +267,7 @@ impl<'a> Here<'a> {
         });
         Ok(Explained {
             so_far,
+            notes: note.into_iter().map(str::to_owned).collect(),
             ..self.judge(flow, share)?
         })
     }
@@ -266,32 +275,32 @@ impl<'a> Here<'a> {
     /// The endpoints that a service may choose for a flow.
     fn endpoints(&self, query: &Query, flow: &Flow<'_>, index: u32, service: &Service) -> Vec<Chosen> {
         let choice = self.world.choice(index);
-        let proto = service.proto;
-        let from = |port| SocketAddr::new(flow.from.0, port);
-        let all = (0..choice.ids.len()).zip(choice.shares());
-        if service.head.flags & service_flags::AFFINITY != 0
-            && let Some(ifindex) = self.interface(flow.from)
-        {
-            // It is the client's, whatever its port.
-            let outcome = self.run(Entry::of_pod(Hook::FromPod, ifindex), flow, flow.asked);
-            let led = outcome
-                .ok()
-                .and_then(|outcome| packet::destination(&outcome.bytes));
-            return led
-                .filter(|led| *led != flow.asked)
-                .map(|at| Chosen {
+        let is_kept = service.head.flags & service_flags::AFFINITY != 0;
+        let kept = is_kept.then(|| self.world.kept(index, &choice, flow.from.0));
+        let only = |id: Option<u32>, note| {
+            let chosen = id.and_then(|id| {
+                Some(Chosen {
                     share: None,
                     source_port: flow.source_port,
-                    at,
-                    id: choice
-                        .ids
-                        .iter()
-                        .copied()
-                        .find(|id| self.world.backend_at(*id) == Some(at)),
+                    at: self.world.backend_at(id)?,
+                    id: Some(id),
+                    note: Some(note),
                 })
-                .into_iter()
-                .collect();
+            });
+            chosen.into_iter().collect()
+        };
+        match kept.flatten() {
+            Some(OfClient::Remembered(id)) => only(Some(id), REMEMBERED),
+            Some(OfClient::ByAddress(number)) => only(choice.ids.get(number).copied(), BY_ADDRESS),
+            // The protocol does not count there.
+            Some(OfClient::ByFlow) => self.by_flow(query, flow, &choice, 0),
+            None => self.by_flow(query, flow, &choice, service.proto),
         }
+    }
+
+    /// Each endpoint with the source port that leads there, or the one of the source port that is asked for.
+    fn by_flow(&self, query: &Query, flow: &Flow<'_>, choice: &Choice, proto: u8) -> Vec<Chosen> {
+        let from = |port| SocketAddr::new(flow.from.0, port);
         let only = query
             .source_port
             .and_then(|port| choice.of_flow(from(port), flow.asked, proto));
@@ -299,6 +308,7 @@ impl<'a> Here<'a> {
             Some(port) => vec![Some(port); choice.ids.len()],
             None => choice.source_ports(flow.from.0, SOURCE_PORT, flow.asked, proto),
         };
+        let all = (0..choice.ids.len()).zip(choice.shares());
         let chosen = all.filter(|(number, slots)| match query.source_port {
             Some(_) => Some(*number) == only,
             None => *slots > 0,
@@ -315,6 +325,7 @@ impl<'a> Here<'a> {
                     source_port: ports[number].unwrap_or(flow.source_port),
                     at: self.world.backend_at(id)?,
                     id: Some(id),
+                    note: None,
                 })
             })
             .collect()

@@ -42,6 +42,7 @@ impl Agent {
             compiler: &self.policies,
             interfaces: bound.map(|(ifindex, pod)| (pod.name, ifindex)).collect(),
             syncer: &self.policy_syncer,
+            problems: self.problems(),
         };
         let here = Here {
             world: World::open(&tables.pins, tables.constants)?,

@@ -334,7 +334,7 @@ impl Compiler {
             Previous::Was(service) => Some(service.unpack()),
         };
         let owner = ObjectRef::service(name);
-        let claim = |service: Option<Service>| match service.filter(|service| service.proxied) {
+        let claim = |service: Option<Service>| match service.filter(|service| service.proxied.is_here()) {
             Some(service) => {
                 let frontends = services::frontends(&service, self.options).map(|(addr, ..)| addr);
                 Claim::new(&owner, service.created_ns, frontends)
@@ -368,7 +368,9 @@ impl Compiler {
             let pod = host_port_pod(index, owner)?;
             host_ports::compile(pod, self.own_addresses.as_ref()?, &self.claims)
         } else {
-            let service = index.service(&owner.name).filter(|service| service.proxied);
+            let service = index
+                .service(&owner.name)
+                .filter(|service| service.proxied.is_here());
             self.health_checks.set(index, &owner.name, service.as_ref());
             services::compile(index, &service?, self.options, &self.claims)
         };

@@ -10,7 +10,7 @@ use std::{
 use super::asked;
 use crate::{
     compile::endpoints::{self, View},
-    model::{Index, Name, Pod, Protocol, Service},
+    model::{Index, Name, Pod, Protocol, Proxied, Service},
 };
 
 /// An end of a flow, as it is asked for.
@@ -106,8 +106,12 @@ pub enum Error {
     /// With the ports that it has.
     #[error("Service {0} has no port {1}: it has {2}")]
     NoPort(Name, Port, String),
-    #[error("Service {0} is not served at {1}: the tables have no entry for it")]
-    NotServed(Name, SocketAddr),
+    #[error("Service {0} is headless, it has no cluster IP: ask its Pods")]
+    Headless(Name),
+    #[error("Service {0} is an ExternalName: it is a name in DNS, nothing is served for it")]
+    ExternalName(Name),
+    #[error("Service {0} is left to another proxy by a label: nothing is served for it here")]
+    OtherProxy(Name),
     #[error("Service {0} has no endpoint at port {1}")]
     NoEndpoint(Name, Port),
     #[error("the ends have no address family in common")]
@@ -152,9 +156,7 @@ pub fn targets<'a>(
     match end {
         End::Pod(name) => Ok(of_pod(index, name)?.into_iter().map(direct).collect()),
         End::Service(name) => {
-            let service = index
-                .service(name)
-                .ok_or_else(|| Error::NoService(name.clone()))?;
+            let service = service(index, name)?;
             behind(index, &service, [true, false], port, client)
         }
         End::Addr(addr) => match service_at(index, *addr) {
@@ -217,6 +219,19 @@ fn behind<'a>(
     Ok(targets)
 }
 
+/// A Service that is served.
+pub fn service(index: &Index, name: &Name) -> Result<Service, Error> {
+    let service = index
+        .service(name)
+        .ok_or_else(|| Error::NoService(name.clone()))?;
+    match service.proxied {
+        Proxied::Here => Ok(service),
+        Proxied::Headless => Err(Error::Headless(name.clone())),
+        Proxied::ExternalName => Err(Error::ExternalName(name.clone())),
+        Proxied::Elsewhere => Err(Error::OtherProxy(name.clone())),
+    }
+}
+
 pub fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
     let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
     if pod.ips.is_empty() {
@@ -230,19 +245,24 @@ pub fn at(index: &Index, addr: IpAddr) -> Found<'_> {
     (addr, index.pods().find(is_owner))
 }
 
-fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
-    index.services().find(|service| {
-        let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
-        ips.iter().any(|ips| ips.contains(&addr))
-    })
+pub fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
+    index
+        .services()
+        .filter(|service| service.proxied.is_here())
+        .find(|service| {
+            let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
+            ips.iter().any(|ips| ips.contains(&addr))
+        })
 }
 
 /// The Service that answers at an address and port, a node port among them.
 pub fn service_with(index: &Index, at: SocketAddr, proto: Option<Protocol>) -> Option<Service> {
-    service_at(index, at.ip()).or_else(|| {
-        index.services().find(|service| {
-            let mut ports = service.ports.iter();
-            ports.any(|port| port.node_port == Some(at.port()) && Some(port.proto) == proto)
-        })
+    service_at(index, at.ip()).or_else(|| service_of_node_port(index, at.port(), proto))
+}
+
+pub fn service_of_node_port(index: &Index, number: u16, proto: Option<Protocol>) -> Option<Service> {
+    index.services().find(|service| {
+        let mut ports = service.ports.iter();
+        ports.any(|port| port.node_port == Some(number) && Some(port.proto) == proto)
     })
 }

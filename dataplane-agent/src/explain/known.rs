@@ -18,6 +18,7 @@ use crate::{
     bpf::world::World,
     compile::policy::PolicyCompiler,
     model::{Index, Name, ObjectRef, policy::Direction},
+    served,
     sync::policy::PolicySyncer,
 };
 
@@ -25,6 +26,9 @@ use crate::{
 pub trait Known: fmt::Debug {
     /// The interface of an end that is a Pod of this node.
     fn interface(&self, world: &World, end: Found<'_>) -> Option<u32>;
+
+    /// What keeps a Service from being served, wholly or in part.
+    fn problems(&self, service: &Name) -> Vec<String>;
 
     /// What was decided at the first of these ends, of what goes between them.
     fn decided(
@@ -97,11 +101,23 @@ pub struct Named<'a> {
     pub interfaces: BTreeMap<Name, u32>,
     /// Who knows the policies by their numbers in `RULES`.
     pub syncer: &'a PolicySyncer,
+    /// Of all objects.
+    pub problems: Vec<served::Problem>,
 }
 
 impl Known for Named<'_> {
     fn interface(&self, _world: &World, (_, pod): Found<'_>) -> Option<u32> {
         self.interfaces.get(&pod?.name).copied()
+    }
+
+    fn problems(&self, service: &Name) -> Vec<String> {
+        let object = ObjectRef::service(service).to_string();
+        let problems = self.problems.iter().filter(|one| one.object == object);
+        let text = |one: &served::Problem| match &*one.field {
+            "" => one.reason.clone(),
+            field => format!("{field}: {}", one.reason),
+        };
+        problems.map(text).collect()
     }
 
     fn decided(

@@ -20,11 +20,11 @@ use super::{
     asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place, unchosen, ways,
+    packet, place, unchosen, unserved, ways,
 };
 use crate::{
     bpf::world::{Choice, OfClient, Outcome, World},
-    model::{self, Index, policy::Direction},
+    model::{self, Index, Name, policy::Direction},
     store::traffic::TrafficTables,
 };
 
@@ -67,6 +67,9 @@ pub struct Here<'a> {
 pub enum Failed {
     #[error(transparent)]
     Ends(#[from] Error),
+    /// With the problems of the Service that is asked for.
+    #[error("{0}; {1}")]
+    Problems(Error, String),
     #[error("there are no tables")]
     NoTables,
     #[error("failed to read the tables")]
@@ -137,10 +140,7 @@ impl<'a> Here<'a> {
         let direct = |addr: IpAddr| Asked::direct(addr, query.port);
         let mut all = match &query.to {
             End::Service(name) => {
-                let service = self
-                    .index
-                    .service(name)
-                    .ok_or_else(|| Error::NoService(name.clone()))?;
+                let service = ends::service(self.index, name).map_err(|error| self.failed(error, name))?;
                 self.of_service(&service, query, from)?
             }
             End::Pod(name) => ends::of_pod(self.index, name)?
@@ -175,7 +175,17 @@ impl<'a> Here<'a> {
             };
             return Ok(targets.into_iter().map(endpoint).collect());
         }
-        Ok(asked::of_service(service, query.port, client)?)
+        asked::of_service(service, query.port, client).map_err(|error| self.failed(error, &service.name))
+    }
+
+    /// An error about a Service, with what is known to be wrong with it.
+    fn failed(&self, error: Error, service: &Name) -> Failed {
+        let problems = self.known.problems(service);
+        if problems.is_empty() {
+            Failed::Ends(error)
+        } else {
+            Failed::Problems(error, problems.join("; "))
+        }
     }
 
     /// Where node ports answer; of these the addresses that this node's object tells, if it tells any.
@@ -210,17 +220,7 @@ impl<'a> Here<'a> {
         };
         let of_service = service.and_then(|index| Some((index, self.world.service(index)?)));
         let Some((index, service)) = of_service else {
-            if let Asked {
-                service: Some(name),
-                kind: Some(_),
-                ..
-            } = asked
-            {
-                return Err(Error::NotServed(name.clone(), at).into());
-            }
-            let service = asked.service.as_ref().map(ToString::to_string);
-            let explained = self.judge(flow, None)?;
-            return Ok(vec![Explained { service, ..explained }]);
+            return Ok(vec![self.unserved(flow, asked)?]);
         };
         let name = ends::service_with(self.index, at, port.proto);
         let name = name.map_or_else(|| at.to_string(), |service| service.name.to_string());
@@ -237,6 +237,25 @@ impl<'a> Here<'a> {
             one.notes
                 .extend(asked.kind.iter().map(|kind| format!("asked at {at}, {kind}")));
         }
+        Ok(explained)
+    }
+
+    /// A flow to an address that is no Service's in the tables, or an endpoint of a Service without one.
+    fn unserved(&self, flow: Flow<'a>, asked: &Asked) -> Result<Explained, Failed> {
+        let mut explained = self.judge(flow, None)?;
+        explained.service = asked.service.as_ref().map(ToString::to_string);
+        if asked.service.is_some() && asked.kind.is_none() {
+            return Ok(explained);
+        }
+        let Some(unserved) = unserved::at(self.index, asked.at, flow.port, &self.node_ports_at()?) else {
+            return Ok(explained);
+        };
+        let Some(service) = unserved.service() else {
+            explained.notes.push(unserved.reason(flow.port, &[]));
+            return Ok(explained);
+        };
+        let reason = unserved.reason(flow.port, &self.known.problems(&service.name));
+        explained.push(Step::of_service(&flow, reason));
         Ok(explained)
     }
 
@@ -498,17 +517,24 @@ fn becomes(outcome: &Outcome) -> Option<Becomes> {
 
 /// A step that ends a flow before policies are asked.
 fn refusal(flow: &Flow<'_>, reason: Reason) -> Step {
-    Step {
-        direction: "service".into(),
-        at: Place {
-            ip: flow.asked.ip(),
-            pod: None,
-        },
-        allowed: false,
-        rule: None,
-        reason: format!("{}: {}", reason.label(), reason.text().trim()),
-        dry_run: None,
-        selected_by: Vec::new(),
+    Step::of_service(flow, format!("{}: {}", reason.label(), reason.text().trim()))
+}
+
+impl Step {
+    /// There is no target.
+    fn of_service(flow: &Flow<'_>, reason: String) -> Self {
+        Self {
+            direction: "service".into(),
+            at: Place {
+                ip: flow.asked.ip(),
+                pod: None,
+            },
+            allowed: false,
+            rule: None,
+            reason,
+            dry_run: None,
+            selected_by: Vec::new(),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     bpf::world::World,
-    model::policy::Direction,
+    model::{Name, policy::Direction},
     store::enforced::{policy_called, tier_of},
     sync::policy::SET_CLOSED,
 };
@@ -25,6 +25,10 @@ pub struct Unnamed;
 impl Known for Unnamed {
     fn interface(&self, world: &World, (addr, _): Found<'_>) -> Option<u32> {
         world.interface_of(addr)
+    }
+
+    fn problems(&self, _service: &Name) -> Vec<String> {
+        Vec::new()
     }
 
     fn decided(

@@ -10,7 +10,7 @@ use std::{
 use super::asked;
 use crate::{
     compile::endpoints::{self, View},
-    model::{Index, Name, Pod, Protocol, Proxied, Service},
+    model::{Index, Name, Pod, Protocol, Proxied, Service, ServicePort},
 };
 
 /// An end of a flow, as it is asked for.
@@ -265,4 +265,17 @@ pub fn service_of_node_port(index: &Index, number: u16, proto: Option<Protocol>)
         let mut ports = service.ports.iter();
         ports.any(|port| port.node_port == Some(number) && Some(port.proto) == proto)
     })
+}
+
+/// The port of a Service that an address and port of it are for.
+pub fn port_at(service: &Service, at: SocketAddr, proto: Option<Protocol>) -> Option<&ServicePort> {
+    let mut ports = service.ports.iter().filter(|port| Some(port.proto) == proto);
+    let is_own = [&service.cluster_ips, &service.external_ips, &service.ingress_ips]
+        .iter()
+        .any(|ips| ips.contains(&at.ip()));
+    let by_port = |port: &&ServicePort| is_own && port.port == at.port();
+    ports
+        .clone()
+        .find(by_port)
+        .or_else(|| ports.find(|port| port.node_port == Some(at.port())))
 }

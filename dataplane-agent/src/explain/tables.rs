@@ -360,7 +360,8 @@ impl<'a> Here<'a> {
         let mut explained = answer(&flow, None);
         let mut step = refusal(&flow, reason);
         if let Some(service) = ends::service_with(self.index, flow.asked, flow.port.proto) {
-            let why = unchosen::why(self.index, &service.name, reason);
+            let port = ends::port_at(&service, flow.asked, flow.port.proto);
+            let why = unchosen::why(self.index, &service, port, reason);
             if !why.is_empty() {
                 step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
             }

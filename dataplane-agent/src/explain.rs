@@ -12,6 +12,7 @@ mod samples;
 pub mod tables;
 mod unchosen;
 pub mod unnamed;
+mod unowned;
 mod unserved;
 mod ways;
 

@@ -20,7 +20,7 @@ use super::{
     asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place, unchosen, unserved, ways,
+    packet, place, unchosen, unowned, unserved, ways,
 };
 use crate::{
     bpf::world::{Choice, OfClient, Outcome, World},
@@ -129,10 +129,40 @@ impl<'a> Here<'a> {
                 explained.extend(self.flows(query, *from, &asked)?);
             }
         }
+        for one in &mut explained {
+            self.note_unowned(query, one);
+        }
         if explained.is_empty() {
             return Err(Error::Families.into());
         }
         Ok(explained)
+    }
+
+    /// Says of addresses that look like a Pod's that no Pod has them.
+    fn note_unowned(&self, query: &Query, explained: &mut Explained) {
+        // Who knows no names does not know whose addresses there are.
+        if self.index.node_name().is_empty() {
+            return;
+        }
+        let Place { ip: to, .. } = explained.to;
+        let leaves_by = explained.ways.iter().find(|way| way.to == to);
+        let leaves_by =
+            leaves_by.and_then(|way| way.device.as_deref().filter(|device| self.is_outward(device)));
+        let ends = [
+            (explained.from.ip, false, None),
+            (to, query.to == End::Addr(to), leaves_by),
+        ];
+        let ends = ends.into_iter().filter(|(addr, ..)| !self.world.is_own(*addr));
+        let notes =
+            ends.map(|(addr, is_asked, leaves_by)| unowned::note(self.index, addr, is_asked, leaves_by));
+        let notes: Vec<String> = notes.flatten().collect();
+        explained.notes.extend(notes);
+    }
+
+    /// Whether packets leave this node by a device.
+    fn is_outward(&self, device: &str) -> bool {
+        let mut named = self.devices.iter().filter(|(_, name)| *name == device);
+        named.any(|(ifindex, _)| *ifindex != LOOPBACK && self.world.device(*ifindex).is_some())
     }
 
     /// The addresses that the flow may be sent to, and endpoints of a Service without an address of its own.

@@ -69,7 +69,8 @@ pub enum Command {
         /// The folder of manifests.
         folder: PathBuf,
     },
-    /// Say whether policies allow a new flow, and which rule decides; exit status 1 if they do not. A packet is led through the pinned
+    /// Say whether policies allow a new flow, and which rule decides. Exit status: 0 where all that this node decides allows it, 1 where
+    /// something denies it or a Service is not served, 3 where nothing of it is decided on this node: ask on the one that is named. A packet is led through the pinned
     /// tables, without a trace, by a running agent, which knows names, else by addresses; with --manifests, what they say is compiled,
     /// and no agent is asked.
     Explain {

@@ -14,6 +14,7 @@ mod unchosen;
 pub mod unnamed;
 mod unowned;
 mod unserved;
+mod verdict;
 mod ways;
 
 use std::{
@@ -26,6 +27,7 @@ use dataplane_common::{addr::proto, policy::SET_NONE};
 use serde::{Deserialize, Serialize};
 
 pub use ends::{End, Error, Port};
+pub use verdict::Verdict;
 
 use ends::{Found, Target};
 use reasons::Selection;
@@ -79,12 +81,14 @@ pub struct Explained {
     /// What has come of the connections that this node has led to the target, if it was chosen by a Service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub so_far: Option<SoFar>,
-    /// By every step.
+    /// No step denies it; whether another may elsewhere, `verdict` says.
     pub allowed: bool,
+    #[serde(default)]
+    pub verdict: Verdict,
     pub steps: Vec<Step>,
     /// What is decided elsewhere.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub elsewhere: Vec<String>,
+    pub elsewhere: Vec<Elsewhere>,
 }
 
 /// A part of the slots of a Service's Maglev table.
@@ -155,6 +159,17 @@ pub struct Step {
     pub selected_by: Vec<String>,
 }
 
+/// What is not decided by this node's tables.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Elsewhere {
+    /// `egress` of the source or `ingress` of the target.
+    pub direction: Cow<'static, str>,
+    /// The node that decides, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    pub reason: String,
+}
+
 /// A rule of a policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
@@ -217,7 +232,7 @@ impl Judge<'_> {
                 Some(self.step(direction, ip, pod?, peer, target.port))
             })
             .collect();
-        Explained {
+        let mut explained = Explained {
             from: place(from),
             to: place(to),
             port: target.port.to_string(),
@@ -230,9 +245,12 @@ impl Judge<'_> {
             ways: Vec::new(),
             so_far: None,
             allowed: steps.iter().all(|step| step.allowed),
+            verdict: Verdict::default(),
             steps,
             elsewhere: Vec::new(),
-        }
+        };
+        explained.verdict = Verdict::of(&explained);
+        explained
     }
 
     fn step(

@@ -9,7 +9,7 @@ use dataplane_common::{
 };
 
 use super::{
-    Decision, Step,
+    Decision, Elsewhere, Step,
     ends::Found,
     place,
     reasons::{self, Selection},
@@ -44,7 +44,7 @@ pub trait Known: fmt::Debug {
 #[derive(Debug)]
 pub enum Decided {
     Here(Box<Step>),
-    Elsewhere(String),
+    Elsewhere(Elsewhere),
     /// It is no Pod.
     Nowhere,
 }
@@ -140,9 +140,14 @@ impl Known for Named<'_> {
         }
         let Some(ifindex) = self.interface(world, own) else {
             let what = format!("{} of {}", direction.as_str(), pod.name);
-            return Decided::Elsewhere(match &pod.node {
-                Some(node) if !is_here => format!("{what} is decided on node {node}"),
-                _ => format!("{what}: its interface is not known"),
+            let node = pod.node.as_ref().filter(|_| !is_here);
+            return Decided::Elsewhere(Elsewhere {
+                direction: direction.as_str().into(),
+                node: node.map(ToString::to_string),
+                reason: match node {
+                    Some(node) => format!("{what} is decided on node {node}"),
+                    None => format!("{what}: its interface is not known"),
+                },
             });
         };
         let decision = |event: &VerdictEvent| {

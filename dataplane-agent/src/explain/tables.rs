@@ -16,7 +16,7 @@ use dataplane_common::{
 };
 
 use super::{
-    Becomes, End, Explained, Place, Port, Share, SoFar, Step,
+    Becomes, End, Explained, Place, Port, Share, SoFar, Step, Verdict,
     asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
@@ -130,6 +130,7 @@ impl<'a> Here<'a> {
             }
         }
         for one in &mut explained {
+            one.verdict = Verdict::of(one);
             self.note_unowned(query, one);
         }
         if explained.is_empty() {
@@ -454,7 +455,7 @@ impl<'a> Here<'a> {
     ) {
         match self.known.decided(&self.world, direction, ends, told) {
             Decided::Here(step) => explained.push(*step),
-            Decided::Elsewhere(text) => explained.elsewhere.push(text),
+            Decided::Elsewhere(elsewhere) => explained.elsewhere.push(elsewhere),
             Decided::Nowhere => {}
         }
     }
@@ -533,6 +534,7 @@ fn answer(flow: &Flow<'_>, share: Option<Share>) -> Explained {
         ways: Vec::new(),
         so_far: None,
         allowed: true,
+        verdict: Verdict::default(),
         steps: Vec::new(),
         elsewhere: Vec::new(),
     }

@@ -6,7 +6,7 @@ use dataplane_common::{
 };
 
 use super::{
-    Decision, Step,
+    Decision, Elsewhere, Step,
     ends::Found,
     known::{Decided, Known, Told, allows, unknown},
     place, reasons,
@@ -43,9 +43,13 @@ impl Known for Unnamed {
                 return Decided::Nowhere;
             }
             let what = format!("{} of {}", direction.as_str(), own.0);
-            return Decided::Elsewhere(format!(
-                "{what}: no Pod of this node has the address; if one of another node has it, that node decides"
-            ));
+            return Decided::Elsewhere(Elsewhere {
+                direction: direction.as_str().into(),
+                node: None,
+                reason: format!(
+                    "{what}: no Pod of this node has the address; if one of another node has it, that node decides"
+                ),
+            });
         };
         let at = place(own);
         if world.interface_of(peer.0) == Some(ifindex) {

@@ -5,6 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use super::{Port, asked, ends};
 use crate::model::{Index, Service};
 
+/// Reasons begin with it.
+pub const NOT_SERVED: &str = "not-served";
+
 /// Of an address and port that no entry of the tables is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unserved {
@@ -53,13 +56,13 @@ impl Unserved {
                     _ => problems.join("; "),
                 };
                 format!(
-                    "not-served: Service {} has {port} here, and the tables have no entry for it: {problems}",
+                    "{NOT_SERVED}: Service {} has {port} here, and the tables have no entry for it: {problems}",
                     service.name
                 )
             }
             Self::NoPort(_, text) => {
                 let problems: String = problems.iter().map(|one| format!("; {one}")).collect();
-                format!("not-served: {text}{problems}")
+                format!("{NOT_SERVED}: {text}{problems}")
             }
             Self::Other(text) => text.clone(),
         }

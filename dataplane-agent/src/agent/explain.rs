@@ -42,6 +42,7 @@ impl Agent {
             compiler: &self.policies,
             interfaces: bound.map(|(ifindex, pod)| (pod.name, ifindex)).collect(),
             syncer: &self.policy_syncer,
+            services: &self.compiler,
             problems: self.problems(),
         };
         let here = Here {

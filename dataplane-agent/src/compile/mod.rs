@@ -321,6 +321,11 @@ impl Compiler {
         self.claims.has_address(addr)
     }
 
+    /// Who is served at an address and port: of a node port it is the unspecified address.
+    pub fn owner(&self, frontend: &FrontendAddr) -> Option<&ObjectRef> {
+        self.claims.owner(frontend)
+    }
+
     /// Once there is much: leaves of trees that came to be entry by entry are full to two thirds.
     pub fn pack_trees(&mut self) {
         self.claims.pack_tree();

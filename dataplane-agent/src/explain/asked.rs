@@ -8,7 +8,7 @@ use crate::{
         Options,
         services::{Field, frontends},
     },
-    model::{Name, Service},
+    model::{Name, ObjectRef, Protocol, Service},
 };
 
 /// Where a flow's first packet is sent.
@@ -39,6 +39,19 @@ impl Asked {
             service: None,
             kind: None,
         }
+    }
+
+    /// What there is to say where another object is served at the address of the Service that is asked for.
+    pub fn conflict(&self, holder: Option<&ObjectRef>, port: Port) -> Option<String> {
+        let (service, holder) = (self.service.as_ref()?, holder?);
+        let is_other = *holder != ObjectRef::service(service);
+        let proto = port.proto.map_or("ICMP", Protocol::as_str);
+        is_other.then(|| {
+            format!(
+                "{}/{proto} is held by {holder}, and that is not what was asked: Service {service} is not served there",
+                self.at
+            )
+        })
     }
 }
 
@@ -166,6 +179,24 @@ mod tests {
         assert_eq!(
             asked(&balanced(), "30086", "10.244.1.10", false),
             ["192.168.77.11:30086 a node port of it"]
+        );
+    }
+
+    #[test]
+    fn an_address_that_another_object_holds_is_said_to_be_so() {
+        let asked = Asked {
+            at: "10.96.0.80:80".parse().unwrap(),
+            service: Some(Name::new("shop", "web")),
+            kind: None,
+        };
+        let port: Port = "80/TCP".parse().unwrap();
+        let of = |name| ObjectRef::service(&Name::new("shop", name));
+        assert_eq!(asked.conflict(Some(&of("web")), port), None);
+        assert_eq!(asked.conflict(None, port), None);
+        let said = asked.conflict(Some(&of("dup")), port).unwrap();
+        assert!(
+            said.starts_with("10.96.0.80:80/TCP is held by Service shop/dup, and that is not what was asked"),
+            "{said}"
         );
     }
 

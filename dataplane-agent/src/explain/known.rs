@@ -1,7 +1,11 @@
 //! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
 //! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use dataplane_common::{
     policy::{NO_RULE_INDEX, VerdictEvent},
@@ -16,8 +20,8 @@ use super::{
 };
 use crate::{
     bpf::world::World,
-    compile::policy::PolicyCompiler,
-    model::{Index, Name, ObjectRef, policy::Direction},
+    compile::{Compiler, FrontendAddr, policy::PolicyCompiler},
+    model::{Index, Name, ObjectRef, Protocol, policy::Direction},
     served,
     sync::policy::PolicySyncer,
 };
@@ -26,6 +30,9 @@ use crate::{
 pub trait Known: fmt::Debug {
     /// The interface of an end that is a Pod of this node.
     fn interface(&self, world: &World, end: Found<'_>) -> Option<u32>;
+
+    /// Who is served at an address and port of the tables.
+    fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef>;
 
     /// What keeps a Service from being served, wholly or in part.
     fn problems(&self, service: &Name) -> Vec<String>;
@@ -101,6 +108,8 @@ pub struct Named<'a> {
     pub interfaces: BTreeMap<Name, u32>,
     /// Who knows the policies by their numbers in `RULES`.
     pub syncer: &'a PolicySyncer,
+    /// Who knows whose an address and port are.
+    pub services: &'a Compiler,
     /// Of all objects.
     pub problems: Vec<served::Problem>,
 }
@@ -108,6 +117,18 @@ pub struct Named<'a> {
 impl Known for Named<'_> {
     fn interface(&self, _world: &World, (_, pod): Found<'_>) -> Option<u32> {
         self.interfaces.get(&pod?.name).copied()
+    }
+
+    fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef> {
+        let unspecified: IpAddr = match at {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let owner = |addr| {
+            let port = at.port();
+            self.services.owner(&FrontendAddr { addr, port, proto })
+        };
+        owner(at.ip()).or_else(|| owner(unspecified)).cloned()
     }
 
     fn problems(&self, service: &Name) -> Vec<String> {

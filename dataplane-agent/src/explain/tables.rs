@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     bpf::world::{Choice, OfClient, Outcome, World},
-    model::{self, Index, Name, policy::Direction},
+    model::{self, Index, Kind, Name, ObjectRef, Protocol, policy::Direction},
     store::traffic::TrafficTables,
 };
 
@@ -253,8 +253,8 @@ impl<'a> Here<'a> {
         let Some((index, service)) = of_service else {
             return Ok(vec![self.unserved(flow, asked)?]);
         };
-        let name = ends::service_with(self.index, at, port.proto);
-        let name = name.map_or_else(|| at.to_string(), |service| service.name.to_string());
+        let holder = port.proto.and_then(|proto| self.known.holder(at, proto));
+        let name = self.served_as(asked, holder.as_ref(), port.proto);
         let mut explained = Vec::new();
         for chosen in self.endpoints(query, &flow, index, &service) {
             explained.push(self.endpoint(flow, chosen)?);
@@ -265,10 +265,23 @@ impl<'a> Here<'a> {
         for one in &mut explained {
             one.service = Some(name.clone());
             one.asked = Some(at);
+            one.notes.extend(asked.conflict(holder.as_ref(), flow.port));
             one.notes
                 .extend(asked.kind.iter().map(|kind| format!("asked at {at}, {kind}")));
         }
         Ok(explained)
+    }
+
+    /// What an entry of the tables is called.
+    fn served_as(&self, asked: &Asked, holder: Option<&ObjectRef>, proto: Option<Protocol>) -> String {
+        if let Some(holder) = holder {
+            return match holder.kind {
+                Kind::Service => holder.name.to_string(),
+                _ => holder.to_string(),
+            };
+        }
+        let service = ends::service_with(self.index, asked.at, proto);
+        service.map_or_else(|| asked.at.to_string(), |service| service.name.to_string())
     }
 
     /// A flow to an address that is no Service's in the tables, or an endpoint of a Service without one.
@@ -390,7 +403,18 @@ impl<'a> Here<'a> {
         let reason = reason.unwrap_or(Reason::NoEndpoints);
         let mut explained = answer(&flow, None);
         let mut step = refusal(&flow, reason);
-        if let Some(service) = ends::service_with(self.index, flow.asked, flow.port.proto) {
+        let holder = flow
+            .port
+            .proto
+            .and_then(|proto| self.known.holder(flow.asked, proto));
+        let service = match holder {
+            Some(holder) => self
+                .index
+                .service(&holder.name)
+                .filter(|_| holder.kind == Kind::Service),
+            None => ends::service_with(self.index, flow.asked, flow.port.proto),
+        };
+        if let Some(service) = service {
             let port = ends::port_at(&service, flow.asked, flow.port.proto);
             let why = unchosen::why(self.index, &service, port, reason);
             if !why.is_empty() {

@@ -1,5 +1,7 @@
 //! What the tables alone say of verdicts: addresses, and policies by the numbers that `RULES` has of them.
 
+use std::net::SocketAddr;
+
 use dataplane_common::{
     policy::{NO_RULE_INDEX, SET_NONE, VerdictEvent},
     reason::Reason,
@@ -13,7 +15,7 @@ use super::{
 };
 use crate::{
     bpf::world::World,
-    model::{Name, policy::Direction},
+    model::{Name, ObjectRef, Protocol, policy::Direction},
     store::enforced::{policy_called, tier_of},
     sync::policy::SET_CLOSED,
 };
@@ -25,6 +27,10 @@ pub struct Unnamed;
 impl Known for Unnamed {
     fn interface(&self, world: &World, (addr, _): Found<'_>) -> Option<u32> {
         world.interface_of(addr)
+    }
+
+    fn holder(&self, _at: SocketAddr, _proto: Protocol) -> Option<ObjectRef> {
+        None
     }
 
     fn problems(&self, _service: &Name) -> Vec<String> {

@@ -1,4 +1,5 @@
-//! Why a Service has no endpoint for a flow: what its slices, or the Pods that it selects, say of those that are in them.
+//! Why a Service has no endpoint for a flow: what its slices, or the Pods that it selects, say of those that are in them, or
+//! who may use it.
 
 use std::collections::BTreeSet;
 
@@ -17,8 +18,10 @@ const NOBODY: &str = "no EndpointSlice of it has an endpoint: does a ready Pod m
 
 /// In words; empty where the objects have no more to say than the datapath has. `port`: the one that is asked for, if it is known.
 pub fn why(index: &Index, service: &Service, port: Option<&ServicePort>, reason: Reason) -> String {
-    if !matches!(reason, Reason::NoEndpoints | Reason::NoLocalEndpoints) {
-        return String::new();
+    match reason {
+        Reason::NoEndpoints | Reason::NoLocalEndpoints => {}
+        Reason::SourceRange => return of_ranges(service),
+        _ => return String::new(),
     }
     let is_local = reason == Reason::NoLocalEndpoints;
     if endpoints::are_of_pods(index, service) {
@@ -46,6 +49,15 @@ pub fn why(index: &Index, service: &Service, port: Option<&ServicePort>, reason:
         endpoints
             .iter()
             .map(|endpoint| of_endpoint(index, endpoint, is_local)),
+    )
+}
+
+/// Who may use the Service.
+fn of_ranges(service: &Service) -> String {
+    let ranges = listed(service.source_ranges.iter().map(ToString::to_string));
+    format!(
+        "spec.loadBalancerSourceRanges of Service {} are {ranges}",
+        service.name
     )
 }
 
@@ -189,6 +201,23 @@ mod tests {
         );
         let same = said(&number, &[slice(&json!([{"name": "http", "port": 8080}]))]);
         assert_eq!(same, "10.244.1.21 is ready");
+    }
+
+    #[test]
+    fn a_client_in_no_range_is_told_the_ranges() {
+        let service = samples::service(
+            "web",
+            &json!({
+                "type": "LoadBalancer", "clusterIP": "10.96.0.9", "ports": [{"port": 80}],
+                "loadBalancerSourceRanges": ["10.0.0.0/8", "198.51.100.0/24"],
+            }),
+        );
+        let index = samples::index(&[service]);
+        let service = samples::known(&index, "web");
+        assert_eq!(
+            why(&index, &service, service.ports.first(), Reason::SourceRange),
+            "spec.loadBalancerSourceRanges of Service shop/web are 10.0.0.0/8; 198.51.100.0/24"
+        );
     }
 
     #[test]

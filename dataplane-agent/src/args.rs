@@ -75,17 +75,19 @@ pub enum Command {
         /// The folder of manifests.
         folder: PathBuf,
     },
-    /// Say whether policies allow a new flow, and which rule decides; exit status 1 if they do not. A packet is led through the pinned
+    /// Say whether policies allow a new flow, and which rule decides. Exit status: 0 where all that this node decides allows it, 1 where
+    /// something denies it or a Service is not served, 3 where nothing of it is decided on this node: ask on the one that is named. A packet is led through the pinned
     /// tables, without a trace, by a running agent, which knows names, else by addresses; with --manifests, what they say is compiled,
     /// and no agent is asked.
     Explain {
         /// Who begins: namespace/pod or an address.
         #[arg(long)]
         from: End,
-        /// Who is reached: namespace/pod, svc/namespace/service or an address. Of a Service it is each endpoint, at its own port.
+        /// Who is reached: namespace/pod, svc/namespace/service or an address. Of a Service it is each endpoint, at its own port; for a
+        /// client outside, by each address that such a client can ask.
         #[arg(long)]
         to: End,
-        /// The destination port, such as 80/TCP or 53/UDP, or ICMP.
+        /// The destination port, such as 80/TCP or 53/UDP, or ICMP; of a Service a node port too.
         #[arg(long)]
         port: Port,
         /// The source's port, by which a Service chooses its endpoint; all of them are explained without it.

@@ -2,13 +2,19 @@
 //! asked as the datapath asks them; or from the tables of this node as they are, through which a packet is led ([`tables`]),
 //! with names ([`known`]) or without ([`unnamed`]).
 
+mod asked;
 mod ends;
 pub mod known;
 pub mod packet;
 mod reasons;
+#[cfg(test)]
+mod samples;
 pub mod tables;
 mod unchosen;
 pub mod unnamed;
+mod unowned;
+mod unserved;
+mod verdict;
 mod ways;
 
 use std::{
@@ -21,6 +27,7 @@ use dataplane_common::{addr::proto, policy::SET_NONE};
 use serde::{Deserialize, Serialize};
 
 pub use ends::{End, Error, Port};
+pub use verdict::Verdict;
 
 use ends::{Found, Target};
 use reasons::Selection;
@@ -53,6 +60,12 @@ pub struct Explained {
     /// The Service whose endpoint the target is, if one is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// Where the first packet is sent, if that is an address of the Service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<SocketAddr>,
+    /// What else there is to know, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// How many of the Service's new flows the target gets, if the tables were asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
@@ -68,12 +81,14 @@ pub struct Explained {
     /// What has come of the connections that this node has led to the target, if it was chosen by a Service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub so_far: Option<SoFar>,
-    /// By every step.
+    /// No step denies it; whether another may elsewhere, `verdict` says.
     pub allowed: bool,
+    #[serde(default)]
+    pub verdict: Verdict,
     pub steps: Vec<Step>,
     /// What is decided elsewhere.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub elsewhere: Vec<String>,
+    pub elsewhere: Vec<Elsewhere>,
 }
 
 /// A part of the slots of a Service's Maglev table.
@@ -144,6 +159,17 @@ pub struct Step {
     pub selected_by: Vec<String>,
 }
 
+/// What is not decided by this node's tables.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Elsewhere {
+    /// `egress` of the source or `ingress` of the target.
+    pub direction: Cow<'static, str>,
+    /// The node that decides, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    pub reason: String,
+}
+
 /// A rule of a policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
@@ -206,20 +232,25 @@ impl Judge<'_> {
                 Some(self.step(direction, ip, pod?, peer, target.port))
             })
             .collect();
-        Explained {
+        let mut explained = Explained {
             from: place(from),
             to: place(to),
             port: target.port.to_string(),
             service: target.via.as_ref().map(ToString::to_string),
+            asked: None,
+            notes: Vec::new(),
             share: None,
             source_port: None,
             becomes: None,
             ways: Vec::new(),
             so_far: None,
             allowed: steps.iter().all(|step| step.allowed),
+            verdict: Verdict::default(),
             steps,
             elsewhere: Vec::new(),
-        }
+        };
+        explained.verdict = Verdict::of(&explained);
+        explained
     }
 
     fn step(

@@ -42,6 +42,8 @@ impl Agent {
             compiler: &self.policies,
             interfaces: bound.map(|(ifindex, pod)| (pod.name, ifindex)).collect(),
             syncer: &self.policy_syncer,
+            services: &self.compiler,
+            problems: self.problems(),
         };
         let here = Here {
             world: World::open(&tables.pins, tables.constants)?,

@@ -34,6 +34,8 @@ use dataplane_common::{
     verdict::{Action, Verdict},
 };
 
+pub use balance::{Choice, OfClient};
+
 use super::{
     map_names as names,
     pins::Pins,

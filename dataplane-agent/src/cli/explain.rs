@@ -14,7 +14,7 @@ use crate::{
     attach::inspect,
     bpf::{constants, links::Links, pins::Pins, world::World},
     explain::{
-        Answered, End, Explained, Place, SoFar, Way, explain,
+        Answered, End, Explained, Place, SoFar, Verdict, Way, explain,
         tables::{Here, Query},
         unnamed::Unnamed,
     },
@@ -27,7 +27,10 @@ use crate::{
 /// A table of many endpoints takes the agent a moment.
 const WITHIN: Duration = Duration::from_mins(1);
 
-/// Prints the answer; fails when the flow is denied, so that a script can ask.
+/// The exit status where nothing is denied, and of a flow nothing is decided here. 2 is that of a wrong command line.
+const NOT_DECIDED_HERE: u8 = 3;
+
+/// Prints the answer; the exit status tells it too, so that a script can ask.
 pub fn run(
     manifests: Option<&Path>,
     places: Places<'_>,
@@ -46,12 +49,19 @@ pub fn run(
         Output::Table => render(&explained, &problems),
     };
     print(&text)?;
-    let allowed = explained.iter().all(|flow| flow.allowed);
-    Ok(if allowed {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(exit_code(&explained))
+}
+
+/// As the command line's help has it.
+fn exit_code(explained: &[Explained]) -> ExitCode {
+    if explained.iter().any(|flow| !flow.allowed) {
+        return ExitCode::FAILURE;
+    }
+    let mut verdicts = explained.iter().map(|flow| flow.verdict);
+    if verdicts.any(|verdict| verdict == Verdict::NotDecidedHere) {
+        return ExitCode::from(NOT_DECIDED_HERE);
+    }
+    ExitCode::SUCCESS
 }
 
 /// What the tables of an agent say, with the names that it knows.
@@ -150,8 +160,11 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             text,
             "{from} -> {to}{service}, {}: {}",
             flow.port,
-            verdict(flow.allowed)
+            flow.headline()
         );
+        for note in &flow.notes {
+            let _infallible = writeln!(text, "  {note}");
+        }
         if let Some(share) = flow.share {
             let percent = f64::from(share.slots) * 100.0 / f64::from(share.of.max(1));
             let port = flow
@@ -177,7 +190,7 @@ fn render(explained: &[Explained], problems: &[String]) -> String {
             }
         }
         for elsewhere in &flow.elsewhere {
-            let _infallible = writeln!(text, "  {elsewhere}");
+            let _infallible = writeln!(text, "  {}", elsewhere.reason);
         }
         text.push('\n');
     }
@@ -242,5 +255,53 @@ fn describe(place: &Place) -> String {
     match &place.pod {
         Some(pod) => format!("{pod} ({})", place.ip),
         None => place.ip.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A flow between Pods of which this node decides so much.
+    fn flow(steps: &[(&str, bool)], elsewhere: &[&str]) -> Explained {
+        let place = json!({"ip": "10.244.1.10", "pod": "shop/web"});
+        let step = |(direction, allowed): &(&str, bool)| json!({"direction": direction, "at": place, "allowed": allowed, "reason": "a rule", "selected_by": []});
+        let other = |direction: &&str| json!({"direction": direction, "node": "node2", "reason": "there"});
+        let mut flow: Explained = serde_json::from_value(json!({
+            "from": place, "to": place, "port": "80/TCP",
+            "allowed": steps.iter().all(|(_, allowed)| *allowed),
+            "steps": steps.iter().map(step).collect::<Vec<_>>(),
+            "elsewhere": elsewhere.iter().map(other).collect::<Vec<_>>(),
+        }))
+        .unwrap();
+        flow.verdict = Verdict::of(&flow);
+        flow
+    }
+
+    #[test]
+    fn what_another_node_decides_is_not_called_allowed() {
+        let both = ["egress", "ingress"];
+        for (flow, head, code) in [
+            (flow(&[(both[0], true), (both[1], true)], &[]), "allowed", 0),
+            (
+                flow(&[(both[0], true)], &both[1..]),
+                "allowed here; node2 decides ingress",
+                0,
+            ),
+            (flow(&[(both[0], false)], &both[1..]), "denied", 1),
+            (flow(&[], &both), "not decided here", 3),
+            (flow(&[], &[]), "allowed", 0),
+        ] {
+            let text = render(std::slice::from_ref(&flow), &[]);
+            let first = text.lines().next().unwrap();
+            assert!(first.ends_with(&format!(", 80/TCP: {head}")), "{text}");
+            assert_eq!(
+                format!("{:?}", exit_code(&[flow])),
+                format!("{:?}", ExitCode::from(code)),
+                "{text}"
+            );
+        }
     }
 }

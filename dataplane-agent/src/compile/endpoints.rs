@@ -94,16 +94,21 @@ fn by_hints<'a>(ready: Vec<&'a PortEndpoint>, view: &View<'_>) -> Vec<&'a PortEn
 /// slices, or, where it has a selector and no slice at all, from the Pods that it selects.
 pub fn of_port(index: &Index, service: &Service, port: &ServicePort, ipv4: bool) -> Vec<PortEndpoint> {
     let mut found = BTreeMap::new();
-    if index.slices(&service.name).next().is_some() || service.selector.is_empty() {
-        from_slices(index, service, port, ipv4, &mut found);
-    } else {
+    if are_of_pods(index, service) {
         for pod in index.selected_pods(service) {
             if let Some(endpoint) = from_pod(service, port, ipv4, pod) {
                 add(&mut found, endpoint);
             }
         }
+    } else {
+        from_slices(index, service, port, ipv4, &mut found);
     }
     found.into_values().collect()
+}
+
+/// Whether the endpoints of a Service are the Pods that it selects, because it has no slice.
+pub fn are_of_pods(index: &Index, service: &Service) -> bool {
+    index.slices(&service.name).next().is_none() && !service.selector.is_empty()
 }
 
 type Found = BTreeMap<(IpAddr, u16), PortEndpoint>;

@@ -321,6 +321,11 @@ impl Compiler {
         self.claims.has_address(addr)
     }
 
+    /// Who is served at an address and port: of a node port it is the unspecified address.
+    pub fn owner(&self, frontend: &FrontendAddr) -> Option<&ObjectRef> {
+        self.claims.owner(frontend)
+    }
+
     /// Once there is much: leaves of trees that came to be entry by entry are full to two thirds.
     pub fn pack_trees(&mut self) {
         self.claims.pack_tree();
@@ -334,7 +339,7 @@ impl Compiler {
             Previous::Was(service) => Some(service.unpack()),
         };
         let owner = ObjectRef::service(name);
-        let claim = |service: Option<Service>| match service.filter(|service| service.proxied) {
+        let claim = |service: Option<Service>| match service.filter(|service| service.proxied.is_here()) {
             Some(service) => {
                 let frontends = services::frontends(&service, self.options).map(|(addr, ..)| addr);
                 Claim::new(&owner, service.created_ns, frontends)
@@ -368,7 +373,9 @@ impl Compiler {
             let pod = host_port_pod(index, owner)?;
             host_ports::compile(pod, self.own_addresses.as_ref()?, &self.claims)
         } else {
-            let service = index.service(&owner.name).filter(|service| service.proxied);
+            let service = index
+                .service(&owner.name)
+                .filter(|service| service.proxied.is_here());
             self.health_checks.set(index, &owner.name, service.as_ref());
             services::compile(index, &service?, self.options, &self.claims)
         };

@@ -9,7 +9,7 @@ use k8s_openapi::{
 };
 
 use super::{ProtocolField, Refused, created_ns, label, parse_cidr, parse_ip, parse_port, parse_protocol};
-use crate::model::{Labels, Name, Problem, Service, ServicePort, TargetPort, shared};
+use crate::model::{Labels, Name, Problem, Proxied, Service, ServicePort, TargetPort, shared};
 
 /// Services with this label belong to another proxy.
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -34,21 +34,24 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
         ));
     }
     let headless = spec.cluster_ip.as_deref() == Some("None");
-    let proxied = kind != "ExternalName"
-        && !headless
-        && label(&service.metadata, PROXY_NAME).is_none()
-        && label(&service.metadata, HEADLESS).is_none();
+    let has_label = |name| label(&service.metadata, name).is_some();
+    let proxied = match kind {
+        "ExternalName" => Proxied::ExternalName,
+        _ if headless => Proxied::Headless,
+        _ if has_label(PROXY_NAME) || has_label(HEADLESS) => Proxied::Elsewhere,
+        _ => Proxied::Here,
+    };
 
-    let cluster_ips = if proxied {
+    let cluster_ips = if proxied.is_here() {
         cluster_ips(&spec, &mut refused)
     } else {
         Vec::new()
     };
-    if proxied && cluster_ips.is_empty() && refused.is_empty() {
+    if proxied.is_here() && cluster_ips.is_empty() && refused.is_empty() {
         let reason = "missing: addresses are not allocated here, give one or `None`";
         problems.push(Problem::new("spec.clusterIP", reason));
     }
-    let ports = ports(&spec, kind, proxied, problems, &mut refused);
+    let ports = ports(&spec, kind, proxied.is_here(), problems, &mut refused);
     let (ipv4, ipv6) = families(&spec, &cluster_ips, &mut refused);
     let mut external_ips = external_ips(&spec, problems);
     let mut ingress_ips = Vec::new();
@@ -63,7 +66,7 @@ pub fn decode(name: Name, service: core::Service, problems: &mut Vec<Problem>) -
     ] {
         ips.retain(|ip| {
             let is_of_family = if ip.is_ipv4() { ipv4 } else { ipv6 };
-            if !is_of_family && proxied {
+            if !is_of_family && proxied.is_here() {
                 problems.push(Problem::new(
                     field,
                     format!("{ip} is not of the Service's families"),
@@ -509,20 +512,18 @@ mod tests {
             assert_eq!(problems, []);
             service.proxied
         };
-        let spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
-        assert!(proxied(json!({}), spec.clone()));
-        assert!(!proxied(
-            json!({"service.kubernetes.io/service-proxy-name": ""}),
-            spec.clone()
-        ));
-        assert!(!proxied(json!({"service.kubernetes.io/headless": ""}), spec));
-        assert!(!proxied(
-            json!({}),
-            json!({"clusterIP": "None", "ports": [{"port": 80}]})
-        ));
-        assert!(!proxied(
-            json!({}),
-            json!({"type": "ExternalName", "externalName": "a.example"})
-        ));
+        let ports = json!([{"port": 80}]);
+        let spec = json!({"clusterIP": "10.96.0.1", "ports": ports});
+        assert_eq!(proxied(json!({}), spec.clone()), Proxied::Here);
+        for name in [
+            "service.kubernetes.io/service-proxy-name",
+            "service.kubernetes.io/headless",
+        ] {
+            assert_eq!(proxied(json!({name: ""}), spec.clone()), Proxied::Elsewhere);
+        }
+        let headless = json!({"clusterIP": "None", "ports": ports});
+        assert_eq!(proxied(json!({}), headless), Proxied::Headless);
+        let named = json!({"type": "ExternalName", "externalName": "a.example"});
+        assert_eq!(proxied(json!({}), named), Proxied::ExternalName);
     }
 }

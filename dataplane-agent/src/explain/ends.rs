@@ -7,9 +7,10 @@ use std::{
     str::FromStr,
 };
 
+use super::asked;
 use crate::{
     compile::endpoints::{self, View},
-    model::{Index, Name, Pod, Protocol, Service},
+    model::{Index, Name, Pod, Protocol, Proxied, Service, ServicePort},
 };
 
 /// An end of a flow, as it is asked for.
@@ -102,8 +103,15 @@ pub enum Error {
     NoService(Name),
     #[error("Service {0} begins no flows: ask for one of its Pods")]
     Client(Name),
-    #[error("Service {0} has no port {1}")]
-    NoPort(Name, Port),
+    /// With the ports that it has.
+    #[error("Service {0} has no port {1}: it has {2}")]
+    NoPort(Name, Port, String),
+    #[error("Service {0} is headless, it has no cluster IP: ask its Pods")]
+    Headless(Name),
+    #[error("Service {0} is an ExternalName: it is a name in DNS, nothing is served for it")]
+    ExternalName(Name),
+    #[error("Service {0} is left to another proxy by a label: nothing is served for it here")]
+    OtherProxy(Name),
     #[error("Service {0} has no endpoint at port {1}")]
     NoEndpoint(Name, Port),
     #[error("the ends have no address family in common")]
@@ -148,9 +156,7 @@ pub fn targets<'a>(
     match end {
         End::Pod(name) => Ok(of_pod(index, name)?.into_iter().map(direct).collect()),
         End::Service(name) => {
-            let service = index
-                .service(name)
-                .ok_or_else(|| Error::NoService(name.clone()))?;
+            let service = service(index, name)?;
             behind(index, &service, [true, false], port, client)
         }
         End::Addr(addr) => match service_at(index, *addr) {
@@ -174,7 +180,7 @@ fn behind<'a>(
     let mut ports = service.ports.iter();
     let service_port = ports
         .find(|candidate| Some(candidate.proto) == port.proto && candidate.port == port.number)
-        .ok_or_else(|| Error::NoPort(service.name.clone(), port))?;
+        .ok_or_else(|| Error::NoPort(service.name.clone(), port, asked::ports(service)))?;
     let node = client
         .and_then(|client| client.node.as_deref())
         .unwrap_or_default();
@@ -213,6 +219,19 @@ fn behind<'a>(
     Ok(targets)
 }
 
+/// A Service that is served.
+pub fn service(index: &Index, name: &Name) -> Result<Service, Error> {
+    let service = index
+        .service(name)
+        .ok_or_else(|| Error::NoService(name.clone()))?;
+    match service.proxied {
+        Proxied::Here => Ok(service),
+        Proxied::Headless => Err(Error::Headless(name.clone())),
+        Proxied::ExternalName => Err(Error::ExternalName(name.clone())),
+        Proxied::Elsewhere => Err(Error::OtherProxy(name.clone())),
+    }
+}
+
 pub fn of_pod<'a>(index: &'a Index, name: &Name) -> Result<Vec<Found<'a>>, Error> {
     let pod = index.pod(name).ok_or_else(|| Error::NoPod(name.clone()))?;
     if pod.ips.is_empty() {
@@ -226,19 +245,37 @@ pub fn at(index: &Index, addr: IpAddr) -> Found<'_> {
     (addr, index.pods().find(is_owner))
 }
 
-fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
-    index.services().find(|service| {
-        let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
-        ips.iter().any(|ips| ips.contains(&addr))
-    })
+pub fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
+    index
+        .services()
+        .filter(|service| service.proxied.is_here())
+        .find(|service| {
+            let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
+            ips.iter().any(|ips| ips.contains(&addr))
+        })
 }
 
 /// The Service that answers at an address and port, a node port among them.
 pub fn service_with(index: &Index, at: SocketAddr, proto: Option<Protocol>) -> Option<Service> {
-    service_at(index, at.ip()).or_else(|| {
-        index.services().find(|service| {
-            let mut ports = service.ports.iter();
-            ports.any(|port| port.node_port == Some(at.port()) && Some(port.proto) == proto)
-        })
+    service_at(index, at.ip()).or_else(|| service_of_node_port(index, at.port(), proto))
+}
+
+pub fn service_of_node_port(index: &Index, number: u16, proto: Option<Protocol>) -> Option<Service> {
+    index.services().find(|service| {
+        let mut ports = service.ports.iter();
+        ports.any(|port| port.node_port == Some(number) && Some(port.proto) == proto)
     })
+}
+
+/// The port of a Service that an address and port of it are for.
+pub fn port_at(service: &Service, at: SocketAddr, proto: Option<Protocol>) -> Option<&ServicePort> {
+    let mut ports = service.ports.iter().filter(|port| Some(port.proto) == proto);
+    let is_own = [&service.cluster_ips, &service.external_ips, &service.ingress_ips]
+        .iter()
+        .any(|ips| ips.contains(&at.ip()));
+    let by_port = |port: &&ServicePort| is_own && port.port == at.port();
+    ports
+        .clone()
+        .find(by_port)
+        .or_else(|| ports.find(|port| port.node_port == Some(at.port())))
 }

@@ -1,7 +1,11 @@
 //! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
 //! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use dataplane_common::{
     policy::{NO_RULE_INDEX, VerdictEvent},
@@ -9,15 +13,16 @@ use dataplane_common::{
 };
 
 use super::{
-    Decision, Step,
+    Decision, Elsewhere, Step,
     ends::Found,
     place,
     reasons::{self, Selection},
 };
 use crate::{
     bpf::world::World,
-    compile::policy::PolicyCompiler,
-    model::{Index, Name, ObjectRef, policy::Direction},
+    compile::{Compiler, FrontendAddr, policy::PolicyCompiler},
+    model::{Index, Name, ObjectRef, Protocol, policy::Direction},
+    served,
     sync::policy::PolicySyncer,
 };
 
@@ -25,6 +30,12 @@ use crate::{
 pub trait Known: fmt::Debug {
     /// The interface of an end that is a Pod of this node.
     fn interface(&self, world: &World, end: Found<'_>) -> Option<u32>;
+
+    /// Who is served at an address and port of the tables.
+    fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef>;
+
+    /// What keeps a Service from being served, wholly or in part.
+    fn problems(&self, service: &Name) -> Vec<String>;
 
     /// What was decided at the first of these ends, of what goes between them.
     fn decided(
@@ -40,7 +51,7 @@ pub trait Known: fmt::Debug {
 #[derive(Debug)]
 pub enum Decided {
     Here(Box<Step>),
-    Elsewhere(String),
+    Elsewhere(Elsewhere),
     /// It is no Pod.
     Nowhere,
 }
@@ -97,11 +108,37 @@ pub struct Named<'a> {
     pub interfaces: BTreeMap<Name, u32>,
     /// Who knows the policies by their numbers in `RULES`.
     pub syncer: &'a PolicySyncer,
+    /// Who knows whose an address and port are.
+    pub services: &'a Compiler,
+    /// Of all objects.
+    pub problems: Vec<served::Problem>,
 }
 
 impl Known for Named<'_> {
     fn interface(&self, _world: &World, (_, pod): Found<'_>) -> Option<u32> {
         self.interfaces.get(&pod?.name).copied()
+    }
+
+    fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef> {
+        let unspecified: IpAddr = match at {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let owner = |addr| {
+            let port = at.port();
+            self.services.owner(&FrontendAddr { addr, port, proto })
+        };
+        owner(at.ip()).or_else(|| owner(unspecified)).cloned()
+    }
+
+    fn problems(&self, service: &Name) -> Vec<String> {
+        let object = ObjectRef::service(service).to_string();
+        let problems = self.problems.iter().filter(|one| one.object == object);
+        let text = |one: &served::Problem| match &*one.field {
+            "" => one.reason.clone(),
+            field => format!("{field}: {}", one.reason),
+        };
+        problems.map(text).collect()
     }
 
     fn decided(
@@ -124,9 +161,14 @@ impl Known for Named<'_> {
         }
         let Some(ifindex) = self.interface(world, own) else {
             let what = format!("{} of {}", direction.as_str(), pod.name);
-            return Decided::Elsewhere(match &pod.node {
-                Some(node) if !is_here => format!("{what} is decided on node {node}"),
-                _ => format!("{what}: its interface is not known"),
+            let node = pod.node.as_ref().filter(|_| !is_here);
+            return Decided::Elsewhere(Elsewhere {
+                direction: direction.as_str().into(),
+                node: node.map(ToString::to_string),
+                reason: match node {
+                    Some(node) => format!("{what} is decided on node {node}"),
+                    None => format!("{what}: its interface is not known"),
+                },
             });
         };
         let decision = |event: &VerdictEvent| {

@@ -16,14 +16,15 @@ use dataplane_common::{
 };
 
 use super::{
-    Becomes, End, Explained, Place, Port, Share, SoFar, Step,
+    Becomes, End, Explained, Place, Port, Share, SoFar, Step, Verdict,
+    asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place, unchosen, ways,
+    packet, place, unchosen, unowned, unserved, ways,
 };
 use crate::{
-    bpf::world::{Outcome, World},
-    model::{Index, Name, policy::Direction},
+    bpf::world::{Choice, OfClient, Outcome, World},
+    model::{self, Index, Kind, Name, ObjectRef, Protocol, policy::Direction},
     store::traffic::TrafficTables,
 };
 
@@ -39,6 +40,11 @@ pub struct Query {
 
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
+
+/// Why a Service with session affinity has one endpoint for a client.
+const REMEMBERED: &str = "session affinity: its client is remembered with it";
+const BY_ADDRESS: &str =
+    "session affinity: its client is not remembered yet, and its address alone leads it there";
 
 /// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
 pub const LOOPBACK: u32 = 1;
@@ -61,6 +67,9 @@ pub struct Here<'a> {
 pub enum Failed {
     #[error(transparent)]
     Ends(#[from] Error),
+    /// With the problems of the Service that is asked for.
+    #[error("{0}; {1}")]
+    Problems(Error, String),
     #[error("there are no tables")]
     NoTables,
     #[error("failed to read the tables")]
@@ -87,6 +96,8 @@ struct Chosen {
     at: SocketAddr,
     /// Of the backend.
     id: Option<u32>,
+    /// Why it is the only one.
+    note: Option<&'static str>,
 }
 
 /// A hook, and at which device.
@@ -114,9 +125,13 @@ impl<'a> Here<'a> {
         let from = ends::sources(self.index, &query.from)?;
         let mut explained = Vec::new();
         for from in &from {
-            for (asked, to) in self.targets(query, *from)? {
-                explained.extend(self.flows(query, *from, asked, to)?);
+            for asked in self.targets(query, *from)? {
+                explained.extend(self.flows(query, *from, &asked)?);
             }
+        }
+        for one in &mut explained {
+            one.verdict = Verdict::of(one);
+            self.note_unowned(query, one);
         }
         if explained.is_empty() {
             return Err(Error::Families.into());
@@ -124,25 +139,40 @@ impl<'a> Here<'a> {
         Ok(explained)
     }
 
+    /// Says of addresses that look like a Pod's that no Pod has them.
+    fn note_unowned(&self, query: &Query, explained: &mut Explained) {
+        // Who knows no names does not know whose addresses there are.
+        if self.index.node_name().is_empty() {
+            return;
+        }
+        let Place { ip: to, .. } = explained.to;
+        let leaves_by = explained.ways.iter().find(|way| way.to == to);
+        let leaves_by =
+            leaves_by.and_then(|way| way.device.as_deref().filter(|device| self.is_outward(device)));
+        let ends = [
+            (explained.from.ip, false, None),
+            (to, query.to == End::Addr(to), leaves_by),
+        ];
+        let ends = ends.into_iter().filter(|(addr, ..)| !self.world.is_own(*addr));
+        let notes =
+            ends.map(|(addr, is_asked, leaves_by)| unowned::note(self.index, addr, is_asked, leaves_by));
+        let notes: Vec<String> = notes.flatten().collect();
+        explained.notes.extend(notes);
+    }
+
+    /// Whether packets leave this node by a device.
+    fn is_outward(&self, device: &str) -> bool {
+        let mut named = self.devices.iter().filter(|(_, name)| *name == device);
+        named.any(|(ifindex, _)| *ifindex != LOOPBACK && self.world.device(*ifindex).is_some())
+    }
+
     /// The addresses that the flow may be sent to, and endpoints of a Service without an address of its own.
-    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<(SocketAddr, Option<Name>)>, Error> {
-        let number = query.port.number;
-        let direct = |addr: IpAddr| (SocketAddr::new(addr, number), None);
-        let all: Vec<_> = match &query.to {
+    fn targets(&self, query: &Query, from: Found<'a>) -> Result<Vec<Asked>, Failed> {
+        let direct = |addr: IpAddr| Asked::direct(addr, query.port);
+        let mut all = match &query.to {
             End::Service(name) => {
-                let service = self
-                    .index
-                    .service(name)
-                    .ok_or_else(|| Error::NoService(name.clone()))?;
-                if service.cluster_ips.is_empty() {
-                    let targets = ends::targets(self.index, &query.to, query.port, from.1)?;
-                    let at = |target: ends::Target<'a>| {
-                        (SocketAddr::new(target.found.0, target.port.number), target.via)
-                    };
-                    targets.into_iter().map(at).collect()
-                } else {
-                    service.cluster_ips.iter().copied().map(direct).collect()
-                }
+                let service = ends::service(self.index, name).map_err(|error| self.failed(error, name))?;
+                self.of_service(&service, query, from)?
             }
             End::Pod(name) => ends::of_pod(self.index, name)?
                 .into_iter()
@@ -150,20 +180,56 @@ impl<'a> Here<'a> {
                 .collect(),
             End::Addr(addr) => vec![direct(*addr)],
         };
-        Ok(all
-            .into_iter()
-            .filter(|(at, _)| at.is_ipv4() == from.0.is_ipv4())
-            .collect())
+        all.retain(|asked| asked.at.is_ipv4() == from.0.is_ipv4());
+        Ok(all)
     }
 
-    fn flows(
+    /// The addresses of a Service that the client can ask, or its endpoints if it has none at all.
+    fn of_service(
         &self,
+        service: &model::Service,
         query: &Query,
         from: Found<'a>,
-        asked: SocketAddr,
-        via: Option<Name>,
-    ) -> Result<Vec<Explained>, Failed> {
+    ) -> Result<Vec<Asked>, Failed> {
+        let node_ports_at = self.node_ports_at()?;
+        let client = Client {
+            addr: from.0,
+            is_outside: from.1.is_none() && !self.world.is_own(from.0),
+            node_ports_at: &node_ports_at,
+        };
+        if service.cluster_ips.is_empty() && !client.is_outside {
+            let targets = ends::targets(self.index, &query.to, query.port, from.1)?;
+            let endpoint = |target: ends::Target<'a>| Asked {
+                at: SocketAddr::new(target.found.0, target.port.number),
+                service: target.via,
+                kind: None,
+            };
+            return Ok(targets.into_iter().map(endpoint).collect());
+        }
+        asked::of_service(service, query.port, client).map_err(|error| self.failed(error, &service.name))
+    }
+
+    /// An error about a Service, with what is known to be wrong with it.
+    fn failed(&self, error: Error, service: &Name) -> Failed {
+        let problems = self.known.problems(service);
+        if problems.is_empty() {
+            Failed::Ends(error)
+        } else {
+            Failed::Problems(error, problems.join("; "))
+        }
+    }
+
+    /// Where node ports answer; of these the addresses that this node's object tells, if it tells any.
+    fn node_ports_at(&self) -> io::Result<Vec<IpAddr>> {
+        let all = self.world.node_ports_at()?;
+        let told = self.index.node().map_or(&[][..], |node| &node.ips);
+        let both: Vec<IpAddr> = all.iter().copied().filter(|addr| told.contains(addr)).collect();
+        Ok(if both.is_empty() { all } else { both })
+    }
+
+    fn flows(&self, query: &Query, from: Found<'a>, asked: &Asked) -> Result<Vec<Explained>, Failed> {
         let Query { port, .. } = *query;
+        let at = asked.at;
         let service = port.proto.and_then(|proto| {
             let is_inside = self.interface(from).is_some() || self.world.is_own(from.0);
             let scope = if is_inside {
@@ -171,96 +237,133 @@ impl<'a> Here<'a> {
             } else {
                 Scope::External
             };
-            self.world.find_service(asked, proto.number(), scope)
+            self.world.find_service(at, proto.number(), scope)
         });
         let flow = Flow {
             from,
             source_port: query.source_port.unwrap_or(SOURCE_PORT),
-            asked,
-            to: ends::at(self.index, asked.ip()),
+            asked: at,
+            to: ends::at(self.index, at.ip()),
             port: Port {
-                number: asked.port(),
+                number: at.port(),
                 ..port
             },
         };
         let of_service = service.and_then(|index| Some((index, self.world.service(index)?)));
         let Some((index, service)) = of_service else {
-            if let (End::Service(name), None) = (&query.to, &via) {
-                return Err(Error::NoPort(name.clone(), port).into());
-            }
-            let service = via.map(|name| name.to_string());
-            let explained = self.judge(flow, None)?;
-            return Ok(vec![Explained { service, ..explained }]);
+            return Ok(vec![self.unserved(flow, asked)?]);
         };
-        let name = ends::service_with(self.index, asked, port.proto);
-        let name = name.map_or_else(|| asked.to_string(), |service| service.name.to_string());
+        let holder = port.proto.and_then(|proto| self.known.holder(at, proto));
+        let name = self.served_as(asked, holder.as_ref(), port.proto);
         let mut explained = Vec::new();
-        for Chosen {
-            share,
-            source_port,
-            at,
-            id,
-        } in self.endpoints(query, &flow, index, &service)
-        {
-            let flow = Flow {
-                source_port,
-                to: ends::at(self.index, at.ip()),
-                port: Port {
-                    number: at.port(),
-                    ..port
-                },
-                ..flow
-            };
-            let so_far = id.map(|id| {
-                let traffic = self.traffic.backend(id);
-                SoFar {
-                    connections: traffic.connections,
-                    refused: traffic.refused,
-                }
-            });
-            explained.push(Explained {
-                so_far,
-                ..self.judge(flow, share)?
-            });
+        for chosen in self.endpoints(query, &flow, index, &service) {
+            explained.push(self.endpoint(flow, chosen)?);
         }
         if explained.is_empty() {
             explained.push(self.refused(flow)?);
         }
         for one in &mut explained {
             one.service = Some(name.clone());
+            one.asked = Some(at);
+            one.notes.extend(asked.conflict(holder.as_ref(), flow.port));
+            one.notes
+                .extend(asked.kind.iter().map(|kind| format!("asked at {at}, {kind}")));
         }
         Ok(explained)
+    }
+
+    /// What an entry of the tables is called.
+    fn served_as(&self, asked: &Asked, holder: Option<&ObjectRef>, proto: Option<Protocol>) -> String {
+        if let Some(holder) = holder {
+            return match holder.kind {
+                Kind::Service => holder.name.to_string(),
+                _ => holder.to_string(),
+            };
+        }
+        let service = ends::service_with(self.index, asked.at, proto);
+        service.map_or_else(|| asked.at.to_string(), |service| service.name.to_string())
+    }
+
+    /// A flow to an address that is no Service's in the tables, or an endpoint of a Service without one.
+    fn unserved(&self, flow: Flow<'a>, asked: &Asked) -> Result<Explained, Failed> {
+        let mut explained = self.judge(flow, None)?;
+        explained.service = asked.service.as_ref().map(ToString::to_string);
+        if asked.service.is_some() && asked.kind.is_none() {
+            return Ok(explained);
+        }
+        let Some(unserved) = unserved::at(self.index, asked.at, flow.port, &self.node_ports_at()?) else {
+            return Ok(explained);
+        };
+        let Some(service) = unserved.service() else {
+            explained.notes.push(unserved.reason(flow.port, &[]));
+            return Ok(explained);
+        };
+        let reason = unserved.reason(flow.port, &self.known.problems(&service.name));
+        explained.push(Step::of_service(&flow, reason));
+        Ok(explained)
+    }
+
+    /// Judges a flow to one of the endpoints that a Service may choose.
+    fn endpoint(&self, flow: Flow<'a>, chosen: Chosen) -> Result<Explained, Failed> {
+        let Chosen {
+            share,
+            source_port,
+            at,
+            id,
+            note,
+        } = chosen;
+        let flow = Flow {
+            source_port,
+            to: ends::at(self.index, at.ip()),
+            port: Port {
+                number: at.port(),
+                ..flow.port
+            },
+            ..flow
+        };
+        let so_far = id.map(|id| {
+            let traffic = self.traffic.backend(id);
+            SoFar {
+                connections: traffic.connections,
+                refused: traffic.refused,
+            }
+        });
+        Ok(Explained {
+            so_far,
+            notes: note.into_iter().map(str::to_owned).collect(),
+            ..self.judge(flow, share)?
+        })
     }
 
     /// The endpoints that a service may choose for a flow.
     fn endpoints(&self, query: &Query, flow: &Flow<'_>, index: u32, service: &Service) -> Vec<Chosen> {
         let choice = self.world.choice(index);
-        let proto = service.proto;
-        let from = |port| SocketAddr::new(flow.from.0, port);
-        let all = (0..choice.ids.len()).zip(choice.shares());
-        if service.head.flags & service_flags::AFFINITY != 0
-            && let Some(ifindex) = self.interface(flow.from)
-        {
-            // It is the client's, whatever its port.
-            let outcome = self.run(Entry::of_pod(Hook::FromPod, ifindex), flow, flow.asked);
-            let led = outcome
-                .ok()
-                .and_then(|outcome| packet::destination(&outcome.bytes));
-            return led
-                .filter(|led| *led != flow.asked)
-                .map(|at| Chosen {
+        let is_kept = service.head.flags & service_flags::AFFINITY != 0;
+        let kept = is_kept.then(|| self.world.kept(index, &choice, flow.from.0));
+        let only = |id: Option<u32>, note| {
+            let chosen = id.and_then(|id| {
+                Some(Chosen {
                     share: None,
                     source_port: flow.source_port,
-                    at,
-                    id: choice
-                        .ids
-                        .iter()
-                        .copied()
-                        .find(|id| self.world.backend_at(*id) == Some(at)),
+                    at: self.world.backend_at(id)?,
+                    id: Some(id),
+                    note: Some(note),
                 })
-                .into_iter()
-                .collect();
+            });
+            chosen.into_iter().collect()
+        };
+        match kept.flatten() {
+            Some(OfClient::Remembered(id)) => only(Some(id), REMEMBERED),
+            Some(OfClient::ByAddress(number)) => only(choice.ids.get(number).copied(), BY_ADDRESS),
+            // The protocol does not count there.
+            Some(OfClient::ByFlow) => self.by_flow(query, flow, &choice, 0),
+            None => self.by_flow(query, flow, &choice, service.proto),
         }
+    }
+
+    /// Each endpoint with the source port that leads there, or the one of the source port that is asked for.
+    fn by_flow(&self, query: &Query, flow: &Flow<'_>, choice: &Choice, proto: u8) -> Vec<Chosen> {
+        let from = |port| SocketAddr::new(flow.from.0, port);
         let only = query
             .source_port
             .and_then(|port| choice.of_flow(from(port), flow.asked, proto));
@@ -268,6 +371,7 @@ impl<'a> Here<'a> {
             Some(port) => vec![Some(port); choice.ids.len()],
             None => choice.source_ports(flow.from.0, SOURCE_PORT, flow.asked, proto),
         };
+        let all = (0..choice.ids.len()).zip(choice.shares());
         let chosen = all.filter(|(number, slots)| match query.source_port {
             Some(_) => Some(*number) == only,
             None => *slots > 0,
@@ -284,6 +388,7 @@ impl<'a> Here<'a> {
                     source_port: ports[number].unwrap_or(flow.source_port),
                     at: self.world.backend_at(id)?,
                     id: Some(id),
+                    note: None,
                 })
             })
             .collect()
@@ -298,8 +403,20 @@ impl<'a> Here<'a> {
         let reason = reason.unwrap_or(Reason::NoEndpoints);
         let mut explained = answer(&flow, None);
         let mut step = refusal(&flow, reason);
-        if let Some(service) = ends::service_with(self.index, flow.asked, flow.port.proto) {
-            let why = unchosen::why(self.index, &service.name, reason);
+        let holder = flow
+            .port
+            .proto
+            .and_then(|proto| self.known.holder(flow.asked, proto));
+        let service = match holder {
+            Some(holder) => self
+                .index
+                .service(&holder.name)
+                .filter(|_| holder.kind == Kind::Service),
+            None => ends::service_with(self.index, flow.asked, flow.port.proto),
+        };
+        if let Some(service) = service {
+            let port = ends::port_at(&service, flow.asked, flow.port.proto);
+            let why = unchosen::why(self.index, &service, port, reason);
             if !why.is_empty() {
                 step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
             }
@@ -362,7 +479,7 @@ impl<'a> Here<'a> {
     ) {
         match self.known.decided(&self.world, direction, ends, told) {
             Decided::Here(step) => explained.push(*step),
-            Decided::Elsewhere(text) => explained.elsewhere.push(text),
+            Decided::Elsewhere(elsewhere) => explained.elsewhere.push(elsewhere),
             Decided::Nowhere => {}
         }
     }
@@ -433,12 +550,15 @@ fn answer(flow: &Flow<'_>, share: Option<Share>) -> Explained {
         to: place(flow.to),
         port: flow.port.to_string(),
         service: None,
+        asked: None,
+        notes: Vec::new(),
         share,
         source_port: None,
         becomes: None,
         ways: Vec::new(),
         so_far: None,
         allowed: true,
+        verdict: Verdict::default(),
         steps: Vec::new(),
         elsewhere: Vec::new(),
     }
@@ -454,17 +574,24 @@ fn becomes(outcome: &Outcome) -> Option<Becomes> {
 
 /// A step that ends a flow before policies are asked.
 fn refusal(flow: &Flow<'_>, reason: Reason) -> Step {
-    Step {
-        direction: "service".into(),
-        at: Place {
-            ip: flow.asked.ip(),
-            pod: None,
-        },
-        allowed: false,
-        rule: None,
-        reason: format!("{}: {}", reason.label(), reason.text().trim()),
-        dry_run: None,
-        selected_by: Vec::new(),
+    Step::of_service(flow, format!("{}: {}", reason.label(), reason.text().trim()))
+}
+
+impl Step {
+    /// There is no target.
+    fn of_service(flow: &Flow<'_>, reason: String) -> Self {
+        Self {
+            direction: "service".into(),
+            at: Place {
+                ip: flow.asked.ip(),
+                pod: None,
+            },
+            allowed: false,
+            rule: None,
+            reason,
+            dry_run: None,
+            selected_by: Vec::new(),
+        }
     }
 }
 

@@ -1,19 +1,21 @@
 //! What the tables alone say of verdicts: addresses, and policies by the numbers that `RULES` has of them.
 
+use std::net::SocketAddr;
+
 use dataplane_common::{
     policy::{NO_RULE_INDEX, SET_NONE, VerdictEvent},
     reason::Reason,
 };
 
 use super::{
-    Decision, Step,
+    Decision, Elsewhere, Step,
     ends::Found,
     known::{Decided, Known, Told, allows, unknown},
     place, reasons,
 };
 use crate::{
     bpf::world::World,
-    model::policy::Direction,
+    model::{Name, ObjectRef, Protocol, policy::Direction},
     store::enforced::{policy_called, tier_of},
     sync::policy::SET_CLOSED,
 };
@@ -25,6 +27,14 @@ pub struct Unnamed;
 impl Known for Unnamed {
     fn interface(&self, world: &World, (addr, _): Found<'_>) -> Option<u32> {
         world.interface_of(addr)
+    }
+
+    fn holder(&self, _at: SocketAddr, _proto: Protocol) -> Option<ObjectRef> {
+        None
+    }
+
+    fn problems(&self, _service: &Name) -> Vec<String> {
+        Vec::new()
     }
 
     fn decided(
@@ -39,9 +49,13 @@ impl Known for Unnamed {
                 return Decided::Nowhere;
             }
             let what = format!("{} of {}", direction.as_str(), own.0);
-            return Decided::Elsewhere(format!(
-                "{what}: no Pod of this node has the address; if one of another node has it, that node decides"
-            ));
+            return Decided::Elsewhere(Elsewhere {
+                direction: direction.as_str().into(),
+                node: None,
+                reason: format!(
+                    "{what}: no Pod of this node has the address; if one of another node has it, that node decides"
+                ),
+            });
         };
         let at = place(own);
         if world.interface_of(peer.0) == Some(ifindex) {

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use shared::Labels;
 pub use types::{
     Endpoint, EndpointSlice, Endpoints, HostIp, HostPort, Namespace, Node, Placement, Pod, PodPort, Protocol,
-    Service, ServicePort, SliceFamily, SlicePort, TargetPort,
+    Proxied, Service, ServicePort, SliceFamily, SlicePort, TargetPort,
 };
 
 /// Namespace and name, in one piece and behind a single word: there are as many as objects, and each is named in many

@@ -52,8 +52,7 @@ pub struct Service {
     /// The index knows it without.
     #[serde(skip)]
     pub name: Name,
-    /// False for headless and `ExternalName` Services and those labelled for another proxy: nothing is programmed.
-    pub proxied: bool,
+    pub proxied: Proxied,
     pub cluster_ips: Box<[IpAddr]>,
     pub external_ips: Box<[IpAddr]>,
     /// Load balancer ingress addresses with `ipMode: VIP`.
@@ -76,6 +75,23 @@ pub struct Service {
     /// `metadata.creationTimestamp` in nanoseconds, 0 when unknown: of two Services that claim one address and port
     /// the older is served.
     pub created_ns: i64,
+}
+
+/// Whether a Service is served here. If not, nothing of it is programmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Proxied {
+    Here,
+    /// `clusterIP: None`.
+    Headless,
+    ExternalName,
+    /// Its labels leave it to another proxy.
+    Elsewhere,
+}
+
+impl Proxied {
+    pub fn is_here(self) -> bool {
+        self == Self::Here
+    }
 }
 
 /// A port of a [`Service`].

@@ -17,7 +17,7 @@ use crate::{
     compile::Compiler,
     model::{
         Dirty, Endpoint, EndpointSlice, Endpoints, Index, Kind, Labels, Name, Object, ObjectRef, Placement,
-        Protocol, Service, ServicePort, SliceFamily, SlicePort, TargetPort,
+        Protocol, Proxied, Service, ServicePort, SliceFamily, SlicePort, TargetPort,
     },
     store::{Limits, faulty::Faulty, memory::Memory, policy::PolicyLimits},
 };
@@ -49,7 +49,7 @@ fn name(number: u8) -> Name {
 fn plain(number: u8, last: u8) -> Service {
     Service {
         name: name(number),
-        proxied: true,
+        proxied: Proxied::Here,
         cluster_ips: [IpAddr::from([10, 96, 0, last])].into(),
         external_ips: Box::default(),
         ingress_ips: Box::default(),
@@ -99,7 +99,11 @@ fn service() -> impl Strategy<Value = Object> {
                     ..plain.ports[0].clone()
                 };
                 Object::from(Service {
-                    proxied: last != 4,
+                    proxied: if last == 4 {
+                        Proxied::Headless
+                    } else {
+                        Proxied::Here
+                    },
                     ports: [port].into(),
                     internal_local,
                     external_local: external_local && node_port.is_some(),

@@ -3,15 +3,15 @@
 use std::net::{IpAddr, SocketAddr};
 
 use dataplane_common::{
-    addr::{Tuple, V4, V6},
+    addr::{Family, Tuple, V4, V6},
     backend::backend_state,
     balance::{find_service, flow_hash, slot_of},
     device::own_flags,
-    service::{Scope, TABLE_SIZES},
-    tables::Env,
+    service::{Scope, TABLE_SIZES, service_flags},
+    tables::{Env, Tables},
 };
 
-use super::World;
+use super::{MapFamily, World};
 use crate::sync::encode;
 
 /// What a service chooses from.
@@ -23,7 +23,51 @@ pub struct Choice {
     slots: Vec<u16>,
 }
 
+/// The endpoint of a client of a service with session affinity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OfClient {
+    /// This backend, as it is remembered.
+    Remembered(u32),
+    /// Nobody remembers the client: its address alone leads it to the backend with this number in [`Choice::ids`].
+    ByAddress(usize),
+    /// It comes too late, and its flow decides.
+    ByFlow,
+}
+
 impl World {
+    /// Which endpoint a client of a service with session affinity gets, as the datapath chooses it.
+    pub fn kept(&self, index: u32, choice: &Choice, client: IpAddr) -> Option<OfClient> {
+        let words = encode::any_addr(client);
+        match client {
+            IpAddr::V4(_) => self.kept_as::<V4>(index, choice, words[0]),
+            IpAddr::V6(_) => self.kept_as::<V6>(index, choice, words),
+        }
+    }
+
+    fn kept_as<F: MapFamily>(&self, index: u32, choice: &Choice, client: F::Addr) -> Option<OfClient> {
+        let service = self.service(index)?;
+        // The clients of a service port are known by one of its entries.
+        let owner = match service.head.flags & service_flags::AFFINITY_SHARED {
+            0 => index,
+            _ => service.affinity,
+        };
+        let owned = self.service(owner)?;
+        let key = F::affinity_key(owner, owned.head.generation, client);
+        let known = Tables::<F>::affinity(self, &key);
+        if let Some(known) = known {
+            let age = self.now_eighths().wrapping_sub(known.seen_eighths);
+            if age.cast_signed() > owned.affinity.cast_signed() {
+                return Some(OfClient::ByFlow);
+            }
+            let backend = self.backend_head(known.backend);
+            let is_same = backend.is_some_and(|backend| backend.generation == known.backend_generation);
+            if is_same && choice.ids.contains(&known.backend) {
+                return Some(OfClient::Remembered(known.backend));
+            }
+        }
+        choice.of_client::<F>(client).map(OfClient::ByAddress)
+    }
+
     /// The index of the service at an address and port.
     pub fn find_service(&self, at: SocketAddr, proto: u8, scope: Scope) -> Option<u32> {
         let addr = encode::any_addr(at.ip());
@@ -111,9 +155,22 @@ impl Choice {
             };
             flow_hash::<V6>(&tuple, proto)
         };
-        self.slots
-            .get(slot_of(hash, self.slots()) as usize)
-            .map(|number| usize::from(*number))
+        self.at(hash)
+    }
+
+    /// The number in `ids` of who gets a client of a service with affinity that nobody remembers, whatever its flow.
+    fn of_client<F: Family>(&self, client: F::Addr) -> Option<usize> {
+        let tuple = Tuple {
+            src: client,
+            ..Tuple::default()
+        };
+        self.at(flow_hash::<F>(&tuple, 0))
+    }
+
+    /// The number in `ids` that a hash falls to.
+    fn at(&self, hash: u32) -> Option<usize> {
+        let slot = self.slots.get(slot_of(hash, self.slots()) as usize)?;
+        Some(usize::from(*slot))
     }
 
     /// For each backend a source port from `first` on that leads to it, where there is one.
@@ -133,5 +190,27 @@ impl Choice {
             }
         }
         ports
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_nobody_remembers_is_led_by_its_address_alone() {
+        let choice = Choice {
+            ids: vec![7, 8, 9],
+            slots: (0..251).map(|slot| slot % 3).collect(),
+        };
+        let mut met = [false; 3];
+        for last in 0..64 {
+            let number = choice.of_client::<V4>(u32::from_ne_bytes([10, 244, 1, last]));
+            // As of a flow of no protocol without ports to nowhere.
+            let from: SocketAddr = ([10, 244, 1, last], 0).into();
+            assert_eq!(number, choice.of_flow(from, ([0, 0, 0, 0], 0).into(), 0));
+            met[number.unwrap()] = true;
+        }
+        assert_eq!(met, [true; 3]);
     }
 }

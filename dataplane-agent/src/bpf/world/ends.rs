@@ -1,9 +1,10 @@
 //! Who has an address, and which sets its policies are.
 
-use std::net::IpAddr;
+use std::{io, net::IpAddr};
 
 use dataplane_common::{
-    addr::{V4, V6},
+    addr::{Family, V4, V6},
+    device::own_flags,
     policy::{PolicySet, PolicyTables, REVISION_NONE, SET_NONE},
     tables::{Env, Tables},
 };
@@ -20,6 +21,20 @@ impl World {
             IpAddr::V6(_) => Tables::<V6>::own_address(self, words),
         };
         flags != 0
+    }
+
+    /// The addresses of this node at which node ports answer, in order.
+    pub fn node_ports_at(&self) -> io::Result<Vec<IpAddr>> {
+        let mut found = Vec::new();
+        let answers = |flags: u32| flags & own_flags::NODE_PORT != 0;
+        self.v4.own_addresses.for_each(|addr, flags| {
+            found.extend(answers(*flags).then(|| encode::ip(V4::to_any(*addr), false)));
+        })?;
+        self.v6.own_addresses.for_each(|addr, flags| {
+            found.extend(answers(*flags).then(|| encode::ip(V6::to_any(*addr), true)));
+        })?;
+        found.sort_unstable();
+        Ok(found)
     }
 
     /// The interface of the Pod of this node that has an address.

@@ -21,8 +21,8 @@ const PODS: u8 = 60;
 const POLICIES: u8 = 20;
 /// As much is made up for where changes have come late.
 const BEHIND: Duration = Duration::from_millis(200);
-/// Says a server that was killed while it made a Service: it keeps the address for nobody, for some minutes.
-const ALLOCATED: &str = "provided IP is already allocated";
+/// Says a server that was killed while it made a Service: it keeps the address, or the port, for nobody, for some minutes.
+const ALLOCATED: &str = "is already allocated";
 /// So long such a Service is tried; then it waits for its next turn.
 const TAKEN: Duration = Duration::from_secs(1);
 /// How long a change may be refused in all, while the server is away or comes back.

@@ -460,14 +460,14 @@ fn explain_query(uri: &Uri) -> Result<Query, String> {
     let part = |name| text(uri, name).ok_or_else(|| format!("there is no `{name}`"));
     let source_port = text(uri, "source_port").map(str::parse::<NonZeroU16>).transpose();
     let source_port = source_port.map_err(|_| "`source_port` is no port".to_owned())?;
-    let port: Port = part("port")?.parse()?;
-    if port.proto.is_none() && source_port.is_some() {
+    let asked: Port = part("port")?.parse()?;
+    if asked.proto.is_none() && source_port.is_some() {
         return Err("ICMP has no source port".to_owned());
     }
     Ok(Query {
         from: part("from")?.parse()?,
         to: part("to")?.parse()?,
-        port,
+        port: asked,
         source_port: source_port.map(NonZeroU16::get),
     })
 }

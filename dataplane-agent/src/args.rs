@@ -4,7 +4,7 @@ mod settings;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, value_parser};
 
 pub use self::settings::Run;
 #[cfg(test)]
@@ -40,7 +40,23 @@ impl Cli {
             None => VERSION,
         };
         let matches = Self::command().version(version).get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        Self::from_arg_matches(&matches)
+            .and_then(Self::checked)
+            .unwrap_or_else(|error| error.exit())
+    }
+
+    /// What is wrong only beside another value.
+    fn checked(self) -> Result<Self, clap::Error> {
+        if let Command::Explain {
+            port: Port { proto: None, .. },
+            source_port: Some(_),
+            ..
+        } = self.command
+        {
+            let text = "`--source-port` cannot be used with `--port ICMP`, which has no ports";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, text));
+        }
+        Ok(self)
     }
 }
 
@@ -91,7 +107,7 @@ pub enum Command {
         #[arg(long)]
         port: Port,
         /// The source's port, by which a Service chooses its endpoint; all of them are explained without it.
-        #[arg(long, conflicts_with = "manifests")]
+        #[arg(long, conflicts_with = "manifests", value_parser = value_parser!(u16).range(1..))]
         source_port: Option<u16>,
         /// A folder of manifests to explain from, instead of the tables of the agent.
         #[arg(long)]
@@ -302,6 +318,43 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    const EXPLAIN: [&str; 6] = [
+        "dataplane-agent",
+        "explain",
+        "--from",
+        "10.244.1.10",
+        "--to",
+        "shop/web",
+    ];
+
+    #[test]
+    fn a_source_port_is_a_port_of_a_protocol_that_has_some() {
+        let parsed = |port, source_port| {
+            let arguments = ["--port", port, "--source-port", source_port];
+            let cli = super::Cli::try_parse_from(EXPLAIN.into_iter().chain(arguments));
+            cli.and_then(super::Cli::checked).map(|_| ())
+        };
+        assert!(parsed("80/TCP", "40000").is_ok());
+        for (port, source_port, expected) in [
+            ("80/TCP", "0", "0 is not in 1..=65535"),
+            ("ICMP", "40000", "cannot be used with `--port ICMP`"),
+        ] {
+            let error = parsed(port, source_port).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_range_is_no_end_of_a_flow() {
+        for range in ["10.244.1.10/32", "fd00::1/128"] {
+            let arguments = ["dataplane-agent", "explain", "--from", range, "--to", "shop/web"];
+            let error = super::Cli::try_parse_from(arguments.into_iter().chain(["--port", "80"]));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("is a range: give one address, without"), "{error}");
+        }
+    }
+
     use super::*;
 
     #[test]

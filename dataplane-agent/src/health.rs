@@ -7,6 +7,7 @@ pub mod node_ports;
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
     path::Path,
     time::{Duration, Instant},
 };
@@ -28,7 +29,7 @@ use tokio::{
 use self::http::{Answer, Listener};
 use crate::{
     enforced::{Enforced, OfPod},
-    explain::{Answered, tables::Query},
+    explain::{Answered, Port, tables::Query},
     host::Claim,
     load::Load,
     logging,
@@ -464,12 +465,17 @@ fn text<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
 /// The flow that a path asks about. Names and addresses have no character that would have to be escaped.
 fn explain_query(uri: &Uri) -> Result<Query, String> {
     let part = |name| text(uri, name).ok_or_else(|| format!("there is no `{name}`"));
-    let source_port = text(uri, "source_port").map(str::parse).transpose();
+    let source_port = text(uri, "source_port").map(str::parse::<NonZeroU16>).transpose();
+    let source_port = source_port.map_err(|_| "`source_port` is no port".to_owned())?;
+    let asked: Port = part("port")?.parse()?;
+    if asked.proto.is_none() && source_port.is_some() {
+        return Err("ICMP has no source port".to_owned());
+    }
     Ok(Query {
         from: part("from")?.parse()?,
         to: part("to")?.parse()?,
-        port: part("port")?.parse()?,
-        source_port: source_port.map_err(|_| "`source_port` is no port".to_owned())?,
+        port: asked,
+        source_port: source_port.map(NonZeroU16::get),
     })
 }
 

@@ -28,6 +28,13 @@ impl FromStr for End {
         if let Ok(addr) = text.parse::<IpAddr>() {
             return Ok(Self::Addr(addr.to_canonical()));
         }
+        if let Some((addr, length)) = text.split_once('/')
+            && addr.parse::<IpAddr>().is_ok()
+        {
+            return Err(format!(
+                "`{text}` is a range: give one address, without `/{length}`"
+            ));
+        }
         let parts: Vec<&str> = text.split('/').collect();
         match parts[..] {
             _ if parts.contains(&"") => Err(()),

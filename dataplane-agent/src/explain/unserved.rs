@@ -1,6 +1,9 @@
 //! What is said of a Service's address that the tables have no entry for.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    iter,
+    net::{IpAddr, SocketAddr},
+};
 
 use super::{Port, asked, ends};
 use crate::model::{Index, Service};
@@ -61,8 +64,10 @@ impl Unserved {
                 )
             }
             Self::NoPort(_, text) => {
-                let problems: String = problems.iter().map(|one| format!("; {one}")).collect();
-                format!("{NOT_SERVED}: {text}{problems}")
+                let parts: Vec<&str> = iter::once(&**text)
+                    .chain(problems.iter().map(String::as_str))
+                    .collect();
+                format!("{NOT_SERVED}: {}", parts.join("; "))
             }
             Self::Other(text) => text.clone(),
         }

@@ -51,12 +51,12 @@ impl World {
             0 => index,
             _ => service.affinity,
         };
-        let owned = self.service(owner)?;
-        let key = F::affinity_key(owner, owned.head.generation, client);
+        let clients_of = self.service(owner)?;
+        let key = F::affinity_key(owner, clients_of.head.generation, client);
         let known = Tables::<F>::affinity(self, &key);
         if let Some(known) = known {
             let age = self.now_eighths().wrapping_sub(known.seen_eighths);
-            if age.cast_signed() > owned.affinity.cast_signed() {
+            if age.cast_signed() > clients_of.affinity.cast_signed() {
                 return Some(OfClient::ByFlow);
             }
             let backend = self.backend_head(known.backend);

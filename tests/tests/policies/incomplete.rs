@@ -18,7 +18,7 @@ const NEEDED: [(&str, &[&[&str]]); 5] = [
         "BACKENDS",
         &[&["services"], &["endpoints"], &["policies"], EXPLAIN],
     ),
-    ("FLOWS_V4", &[&["flows"], &["endpoints"]]),
+    ("FLOWS_V4", &[&["flows"]]),
     ("BACKEND_TRAFFIC", &[&["endpoints"]]),
     ("VERDICTS", &[&["verdicts"]]),
     ("MONITOR", &[&["monitor", "--count", "1", "--seconds", "1"]]),
@@ -63,6 +63,23 @@ fn a_table_or_a_right_that_is_missing_is_named() -> Result<()> {
         }
         fs::rename(&away, &pin)?;
     }
+    let (pin, away) = (maps.join("FLOWS_V4"), maps.join("AWAY"));
+    fs::rename(&pin, &away)?;
+    for command in [&["services", "-o", "wide"][..], &["endpoints"]] {
+        let output = stage
+            .agents
+            .asking(NODE, &with_tables(command, &bpffs.display().to_string()))?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = format!(
+            "no flows: failed to read their tables: failed to open {}",
+            pin.display()
+        );
+        ensure!(
+            output.status.success() && error.contains(&said),
+            "{command:?} without flows: {error}"
+        );
+    }
+    fs::rename(&away, &pin)?;
     // What is there is shown, and what is not is named.
     let (pin, away) = (maps.join("BACKENDS"), maps.join("AWAY"));
     fs::rename(&pin, &away)?;

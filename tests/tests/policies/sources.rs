@@ -79,6 +79,7 @@ fn a_pod_sends_from_its_own_addresses_alone_unless_it_sends_for_others() -> Resu
 
 /// What `monitor` shows of the pod, by its name, while it sends from an address that nobody has.
 fn watched(stage: &Stage, to: SocketAddr) -> Result<Value> {
+    let bpffs = stage.agents.bpffs("node1")?.to_str().context("no path")?;
     let of_pod = [
         "monitor",
         "--from",
@@ -89,6 +90,8 @@ fn watched(stage: &Stage, to: SocketAddr) -> Result<Value> {
         "1",
         "--seconds",
         "60",
+        "--bpffs",
+        bpffs,
     ];
     thread::scope(|scope| {
         let watching = scope.spawn(|| stage.command("node1", &of_pod));

@@ -402,7 +402,13 @@ impl<'a> Here<'a> {
         };
         let reason = reason.unwrap_or(Reason::NoEndpoints);
         let mut explained = answer(&flow, None);
-        let mut step = refusal(&flow, reason);
+        explained.push(self.refusal(&flow, reason));
+        Ok(explained)
+    }
+
+    /// A step that ends a flow before policies are asked, and why, as far as the objects tell.
+    fn refusal(&self, flow: &Flow<'a>, reason: Reason) -> Step {
+        let mut step = refusal(flow, reason);
         let holder = flow
             .port
             .proto
@@ -421,8 +427,7 @@ impl<'a> Here<'a> {
                 step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
             }
         }
-        explained.push(step);
-        Ok(explained)
+        step
     }
 
     /// Judges a flow at both ends, as far as they are here.
@@ -438,7 +443,7 @@ impl<'a> Here<'a> {
         if let Some(entry) = self.entry(&flow)? {
             let outcome = self.run(entry, &flow, flow.asked)?;
             if let Some(reason) = outcome.stopped().filter(|reason| !is_of_policy(*reason)) {
-                explained.push(refusal(&flow, reason));
+                explained.push(self.refusal(&flow, reason));
                 return Ok(explained);
             }
             explained.becomes = becomes(&outcome).filter(|becomes| becomes.to != flow.asked);

@@ -111,12 +111,14 @@ fn no_endpoint_is_local(stage: &mut Stage) -> Result<()> {
         "--port",
         "30080/TCP",
     ];
-    explains(
-        stage,
-        &query,
-        false,
-        "ns1/be2 (10.244.2.22) is ready, on node node2",
-    )
+    let cause = "ns1/be2 (10.244.2.22) is ready, on node node2";
+    explains(stage, &query, false, cause)?;
+    // By name it is what a client outside can ask.
+    let query = ["--from", "203.0.113.10", "--to", "svc/ns1/svc1", "--port"];
+    let asked = "asked at 198.51.100.41:80, a load balancer address of it";
+    explains(stage, &[&query[..], &["80/TCP"]].concat(), false, asked)?;
+    let asked = "asked at 192.168.77.11:30080, a node port of it";
+    explains(stage, &[&query[..], &["30080/TCP"]].concat(), false, asked)
 }
 
 fn the_client_is_in_no_source_range(stage: &mut Stage) -> Result<()> {
@@ -137,7 +139,10 @@ fn the_client_is_in_no_source_range(stage: &mut Stage) -> Result<()> {
         "--port",
         "80/TCP",
     ];
-    explains(stage, &query, false, "source-range")?;
+    let cause = "source-range: ";
+    explains(stage, &query, false, cause)?;
+    let ranges = "spec.loadBalancerSourceRanges of Service ns1/svc1 are 10.0.0.0/8";
+    explains(stage, &query, false, ranges)?;
     stage.apply(&stage::service())
 }
 

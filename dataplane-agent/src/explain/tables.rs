@@ -1,20 +1,17 @@
 //! What the tables of this node say of a flow: its first packet is led through the host build of the datapath, at the hooks
 //! of the Pods that are here.
 
+mod chosen;
+
 use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
 };
 
-use dataplane_common::{
-    pipeline::Context,
-    reason::Reason,
-    service::{Scope, Service, service_flags},
-    tables::Env,
-    verdict::Hook,
-};
+use dataplane_common::{pipeline::Context, reason::Reason, service::Scope, tables::Env, verdict::Hook};
 
+use self::chosen::Chosen;
 use super::{
     Becomes, End, Explained, Place, Port, Share, SoFar, Step, Verdict,
     asked::{self, Asked, Client},
@@ -23,7 +20,7 @@ use super::{
     packet, place, unchosen, unowned, unserved, ways,
 };
 use crate::{
-    bpf::world::{Choice, OfClient, Outcome, World},
+    bpf::world::{Outcome, World},
     model::{self, Index, Kind, Name, ObjectRef, Protocol, policy::Direction},
     store::traffic::TrafficTables,
 };
@@ -40,11 +37,6 @@ pub struct Query {
 
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
-
-/// Why a Service with session affinity has one endpoint for a client.
-const REMEMBERED: &str = "session affinity: its client is remembered with it";
-const BY_ADDRESS: &str =
-    "session affinity: its client is not remembered yet, and its address alone leads it there";
 
 /// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
 pub const LOOPBACK: u32 = 1;
@@ -85,19 +77,6 @@ struct Flow<'a> {
     asked: SocketAddr,
     to: Found<'a>,
     port: Port,
-}
-
-/// An endpoint that a Service may choose for a flow.
-#[derive(Clone, Copy, Debug)]
-struct Chosen {
-    share: Option<Share>,
-    /// One that leads there.
-    source_port: u16,
-    at: SocketAddr,
-    /// Of the backend.
-    id: Option<u32>,
-    /// Why it is the only one.
-    note: Option<&'static str>,
 }
 
 /// A hook, and at which device.
@@ -333,65 +312,6 @@ impl<'a> Here<'a> {
             notes: note.into_iter().map(str::to_owned).collect(),
             ..self.judge(flow, share)?
         })
-    }
-
-    /// The endpoints that a service may choose for a flow.
-    fn endpoints(&self, query: &Query, flow: &Flow<'_>, index: u32, service: &Service) -> Vec<Chosen> {
-        let choice = self.world.choice(index);
-        let is_kept = service.head.flags & service_flags::AFFINITY != 0;
-        let kept = is_kept.then(|| self.world.kept(index, &choice, flow.from.0));
-        let only = |id: Option<u32>, note| {
-            let chosen = id.and_then(|id| {
-                Some(Chosen {
-                    share: None,
-                    source_port: flow.source_port,
-                    at: self.world.backend_at(id)?,
-                    id: Some(id),
-                    note: Some(note),
-                })
-            });
-            chosen.into_iter().collect()
-        };
-        match kept.flatten() {
-            Some(OfClient::Remembered(id)) => only(Some(id), REMEMBERED),
-            Some(OfClient::ByAddress(number)) => only(choice.ids.get(number).copied(), BY_ADDRESS),
-            // The protocol does not count there.
-            Some(OfClient::ByFlow) => self.by_flow(query, flow, &choice, 0),
-            None => self.by_flow(query, flow, &choice, service.proto),
-        }
-    }
-
-    /// Each endpoint with the source port that leads there, or the one of the source port that is asked for.
-    fn by_flow(&self, query: &Query, flow: &Flow<'_>, choice: &Choice, proto: u8) -> Vec<Chosen> {
-        let from = |port| SocketAddr::new(flow.from.0, port);
-        let only = query
-            .source_port
-            .and_then(|port| choice.of_flow(from(port), flow.asked, proto));
-        let ports = match query.source_port {
-            Some(port) => vec![Some(port); choice.ids.len()],
-            None => choice.source_ports(flow.from.0, SOURCE_PORT, flow.asked, proto),
-        };
-        let all = (0..choice.ids.len()).zip(choice.shares());
-        let chosen = all.filter(|(number, slots)| match query.source_port {
-            Some(_) => Some(*number) == only,
-            None => *slots > 0,
-        });
-        chosen
-            .filter_map(|(number, slots)| {
-                let share = Share {
-                    slots,
-                    of: choice.slots(),
-                };
-                let id = choice.ids[number];
-                Some(Chosen {
-                    share: Some(share),
-                    source_port: ports[number].unwrap_or(flow.source_port),
-                    at: self.world.backend_at(id)?,
-                    id: Some(id),
-                    note: None,
-                })
-            })
-            .collect()
     }
 
     /// A flow whose Service has nowhere to lead it to.

@@ -329,6 +329,10 @@ impl Agent {
                 };
                 let _gone = reply.send(addrs.into_iter().filter_map(node).collect());
             }
+            Ask::Pods(pods, reply) => {
+                let known = pods.iter().filter(|pod| self.index.pod(pod).is_some());
+                let _gone = reply.send(known.map(ToString::to_string).collect());
+            }
             Ask::EnforcedOf(pod, reply) => {
                 let _gone = reply.send(self.enforced_of(&pod));
             }

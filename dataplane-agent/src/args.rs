@@ -129,7 +129,7 @@ pub enum Command {
     /// Say what is served and where it leads, and which objects are refused, wholly or in part. Without a running agent: what the
     /// pinned tables serve, without names.
     Services {
-        /// Only this Service: namespace/name, or an address that it has.
+        /// Only this Service: namespace/name, or those of an address; node ports are at this node's own.
         service: Option<Which>,
         #[command(flatten)]
         tables: Tables,

@@ -114,6 +114,9 @@ pub struct Way {
     pub node: Option<String>,
     /// Absent: there is no route.
     pub device: Option<String>,
+    /// Bytes of the largest packet that goes there without being cut, as far as this node knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
     /// A router; absent where the address is on the link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<IpAddr>,
@@ -186,9 +189,10 @@ pub struct Decision {
 /// Judges a flow by all policies of the index: for Pods with two addresses in both families, and for a Service with each
 /// of its endpoints.
 pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Explained>, Error> {
+    let asked = to;
     let from = ends::sources(index, from)?;
     let client = from.iter().find_map(|(_, pod)| *pod);
-    let to = ends::targets(index, to, port, client)?;
+    let to = ends::targets(index, asked, port, client)?;
     let found = from.iter().chain(to.iter().map(|target| &target.found));
     let pods = found.filter_map(|(_, pod)| Some(pod.as_ref()?.name.clone()));
     let mut compiler = PolicyCompiler::new(Subjects::These(pods.collect()));
@@ -200,7 +204,15 @@ pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Ex
     };
     let pairs = from.iter().flat_map(|from| to.iter().map(move |to| (*from, to)));
     let pairs = pairs.filter(|((from, _), to)| from.is_ipv4() == to.found.0.is_ipv4());
-    let explained: Vec<Explained> = pairs.map(|(from, to)| judge.flow(from, to)).collect();
+    let mut explained: Vec<Explained> = pairs.map(|(from, to)| judge.flow(from, to)).collect();
+    for flow in &mut explained {
+        let ends = [
+            (flow.from.ip, false),
+            (flow.to.ip, *asked == End::Addr(flow.to.ip)),
+        ];
+        let notes = ends.map(|(addr, is_asked)| unowned::note(index, addr, is_asked, None));
+        flow.notes.extend(notes.into_iter().flatten());
+    }
     if explained.is_empty() {
         return Err(Error::Families);
     }

@@ -128,6 +128,8 @@ pub enum Ask {
     Names(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// On which nodes the Pods with these addresses are.
     Nodes(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
+    /// Which of these Pods there are.
+    Pods(Vec<Name>, oneshot::Sender<Vec<String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
     /// What policies do here.
@@ -277,6 +279,7 @@ impl Health {
             },
             "/names" => self.of_addresses(uri, Ask::Names).await,
             "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
+            "/pods" => self.of_pods(uri).await,
             "/policy-names" => self.policy_names(uri).await,
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
@@ -324,6 +327,16 @@ impl Health {
         match self.ask(|reply| question(addrs, reply)).await {
             Some(known) => Answer::of_health(true, to_json(&known)),
             None => Answer::of_health(false, "{}\n".to_owned()),
+        }
+    }
+
+    /// Those of the Pods in a path that there are.
+    async fn of_pods(&self, uri: &Uri) -> Answer {
+        let list = text(uri, "of").unwrap_or_default().split(',');
+        let pods = list.filter_map(|pod| pod.parse().ok()).collect();
+        match self.ask(|reply| Ask::Pods(pods, reply)).await {
+            Some(known) => Answer::of_health(true, to_json(&known)),
+            None => Answer::of_health(false, "[]\n".to_owned()),
         }
     }
 

@@ -1,6 +1,9 @@
 //! What is served and what is not, as the agent tells its commands.
 
-use std::fmt;
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -191,13 +194,26 @@ impl ServedObject {
 pub fn at(frontend: &FrontendAddr) -> String {
     let mut at = describe(frontend);
     if frontend.addr.is_unspecified() {
-        at += if frontend.addr.is_ipv4() {
-            " (IPv4)"
-        } else {
-            " (IPv6)"
-        };
+        at += of_family(frontend.addr);
     }
     at
+}
+
+/// Whether a frontend in words serves what is sent to an address. `node_ports`: they answer there.
+pub fn is_at(frontend: &str, addr: IpAddr, node_ports: bool) -> bool {
+    if frontend.ends_with(of_family(addr)) {
+        return node_ports;
+    }
+    let socket = frontend
+        .split('/')
+        .next()
+        .and_then(|at| at.parse::<SocketAddr>().ok());
+    socket.is_some_and(|socket| socket.ip() == addr)
+}
+
+/// What tells the node ports of one family from those of the other.
+const fn of_family(addr: IpAddr) -> &'static str {
+    if addr.is_ipv4() { " (IPv4)" } else { " (IPv6)" }
 }
 
 fn frontend(balancer: &Balancer, endpoints: usize) -> ServedFrontend {

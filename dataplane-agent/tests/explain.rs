@@ -220,7 +220,7 @@ fn policy_questions_without_an_answer_are_errors() {
             "shop/front",
             "svc/shop/idle",
             "80",
-            "Service shop/idle has no endpoint at port 80/TCP",
+            "Service shop/idle has no endpoint at port 80/TCP: shop/front (10.244.1.11) is not ready",
         ),
         ("10.0.0.1", "fd00::c", "80", "no address family in common"),
         (

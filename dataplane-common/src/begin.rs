@@ -222,7 +222,14 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let (meta, reply) = (F::meta(flow), F::meta(&work.reply));
         let same = F::rewrite(flow) == F::rewrite(&work.reply);
         if same && same_plan(meta, reply) {
-            let state = if is_tcp { flow_state::OPEN } else { meta.state };
+            let mut state = meta.state;
+            if work.headers.is_syn() {
+                if state == flow_state::CLOSING {
+                    // The one before was refused.
+                    begun::<F, W>(world, work);
+                }
+                state = flow_state::OPEN;
+            }
             if meta.seen_ticks != now || meta.state != state {
                 occupant.touch(now, state);
             }

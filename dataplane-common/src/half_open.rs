@@ -80,7 +80,7 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
         // Refused or given up, and maybe begun anew.
         if !is_answer {
             entry.touch(now, flow_state::CLOSING);
-        } else if refused::<F, W>(world, meta) {
+        } else if refused(world, &entry) {
             work.noted = EventKind::RefusedByBackend as u32;
         }
         return Verdict::TRANSLATE;
@@ -106,11 +106,14 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
     }
 }
 
-/// Counts an answer that refuses what an entry of `HALF_OPEN` is about. False: it is not the first answer, or none at all.
+/// Counts an answer that refuses what an entry of `HALF_OPEN` is about, once for each flow that begins. False: it is not the
+/// first answer, or none at all.
 #[inline(always)]
-pub(crate) fn refused<F: Family, W: World<F>>(world: &W, meta: &FlowMeta) -> bool {
-    let is_first = meta.flags & flow_flags::REPLY != 0 && meta.state != flow_state::ANSWERED;
+pub(crate) fn refused<F: Family, W: World<F>>(world: &W, entry: &impl Entry<F>) -> bool {
+    let meta = F::meta(entry.flow());
+    let is_first = meta.flags & flow_flags::REPLY != 0 && meta.state == flow_state::OPEN;
     if is_first {
+        entry.touch(meta.seen_ticks, flow_state::CLOSING);
         world.count(Reason::BackendRefused as u32);
         world.count_refused(meta.service, meta.backend);
     }

@@ -13,6 +13,7 @@ use crate::{
     checksum::{self, diff16},
     exit::{Leave, leave},
     half_open,
+    monitor::EventKind,
     packet::{Checksum, Packet},
     parse::{Fragment, Headers, Ipv4Header, UdpHeader, parse_ports},
     pipeline::{Context, Work, World},
@@ -67,10 +68,10 @@ pub(crate) fn is_error<F: Family>(kind: u8) -> bool {
     }
 }
 
-/// An ICMP packet at a TC hook.
+/// An ICMP packet. `TRANSLATE`: it quotes a packet of the flow whose entry is in `work.forward`.
 #[inline(never)]
-pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
-    packet: &mut P,
+pub fn find<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &P,
     world: &W,
     at: &Context,
     work: &mut Work<F>,
@@ -89,13 +90,24 @@ pub fn process<F: RewriteIp, P: Packet, W: World<F>>(
         None => match world.half_open(&work.key) {
             Some(entry) => {
                 work.forward = *entry.flow();
-                if is_port_unreachable::<F, P>(packet, &work.headers) {
-                    half_open::refused::<F, W>(world, F::meta(&work.forward));
+                if is_port_unreachable::<F, P>(packet, &work.headers) && half_open::refused(world, &entry) {
+                    work.noted = EventKind::RefusedByBackend as u32;
                 }
             }
             None => return Verdict::PASS,
         },
     }
+    Verdict::TRANSLATE
+}
+
+/// Translates an error by the entry in `work.forward`.
+#[inline(never)]
+pub fn finish<F: RewriteIp, P: Packet, W: World<F>>(
+    packet: &mut P,
+    world: &W,
+    at: &Context,
+    work: &mut Work<F>,
+) -> Verdict {
     let headers = &work.headers;
     let verdict = match leave::<F, P, W>(packet, world, at, headers, &work.forward) {
         Leave::Exit(verdict) => verdict,
@@ -117,8 +129,8 @@ fn is_port_unreachable<F: Family, P: Packet>(packet: &P, headers: &Headers<F::Ad
     packet.load::<[u8; 2]>(headers.l4()) == Some(kind)
 }
 
-/// An echo request at a TC hook; `NEXT` for everything else. Apart from [`process`], whose stack has no room for a call:
-/// kernels before 6.9 count 32 bytes for each at least.
+/// An echo request at a TC hook; `NEXT` for everything else. Apart from [`find`]: kernels before 6.9 count 32 bytes of stack for
+/// each call at least.
 #[inline(never)]
 pub fn echo<F: RewriteIp, P: Packet, W: World<F>>(
     packet: &mut P,

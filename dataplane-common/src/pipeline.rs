@@ -310,7 +310,7 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
     } else if verdict.action() == Action::Icmp {
         verdict = icmp::echo::<F, P, W>(packet, world, at, work);
         if verdict.action() == Action::Next {
-            verdict = icmp::process::<F, P, W>(packet, world, at, work);
+            verdict = icmp::find::<F, P, W>(packet, world, at, work);
         }
     } else if verdict.action() == Action::Given {
         verdict = begin::given::<F, W>(world, work);
@@ -337,7 +337,11 @@ pub fn conclude<F: RewriteIp, P: Packet, W: World<F>>(
     mut verdict: Verdict,
 ) -> Verdict {
     if verdict.action() == Action::Translate {
-        verdict = begin::translate::<F, P, W>(packet, world, at, work);
+        verdict = if work.headers.proto == F::ICMP {
+            icmp::finish::<F, P, W>(packet, world, at, work)
+        } else {
+            begin::translate::<F, P, W>(packet, world, at, work)
+        };
     }
     if verdict.action() == Action::Refuse {
         verdict = answer::refuse::<F, P, W>(packet, world, at, &work.headers, verdict.value());

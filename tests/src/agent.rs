@@ -131,7 +131,7 @@ impl Agents {
                     cluster.node_netns(name)?.path().to_path_buf(),
                     cluster.node_cgroup(name)?.clone(),
                 ),
-                helper: cluster.helper().clone(),
+                helper: cluster.helper().clone().writing(&places.work),
                 source,
                 relay,
                 bpffs,

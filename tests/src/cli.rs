@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use crate::agent::AgentOptions;
 use crate::api::served::Served;
 use crate::places::{Owned, Places};
-use crate::process::{self, Helper};
+use crate::process::{self, Helper, Rights};
 use crate::scenario::report::RunReport;
 use crate::scenario::run::RunOptions;
 use crate::scenario::select::Filter;
@@ -52,6 +52,9 @@ struct Run {
     /// Where agents read objects from
     #[arg(long, value_enum, default_value_t)]
     source: Source,
+    /// What agents may do: all that root may, or what the container of deploy/manifests may
+    #[arg(long = "as", value_enum, default_value_t, value_name = "WHO")]
+    who: Who,
     /// The agent's program; the one built beside this program if absent
     #[arg(long)]
     agent: Option<PathBuf>,
@@ -89,6 +92,8 @@ enum Inside {
         netns: PathBuf,
         #[arg(long)]
         cgroup: Option<PathBuf>,
+        #[command(flatten)]
+        rights: Rights,
         #[arg(last = true)]
         command: Vec<String>,
     },
@@ -118,6 +123,25 @@ enum Source {
     Api,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Who {
+    #[default]
+    Root,
+    /// Its capabilities alone, in a read-only file system
+    Container,
+}
+
+impl Who {
+    fn helper(self) -> Result<Helper> {
+        let helper = Helper::find()?;
+        match self {
+            Who::Root => Ok(helper),
+            Who::Container => helper.confined(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 enum Output {
     #[default]
@@ -132,6 +156,8 @@ struct Config {
     datapath: Datapath,
     network: Network,
     source: Source,
+    #[serde(rename = "as")]
+    who: Who,
     agent: PathBuf,
     jobs: usize,
     filter: Option<String>,
@@ -150,10 +176,11 @@ pub fn main() -> Result<ExitCode> {
         Some(Inside::Enter {
             netns,
             cgroup,
+            rights,
             command,
         }) => {
             process::settle(&netns, cgroup.as_deref())?;
-            process::become_program(&command)?;
+            process::become_program(&command, &rights)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -168,6 +195,7 @@ impl Run {
             datapath,
             network,
             source,
+            who,
             agent,
             jobs,
             output,
@@ -225,7 +253,7 @@ impl Run {
                 program: agent.clone(),
                 flags,
             },
-            helper: Helper::find()?,
+            helper: who.helper()?,
             served: server.as_ref().map(|(served, _)| served.clone()),
             logs,
             hold,
@@ -245,6 +273,7 @@ impl Run {
             datapath,
             network,
             source,
+            who,
             agent,
             jobs,
             filter,

@@ -18,6 +18,7 @@ pub mod assets;
 pub mod cgroup;
 pub mod cli;
 pub mod cluster;
+mod container;
 pub mod facing_xdp;
 pub mod flood;
 pub mod links;

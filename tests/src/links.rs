@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    BondMode, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth,
-    InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+    BondMode, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoIpTunnel, InfoKind, InfoPortData,
+    InfoPortKind, InfoVeth, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -161,6 +161,14 @@ impl Links {
     /// A WireGuard device, which knows no keys yet.
     pub fn add_wireguard(&mut self, name: &str) -> Result<()> {
         self.add(name, InfoKind::Wireguard, None, None, None)
+    }
+
+    /// A tunnel between two addresses of IPv4 for packets of one family: IPIP, or SIT for IPv6.
+    pub fn add_tunnel(&mut self, name: &str, ipv6: bool, ends: [Ipv4Addr; 2]) -> Result<()> {
+        let kind = if ipv6 { InfoKind::SitTun } else { InfoKind::IpIp };
+        let [local, remote] = ends.map(IpAddr::V4);
+        let data = vec![InfoIpTunnel::Local(local), InfoIpTunnel::Remote(remote)];
+        self.add(name, kind, Some(InfoData::IpTunnel(data)), None, None)
     }
 
     /// Makes a device, which is down, a port of a bond.

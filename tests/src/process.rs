@@ -12,24 +12,60 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
-use crate::{cgroup, netns};
+use crate::{cgroup, container, netns};
 
 /// The binary that offers `worker` and `enter`.
 #[derive(Debug, Clone)]
-pub struct Helper(PathBuf);
+pub struct Helper {
+    path: PathBuf,
+    /// What programs that enter are confined to, where it is not all that this process may do.
+    rights: Option<Rights>,
+}
+
+/// See [`container::confine`].
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Rights {
+    /// Names without `CAP_`
+    #[arg(long, value_delimiter = ',', hide = true)]
+    pub capabilities: Vec<String>,
+    #[arg(long, hide = true)]
+    pub writable: Vec<PathBuf>,
+}
 
 impl Helper {
     const NAME: &str = "dataplane-scenarios";
 
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        Self {
+            path: path.into(),
+            rights: None,
+        }
+    }
+
+    /// Programs that enter get the rights of the chart's container, and no others.
+    pub fn confined(self) -> Result<Self> {
+        let capabilities = container::capabilities()?;
+        let rights = Some(Rights {
+            capabilities,
+            writable: Vec::new(),
+        });
+        Ok(Self { rights, ..self })
+    }
+
+    /// Where programs that enter may write, as far as that is not free anyway.
+    #[must_use]
+    pub fn writing(mut self, folder: &Path) -> Self {
+        if let Some(rights) = &mut self.rights {
+            rights.writable.push(folder.to_owned());
+        }
+        self
     }
 
     /// This program if it is the helper, else the helper that was built beside it.
     pub fn find() -> Result<Self> {
         let own = std::env::current_exe().context("failed to find this program")?;
         if own.file_name() == Some(OsStr::new(Self::NAME)) {
-            return Ok(Self(own));
+            return Ok(Self::new(own));
         }
         let beside = [
             own.with_file_name(Self::NAME),
@@ -37,7 +73,7 @@ impl Helper {
         ];
         let found = beside.into_iter().find(|path| path.exists());
         found
-            .map(Self)
+            .map(Self::new)
             .with_context(|| format!("{} is not built beside {}", Self::NAME, own.display()))
     }
 
@@ -50,13 +86,23 @@ impl Helper {
         let found = ["debug", "release"].map(|profile| target.join(profile).join(Self::NAME));
         let found = found.into_iter().find(|path| path.exists());
         found
-            .map(Self)
+            .map(Self::new)
             .with_context(|| format!("{} is not built", Self::NAME))
     }
 
     /// A command that runs `program` in a namespace and a cgroup, and dies with the thread that starts it.
     pub fn enter(&self, netns: &Path, cgroup: &Path, program: &Path) -> Command {
         let mut command = self.place("enter", netns, Some(cgroup));
+        if let Some(Rights {
+            capabilities,
+            writable,
+        }) = &self.rights
+        {
+            command.arg("--capabilities").arg(capabilities.join(","));
+            for folder in writable {
+                command.arg("--writable").arg(folder);
+            }
+        }
         command.arg("--").arg(program);
         command
     }
@@ -69,7 +115,7 @@ impl Helper {
     }
 
     fn place(&self, verb: &str, netns: &Path, cgroup: Option<&Path>) -> Command {
-        let mut command = Command::new(&self.0);
+        let mut command = Command::new(&self.path);
         command.arg(verb).arg("--netns").arg(netns);
         if let Some(cgroup) = cgroup {
             command.arg("--cgroup").arg(cgroup);
@@ -87,7 +133,10 @@ pub fn settle(netns: &Path, cgroup: Option<&Path>) -> Result<()> {
 }
 
 /// Becomes another program after [`settle`]. Returns only on failure.
-pub fn become_program(command: &[String]) -> Result<()> {
+pub fn become_program(command: &[String], rights: &Rights) -> Result<()> {
+    if !rights.capabilities.is_empty() {
+        container::confine(&rights.capabilities, &rights.writable)?;
+    }
     let [program, args @ ..] = command else {
         bail!("no program was named")
     };

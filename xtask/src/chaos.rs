@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::{build, paths, process, setup};
+use crate::{build, kube, paths, process, setup};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -14,6 +14,9 @@ pub struct Args {
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
     setup::programs()?;
+    if args.passed_on.iter().any(|arg| arg == "--api") {
+        kube::provide()?;
+    }
     build::run()?;
     let mut command = process::as_root(&paths::release("dataplane-chaos"))?;
     command.arg("--agent").arg(paths::release("dataplane-agent"));

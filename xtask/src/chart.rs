@@ -175,6 +175,24 @@ mod tests {
             ("config.max-flows=1", "/config/max-flows"),
             ("config.node-name=a", "'node-name'"),
             ("config.snat-ports=1", "/config/snat-ports"),
+            ("config.snat-ports=70000-80000", "/config/snat-ports"),
+            (
+                "config.snat-ports=3000-2000",
+                "config.snat-ports: 3000-2000 ends before it begins",
+            ),
+            ("config.node-ports=0-99999", "/config/node-ports"),
+            (
+                "config.node-port-addresses={10.0.0.0/99}",
+                "/config/node-port-addresses/0",
+            ),
+            (
+                "config.node-port-addresses={999.1.1.1/8}",
+                "/config/node-port-addresses/0",
+            ),
+            (
+                "metrics.port=10256",
+                "metrics.port and health.port are both 10256",
+            ),
             (
                 "securityContext.extraCapabilities={ALL}",
                 "/securityContext/extraCapabilities/0",
@@ -182,6 +200,10 @@ mod tests {
             ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
             ("image.digest=sha256:1", "/image/digest"),
             ("apiServer.addresses={192.0.2.1}", "/apiServer/addresses/0"),
+            (
+                "apiServer.addresses={https://a.example:99999}",
+                "/apiServer/addresses/0",
+            ),
             (
                 "updateStrategy.maxUnavailable=0",
                 "/updateStrategy/maxUnavailable",

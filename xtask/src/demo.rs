@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::{build, paths, process, setup};
+use crate::{build, kube, paths, process, setup};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -10,7 +10,7 @@ pub struct Args {
     #[arg(long)]
     hold: bool,
 
-    /// Serve what a real Kubernetes API server says (see `cargo xtask kube`), in place of a folder
+    /// Serve what a real Kubernetes API server says, in place of a folder; builds it (`cargo xtask kube`) where there is none
     #[arg(long)]
     api: bool,
 
@@ -26,6 +26,9 @@ pub struct Args {
 /// The command.
 pub fn run(args: &Args) -> Result<()> {
     setup::programs()?;
+    if args.api {
+        kube::provide()?;
+    }
     build::run()?;
     let mut command = process::as_root(&paths::release("dataplane-demo"))?;
     command.arg("--agent").arg(paths::release("dataplane-agent"));

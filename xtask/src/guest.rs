@@ -23,7 +23,7 @@ const APPLETS: [&str; 12] = [
     "sh", "mount", "ip", "modprobe", "insmod", "poweroff", "sleep", "cat", "ls", "uname", "mkdir", "dmesg",
 ];
 /// Folders and files below `kernel/` whose modules the tests may need, and parts that none of them does.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 15] = [
     "net/core",
     "net/tls",
     "arch/x86/crypto",
@@ -35,6 +35,7 @@ const MODULES: [&str; 14] = [
     "net/802",
     "net/llc",
     "net/sched",
+    "net/sctp",
     "drivers/net",
     "lib",
     "crypto",
@@ -51,13 +52,16 @@ const NO_MODULES: [&str; 9] = [
     "net/fddi",
 ];
 /// Loaded at the start; the kernel asks for others itself.
-const LOADED: [&str; 10] = [
+const LOADED: [&str; 13] = [
     "veth",
     "bridge",
     "8021q",
     "bonding",
     "vxlan",
     "wireguard",
+    "ipip",
+    "sit",
+    "sctp",
     "dummy",
     "tun",
     "sch_ingress",

@@ -21,6 +21,16 @@ const PROGRAMS: [&str; 5] = [
 /// What the recipe calls.
 const NEEDED: [&str; 7] = ["apt-get", "npm", "python3", "unzip", "xz", "openssl", "bash"];
 
+/// Sees to it that tests find an API server: the one that `KUBEBUILDER_ASSETS` names, one that was built before, or one that is
+/// built now.
+pub fn provide() -> Result<()> {
+    let named = std::env::var_os("KUBEBUILDER_ASSETS").is_some_and(|folder| !folder.is_empty());
+    if named || missing(&paths::tools().join("kube/bin")).is_empty() {
+        return Ok(());
+    }
+    run()
+}
+
 /// The command.
 pub fn run() -> Result<()> {
     let place = paths::tools().join("kube");

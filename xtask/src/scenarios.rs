@@ -10,7 +10,7 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 
 use crate::test::Counts;
-use crate::{build, paths, process, progress, setup};
+use crate::{build, kube, paths, process, progress, setup};
 
 /// Options of the runner that no value follows.
 const WITHOUT_VALUE: [&str; 3] = ["--hold", "--help", "-h"];
@@ -30,7 +30,7 @@ pub struct Args {
     on: Option<On>,
 
     /// Folders or files (tests/scenarios/services if none), then the runner's own options: --filter EXPR, --socket-lb off|all, --datapath xdp|tc,
-    /// --network routed|bridge|vxlan, --source folder|api, --agent PATH, --jobs N, -o json
+    /// --network routed|bridge|vxlan, --source folder|api, --as root|container, --agent PATH, --jobs N, -o json
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     passed_on: Vec<String>,
 }
@@ -92,6 +92,10 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     setup::programs()?;
+    let is_api = |pair: &[String]| pair == ["--source", "api"];
+    if passed_on.windows(2).any(is_api) || passed_on.iter().any(|arg| arg == "--source=api") {
+        kube::provide()?;
+    }
     build::run()?;
     if rotate {
         return finish(rotated(&passed_on)?);

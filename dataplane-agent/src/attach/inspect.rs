@@ -9,10 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytemuck::Pod;
 use dataplane_common::backend::backend_state;
 use serde::Serialize;
 
-use super::state::State;
+use super::{room, state::State};
 use crate::{
     bpf::{
         Hook, Program, counters, kernel,
@@ -148,7 +149,9 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
     let tcx = kernel::has_tcx();
     let installed = pins.try_exists().map_err(io::Error::other)?;
     let mut warnings = warnings(&tables, &attachments, state.record.cgroup.is_some());
+    let uses = table_use(&pins);
     if installed {
+        warnings.extend(room::warnings(&pins, &uses));
         warnings.extend(unreadable(&pins));
         warnings.extend(unguarded(&pins, &tables, &attachments));
     }
@@ -165,7 +168,7 @@ pub fn inspect(bpffs: &Path) -> io::Result<Status> {
         warnings,
         attachments,
         xdp_fallbacks: fallbacks(&state, &tables),
-        tables: table_use(&pins),
+        tables: uses,
         flows: flow_events(&pins),
         counters: occurred(&pins),
         source: None,
@@ -385,6 +388,18 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
             })
         }));
     }
+    if kernel::version().is_ok_and(|version| version < TUNNELS_SINCE) {
+        let tunnels = tables
+            .links
+            .iter()
+            .filter(|link| covered.contains(&link.ifindex) && link.is_ip_tunnel());
+        warnings.extend(tunnels.map(|link| {
+            format!(
+                "{}: kernels before 5.14 leave the outer headers before what comes out of such a tunnel, so answers that come by it are not translated back: what Services send there hangs; WireGuard and VXLAN are not concerned",
+                link.name
+            )
+        }));
+    }
     if socket_hooks {
         let able = RequestSocket::open_sock_diag().and_then(|mut socket| sockets::probe(&mut socket));
         warnings.extend(able.err().map(|error| sockets::unable(&error)));
@@ -392,23 +407,24 @@ fn warnings(tables: &Tables, attachments: &[Attachment], socket_hooks: bool) -> 
     warnings
 }
 
+/// Since then what comes out of a tunnel of IP in IP begins with its own header: Linux 7ad136fd288c and others of that series.
+const TUNNELS_SINCE: (u32, u32) = (5, 14);
+
 /// Interfaces of this node's Pods, each with one of the addresses that it leads to; none where the tables cannot be read.
 pub fn bound(pins: &Pins) -> BTreeMap<u32, IpAddr> {
-    let mut bound: BTreeMap<u32, IpAddr> = BTreeMap::new();
-    if let Ok(map) = pins.open_map(names::BOUND_V4).and_then(MapFd::<u32, u32>::new) {
+    let ipv4 = bound_in(pins, names::BOUND_V4, |addr_be: u32| {
+        encode::ip([addr_be, 0, 0, 0], false)
+    });
+    let mut bound = bound_in(pins, names::BOUND_V6, |addr_be| encode::ip(addr_be, true));
+    bound.extend(ipv4);
+    bound
+}
+
+fn bound_in<K: Pod>(pins: &Pins, table: &str, ip: impl Fn(K) -> IpAddr) -> BTreeMap<u32, IpAddr> {
+    let mut bound = BTreeMap::new();
+    if let Ok(map) = pins.open_map(table).and_then(MapFd::<K, u32>::new) {
         let _unread = map.for_each(|addr_be, ifindex| {
-            let addr = encode::ip([*addr_be, 0, 0, 0], false);
-            bound.entry(*ifindex).or_insert(addr);
-        });
-    }
-    if let Ok(map) = pins
-        .open_map(names::BOUND_V6)
-        .and_then(MapFd::<[u32; 4], u32>::new)
-    {
-        let _unread = map.for_each(|addr_be, ifindex| {
-            bound
-                .entry(*ifindex)
-                .or_insert_with(|| encode::ip(*addr_be, true));
+            bound.insert(*ifindex, ip(*addr_be));
         });
     }
     bound

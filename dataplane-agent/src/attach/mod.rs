@@ -7,6 +7,7 @@ pub mod cleanup;
 mod early;
 pub mod inspect;
 pub mod observe;
+mod room;
 pub mod start;
 pub mod state;
 pub mod sysctl;

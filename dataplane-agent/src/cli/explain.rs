@@ -225,6 +225,7 @@ fn of_way(way: &Way) -> String {
         to,
         node,
         device,
+        mtu,
         next_hop,
         neighbour,
         is_silent,
@@ -248,7 +249,8 @@ fn of_way(way: &Way) -> String {
     } else {
         ""
     };
-    format!("{to} is reached by {device}{hop}{known}{silent}")
+    let mtu = mtu.map_or_else(String::new, |mtu| format!(" with MTU {mtu}"));
+    format!("{to} is reached by {device}{mtu}{hop}{known}{silent}")
 }
 
 fn describe(place: &Place) -> String {

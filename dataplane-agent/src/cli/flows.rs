@@ -13,8 +13,8 @@ use serde::Serialize;
 use super::{
     alone::{self, Places},
     ask,
-    names::Names,
-    output::{Output, note, table},
+    names::{Names, SERVICE},
+    output::{Output, table},
     pinned,
 };
 use crate::{
@@ -72,6 +72,30 @@ impl std::str::FromStr for Who {
     }
 }
 
+impl Who {
+    /// That packets come from there.
+    pub fn check_sender(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Named(name) if name.starts_with(SERVICE) => anyhow::bail!(
+                "nothing comes from {name}: what goes to it comes from its clients, and its answers from its endpoints, see --to"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Named(name) => Some(name),
+            Self::Within(_) => None,
+        }
+    }
+}
+
+/// The names that are asked for.
+pub fn named<'a>(asked: impl IntoIterator<Item = &'a Option<Who>>) -> impl Iterator<Item = &'a str> {
+    asked.into_iter().flatten().filter_map(Who::name)
+}
+
 /// One flow as it is shown.
 #[derive(Debug, Serialize)]
 pub struct Shown {
@@ -91,19 +115,14 @@ pub struct Shown {
 
 /// Prints the flows of the tables that `filter` lets through.
 pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Result<()> {
-    if let Some(Who::Named(name)) = &filter.from {
-        anyhow::ensure!(
-            !name.starts_with("svc/"),
-            "no connection comes from {name}: its clients' do, see --to"
-        );
+    if let Some(from) = &filter.from {
+        from.check_sender()?;
     }
     let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
     let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
     flows.retain(|flow| filter.lets_through(flow));
-    let by_name = [&filter.from, &filter.to]
-        .iter()
-        .any(|who| matches!(who, Some(Who::Named(_))));
+    let by_name = named([&filter.from, &filter.to]).next().is_some();
     let mut names = Names::default();
     let asked = if by_name {
         learn(&mut names, socket, &flows, ask::WITHIN)
@@ -111,11 +130,8 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
         Ok(())
     };
     asked.context("names are known to a running agent alone; filter by addresses without one")?;
-    if let Some(Who::Named(name)) = &filter.to
-        && name.starts_with("svc/")
-        && !names.has_service(name)
-    {
-        note(format_args!("nothing is served as {name} now"));
+    if by_name {
+        names.note_unknown(socket, named([&filter.from, &filter.to]));
     }
     let mut shown: Vec<Shown> = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
     shown.retain(|shown| filter.lets_named_through(shown));

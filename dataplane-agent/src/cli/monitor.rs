@@ -31,7 +31,7 @@ use self::{
 use super::{
     alone::{self, Places},
     ask,
-    flows::Who,
+    flows::{Who, named},
     names::Names,
     output::{note, unprinted},
     pinned,
@@ -52,6 +52,8 @@ const FROM_POD: &str = "from_pod";
 const LOOK: Duration = Duration::from_millis(20);
 /// Names and devices are asked for again after this time, and so is an agent that did not answer.
 const NAMES_FOR: Duration = Duration::from_secs(10);
+/// Between two words about what was missed.
+const MISSED: Duration = Duration::from_secs(2);
 /// Between two questions about verdicts.
 const VERDICTS: Duration = Duration::from_millis(200);
 
@@ -119,11 +121,8 @@ fn words_of(reason: Reason) -> &'static [Word] {
 impl Filter {
     /// That it lets through what may happen: a filter that nothing can pass looks like peace.
     fn check(&self) -> anyhow::Result<()> {
-        if let Some(Who::Named(name)) = &self.from {
-            anyhow::ensure!(
-                !name.starts_with("svc/"),
-                "nothing comes from {name}: a Service's answers are its endpoints', see --to"
-            );
+        if let Some(from) = &self.from {
+            from.check_sender()?;
         }
         for reason in &self.reason {
             let (label, words) = (reason.label(), words_of(*reason));
@@ -146,10 +145,7 @@ impl Filter {
     }
 
     fn named(&self) -> impl Iterator<Item = &str> {
-        [&self.from, &self.to].into_iter().filter_map(|who| match who {
-            Some(Who::Named(name)) => Some(name.as_str()),
-            _ => None,
-        })
+        named([&self.from, &self.to])
     }
 
     fn lets_through(&self, seen: &Seen) -> bool {
@@ -195,22 +191,25 @@ pub fn run(places: Places<'_>, filter: &Filter, format: Format) -> anyhow::Resul
             shown: 0,
             verdicts_after: None,
             asked: None,
+            missed: (0, Instant::now()),
         };
         let until = filter
             .seconds
             .map(|seconds| Instant::now() + Duration::from_secs(seconds));
-        loop {
-            if !monitor.look()? || until.is_some_and(|until| Instant::now() >= until) {
-                break;
+        let outcome = loop {
+            match monitor.look() {
+                Ok(true) if until.is_none_or(|until| Instant::now() < until) => {}
+                outcome => break outcome,
             }
+            monitor.tell_missed(MISSED);
             tokio::select! {
                 () = time::sleep(LOOK) => {}
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break Ok(false),
+                _ = interrupt.recv() => break Ok(false),
             }
-        }
-        monitor.end();
-        Ok(())
+        };
+        monitor.tell_missed(Duration::ZERO);
+        outcome.map(drop)
     })
 }
 
@@ -223,6 +222,8 @@ struct Monitor<'a> {
     /// The last verdict that the agent has told.
     verdicts_after: Option<u64>,
     asked: Option<Instant>,
+    /// How many missed events were told, and when.
+    missed: (u64, Instant),
 }
 
 impl Monitor<'_> {
@@ -306,14 +307,20 @@ impl Monitor<'_> {
         told.into_iter().filter(is_new).collect()
     }
 
-    /// Says what was missed.
-    fn end(&mut self) {
+    /// Says what was missed, no sooner than `after` the last time.
+    fn tell_missed(&mut self, after: Duration) {
+        let (told, when) = self.missed;
+        if when.elapsed() < after {
+            return;
+        }
         let missed = self.watch.missed();
-        if missed > 0 {
+        if missed > told {
+            let more = missed - told;
             note(format_args!(
-                "missed {missed} events: there were more than can be told; counters have them all"
+                "missed {more} events: there were more than can be told; counters have them all"
             ));
         }
+        self.missed = (missed, Instant::now());
     }
 }
 
@@ -348,16 +355,8 @@ impl<'a> Known<'a> {
 
     /// Looks whether an agent tells names: a filter by names needs one, and all else has to do without if there is none.
     fn begin(&mut self, filter: &Filter) -> anyhow::Result<()> {
-        let told = self.names.learn_services(self.socket, ask::WITHIN);
-        let mut services = filter.named().filter(|name| name.starts_with("svc/"));
-        match told {
-            Ok(()) => {
-                let unknown = services.find(|name| !self.names.has_service(name));
-                if let Some(name) = unknown {
-                    // It may come.
-                    note(format_args!("nothing is served as {name} now"));
-                }
-            }
+        match self.refresh() {
+            Ok(()) => self.names.note_unknown(self.socket, filter.named()),
             Err(error) if filter.named().next().is_some() => {
                 return Err(alone::only_an_agent(&error, "names", "filter by addresses"));
             }
@@ -368,14 +367,20 @@ impl<'a> Known<'a> {
 
     fn is_there(&mut self) -> bool {
         if self.since.is_none_or(|since| since.elapsed() >= NAMES_FOR) {
-            self.since = Some(Instant::now());
-            self.policies.clear();
-            self.asked_for.clear();
-            self.devices = device_names().unwrap_or_default();
-            self.bound = inspect::bound(self.pins);
-            self.is_there = self.names.learn_services(self.socket, ask::WITHIN).is_ok();
+            let _unnamed = self.refresh();
         }
         self.is_there
+    }
+
+    fn refresh(&mut self) -> anyhow::Result<()> {
+        self.since = Some(Instant::now());
+        self.policies.clear();
+        self.asked_for.clear();
+        self.devices = device_names().unwrap_or_default();
+        self.bound = inspect::bound(self.pins);
+        let told = self.names.learn_services(self.socket, ask::WITHIN);
+        self.is_there = told.is_ok();
+        told
     }
 
     /// Asks for the names of those in events that are not known.

@@ -2,18 +2,20 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::Path,
     time::Duration,
 };
 
-use super::ask;
+use super::{ask, output::note};
 use crate::{
     compile::FrontendAddr,
     served::{self, Served},
     sync::encode,
 };
 
+/// What the name of a Service begins with, and that of a Pod does not.
+pub const SERVICE: &str = "svc/";
 /// Addresses of one question to the agent.
 const AT_ONCE: usize = 100;
 
@@ -34,7 +36,7 @@ impl Names {
         self.services.clear();
         for object in served.objects {
             let name = match object.object.split_once(' ') {
-                Some(("Service", name)) => format!("svc/{name}"),
+                Some(("Service", name)) => format!("{SERVICE}{name}"),
                 _ => object.object,
             };
             for frontend in object.frontends {
@@ -79,22 +81,30 @@ impl Names {
     /// `svc/namespace/name`, or what else is there: at its own address first, then the node ports.
     #[must_use]
     pub fn service(&self, proto: u8, at: SocketAddr) -> Option<&String> {
-        let any = match at {
-            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let proto = encode::protocol(proto)?;
-        [at.ip(), any].into_iter().find_map(|addr| {
-            let port = at.port();
-            self.services
-                .get(&served::at(&FrontendAddr { addr, port, proto }))
-        })
+        let serving = FrontendAddr::serving(at, encode::protocol(proto)?);
+        serving.iter().find_map(|at| self.services.get(&served::at(at)))
     }
 
-    /// Whether something leads to `svc/namespace/name`.
-    #[must_use]
-    pub fn has_service(&self, name: &str) -> bool {
-        self.services.values().any(|known| known == name)
+    /// Says which of these names nobody has now; they may come.
+    pub fn note_unknown<'a>(&self, socket: &Path, names: impl IntoIterator<Item = &'a str>) {
+        let (services, pods): (Vec<&str>, Vec<&str>) =
+            names.into_iter().partition(|name| name.starts_with(SERVICE));
+        for name in services {
+            if !self.services.values().any(|known| known == name) {
+                note(format_args!("nothing is served as {name} now"));
+            }
+        }
+        if pods.is_empty() {
+            return;
+        }
+        // An agent that is older does not say.
+        let known: anyhow::Result<Vec<String>> = ask::value(socket, &format!("/pods?of={}", pods.join(",")));
+        let Ok(known) = known else { return };
+        for name in pods {
+            if !known.iter().any(|known| known == name) {
+                note(format_args!("no Pod is called {name} now"));
+            }
+        }
     }
 
     #[cfg(test)]

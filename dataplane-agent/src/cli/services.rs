@@ -8,11 +8,13 @@ use std::{
 };
 
 use anyhow::Context;
+use dataplane_common::device::own_flags;
 use serde::Serialize;
 
 use super::{
     alone::{self, Places},
     ask,
+    names::SERVICE,
     output::{self, Output, note, number, percent, table},
     pinned,
 };
@@ -21,6 +23,7 @@ use crate::{
     compile::FrontendAddr,
     served::{self, Clients, Condition, Problem, Served},
     store::{
+        Store as _,
         bpf::BpfStore,
         flows::{self, Flow, FlowState},
         served::{TableFrontend, read},
@@ -50,7 +53,7 @@ impl FromStr for Which {
         if let Ok(addr) = text.parse() {
             return Ok(Self::At(addr));
         }
-        let name = text.strip_prefix("svc/").unwrap_or(text);
+        let name = text.strip_prefix(SERVICE).unwrap_or(text);
         match name.split('/').collect::<Vec<_>>()[..] {
             [namespace, service] if !namespace.is_empty() && !service.is_empty() => {
                 Ok(Self::Named(name.to_owned()))
@@ -123,7 +126,7 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
         })?;
         let mut shown = Shown::of_agent(served, None);
         if let Some(service) = asked.service {
-            shown.narrow(service)?;
+            shown.narrow(service, |addr| node_ports_answer(bpffs, addr))?;
         }
         return format.print(&shown.problems, |problems| of_problems(problems));
     }
@@ -144,7 +147,7 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
         Err(error) => Shown::of_tables(&alone::instead(&error, || Tables::read(bpffs))?),
     };
     if let Some(service) = asked.service {
-        shown.narrow(service)?;
+        shown.narrow(service, |addr| node_ports_answer(bpffs, addr))?;
     }
     let is_wide = output == Listing::Wide;
     format.print(&shown, |shown| render(shown, is_wide))
@@ -288,11 +291,11 @@ impl Shown {
         }
     }
 
-    /// Leaves what is about one Service.
-    fn narrow(&mut self, service: &Which) -> anyhow::Result<()> {
+    /// Leaves what is about one Service. `answers`: whether node ports do at an address.
+    fn narrow(&mut self, service: &Which, answers: impl Fn(IpAddr) -> bool) -> anyhow::Result<()> {
         let service = match service {
             Which::Named(service) => service,
-            Which::At(addr) => return self.narrow_to(*addr),
+            Which::At(addr) => return self.narrow_to(*addr, answers(*addr)),
         };
         let object = format!("Service {service}");
         self.objects.retain(|one| one.object == object);
@@ -306,25 +309,25 @@ impl Shown {
     }
 
     /// Leaves what leads from one address.
-    fn narrow_to(&mut self, addr: IpAddr) -> anyhow::Result<()> {
+    fn narrow_to(&mut self, addr: IpAddr, node_ports: bool) -> anyhow::Result<()> {
         for object in &mut self.objects {
-            object.frontends.retain(|frontend| is_at(&frontend.at, addr));
+            let is_there = |frontend: &ShownFrontend| served::is_at(&frontend.at, addr, node_ports);
+            object.frontends.retain(is_there);
         }
         self.objects.retain(|object| !object.frontends.is_empty());
         let of_these = |problem: &Problem| self.objects.iter().any(|one| one.object == problem.object);
         self.problems.retain(of_these);
-        anyhow::ensure!(
-            !self.objects.is_empty(),
-            "no Service has {addr} here; node ports are at this node's own addresses"
-        );
+        anyhow::ensure!(!self.objects.is_empty(), "no Service has {addr} here");
         Ok(())
     }
 }
 
-/// Whether a frontend in words has an address.
-fn is_at(at: &str, addr: IpAddr) -> bool {
-    let socket = at.split('/').next().and_then(|at| at.parse::<SocketAddr>().ok());
-    socket.is_some_and(|socket| socket.ip() == addr)
+/// Whether node ports answer at an address of this node; false where its table cannot be read.
+fn node_ports_answer(bpffs: &Path, addr: IpAddr) -> bool {
+    let read =
+        || -> anyhow::Result<Vec<(IpAddr, u32)>> { Ok(BpfStore::open(&pinned(bpffs)?)?.own_addresses()?) };
+    let mut own = read().unwrap_or_default().into_iter();
+    own.any(|(own, flags)| own == addr && flags & own_flags::NODE_PORT != 0)
 }
 
 fn of_problems(problems: &[Problem]) -> String {
@@ -383,11 +386,13 @@ mod tests {
         Served {
             objects: vec![ServedObject {
                 object: "Service ns/a".to_owned(),
-                frontends: vec![ServedFrontend {
-                    at: "10.96.0.1:80/TCP".to_owned(),
-                    clients: Clients::All,
-                    endpoints: 2,
-                }],
+                frontends: ["10.96.0.1:80/TCP", "node port 30080/TCP (IPv4)"]
+                    .map(|at| ServedFrontend {
+                        at: at.to_owned(),
+                        clients: Clients::All,
+                        endpoints: 2,
+                    })
+                    .into(),
             }],
             problems: vec![Problem {
                 object: "Service ns/b".to_owned(),
@@ -466,7 +471,7 @@ mod tests {
         );
         // And the same without an agent.
         let alone = Shown::of_tables(&tables());
-        assert_eq!(alone.objects[0].frontends, shown.objects[0].frontends);
+        assert_eq!(alone.objects[0].frontends[..], shown.objects[0].frontends[..1]);
     }
 
     #[test]
@@ -474,13 +479,17 @@ mod tests {
         let narrowed = |service: &str| {
             let mut shown = Shown::of_agent(served(), None);
             shown
-                .narrow(&service.parse().unwrap())
+                .narrow(&service.parse().unwrap(), |addr| {
+                    addr == IpAddr::from([192, 0, 2, 11])
+                })
                 .map(|()| (shown.objects.len(), shown.problems.len()))
         };
         assert_eq!(narrowed("ns/a").unwrap(), (1, 0));
         assert_eq!(narrowed("svc/ns/a").unwrap(), (1, 0));
         assert_eq!(narrowed("10.96.0.1").unwrap(), (1, 0));
-        assert!(narrowed("10.96.0.11").is_err());
+        assert!(narrowed("10.96.0.11").is_err() && narrowed("192.0.2.12").is_err());
+        assert_eq!(narrowed("192.0.2.11").unwrap(), (1, 0), "a node port");
+        assert!(narrowed("fd00::1").is_err());
         assert_eq!(narrowed("ns/b").unwrap(), (0, 1));
         assert!(
             narrowed("ns/c")

@@ -15,7 +15,7 @@ pub mod services;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -46,6 +46,19 @@ pub struct FrontendAddr {
     pub addr: IpAddr,
     pub port: u16,
     pub proto: Protocol,
+}
+
+impl FrontendAddr {
+    /// Those that serve what is sent to `at`: the one of that address alone first, then a node port.
+    #[must_use]
+    pub fn serving(at: SocketAddr, proto: Protocol) -> [Self; 2] {
+        let any = match at {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let port = at.port();
+        [at.ip(), any].map(|addr| Self { addr, port, proto })
+    }
 }
 
 /// Which endpoints a balancer has.

@@ -7,7 +7,9 @@ use std::{
     str::FromStr,
 };
 
-use super::asked;
+use dataplane_common::reason::Reason;
+
+use super::{asked, unchosen};
 use crate::{
     compile::endpoints::{self, View},
     model::{Index, Name, Pod, Protocol, Proxied, Service, ServicePort},
@@ -119,8 +121,9 @@ pub enum Error {
     ExternalName(Name),
     #[error("Service {0} is left to another proxy by a label: nothing is served for it here")]
     OtherProxy(Name),
-    #[error("Service {0} has no endpoint at port {1}")]
-    NoEndpoint(Name, Port),
+    /// With what the objects say of it.
+    #[error("Service {0} has no endpoint at port {1}: {2}")]
+    NoEndpoint(Name, Port, String),
     #[error("the ends have no address family in common")]
     Families,
 }
@@ -221,7 +224,13 @@ fn behind<'a>(
         }));
     }
     if targets.is_empty() {
-        return Err(Error::NoEndpoint(service.name.clone(), port));
+        let reason = if service.internal_local && client.is_some() {
+            Reason::NoLocalEndpoints
+        } else {
+            Reason::NoEndpoints
+        };
+        let why = unchosen::why(index, service, Some(service_port), reason);
+        return Err(Error::NoEndpoint(service.name.clone(), port, why));
     }
     Ok(targets)
 }

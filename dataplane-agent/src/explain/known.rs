@@ -1,11 +1,7 @@
 //! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
 //! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-};
+use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
 use dataplane_common::{
     policy::{NO_RULE_INDEX, VerdictEvent},
@@ -120,15 +116,8 @@ impl Known for Named<'_> {
     }
 
     fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef> {
-        let unspecified: IpAddr = match at {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let owner = |addr| {
-            let port = at.port();
-            self.services.owner(&FrontendAddr { addr, port, proto })
-        };
-        owner(at.ip()).or_else(|| owner(unspecified)).cloned()
+        let mut serving = FrontendAddr::serving(at, proto).into_iter();
+        serving.find_map(|at| self.services.owner(&at)).cloned()
     }
 
     fn problems(&self, service: &Name) -> Vec<String> {

@@ -24,6 +24,7 @@ pub fn to(
             to,
             node: node.map(str::to_owned),
             device: found.map(|found| device_name(names, found.ifindex)),
+            mtu: found.map(|found| found.mtu),
             next_hop: found.map(|found| found.next_hop).filter(|hop| *hop != to),
             neighbour: neighbour.as_ref().map(ToString::to_string),
             is_silent: neighbour.is_some_and(Neighbour::is_silent),

@@ -482,19 +482,18 @@ mod tests {
         let queries = queries.map(|target| target["expr"].as_str().unwrap().replace("$instance", ".*"));
         let recorded = queries.enumerate().map(|(number, query)| {
             format!(
-                "  - record: panel:{number}\n    expr: {}\n",
+                "      - record: panel:{number}\n        expr: {}\n",
                 serde_json::json!(query)
             )
         });
         let recorded: Vec<String> = recorded.collect();
         assert!(recorded.len() > 8, "{recorded:?}");
-        let rules = format!(
-            "groups:\n{alerts}\n- name: dashboard\n  rules:\n{}",
-            recorded.concat()
-        );
+        let rules = format!("{alerts}  - name: dashboard\n    rules:\n{}", recorded.concat());
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("rules.yaml");
         std::fs::write(&path, &rules).unwrap();
+        said_by(&promtool, &["check", "rules", &path.display().to_string()], "").unwrap();
+        std::fs::write(&path, alerts).unwrap();
         said_by(&promtool, &["check", "rules", &path.display().to_string()], "").unwrap();
     }
 

@@ -189,7 +189,7 @@ pub fn interface_id(link: &Link) -> Option<InterfaceId> {
 fn inspect(socket: &mut RequestSocket, link: &Link) -> Option<Candidate> {
     let interface = interface_id(link)?;
     let addresses = tables::dump_addresses(socket, Some(interface.namespace)).ok()?;
-    let peer = tables::get_link_in(socket, interface.namespace, link.peer).ok()?;
+    let peer = tables::get_link(socket, Some(interface.namespace), link.peer).ok()?;
     let (own, others): (Vec<_>, Vec<_>) = addresses
         .into_iter()
         .partition(|address| address.ifindex == link.peer);

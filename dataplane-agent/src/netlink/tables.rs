@@ -68,20 +68,18 @@ impl Link {
         self.hardware == HARDWARE_LOOPBACK
     }
 
+    /// Packets come out of others of IP: IPIP, SIT, GRE and their kin of IPv6.
+    pub fn is_ip_tunnel(&self) -> bool {
+        matches!(
+            self.hardware,
+            HARDWARE_TUNNEL | HARDWARE_TUNNEL6 | HARDWARE_SIT | HARDWARE_IPGRE | HARDWARE_IP6GRE
+        )
+    }
+
     /// Packets begin with the IP header: what the kernel says of tun, WireGuard, IPIP, GRE, PPP and some modems
     /// (`dev_is_mac_header_xmit`).
     pub fn is_layer3(&self) -> bool {
-        matches!(
-            self.hardware,
-            HARDWARE_PPP
-                | HARDWARE_RAWIP
-                | HARDWARE_TUNNEL
-                | HARDWARE_TUNNEL6
-                | HARDWARE_SIT
-                | HARDWARE_IPGRE
-                | HARDWARE_IP6GRE
-                | HARDWARE_NONE
-        )
+        matches!(self.hardware, HARDWARE_PPP | HARDWARE_RAWIP | HARDWARE_NONE) || self.is_ip_tunnel()
     }
 
     /// Devices that wrap packets into others, or hand them to a process that does.
@@ -188,12 +186,14 @@ pub fn device_name(names: &BTreeMap<u32, String>, ifindex: u32) -> String {
     name.unwrap_or_else(|| ifindex.to_string())
 }
 
-/// One device of another namespace.
-pub fn get_link_in(socket: &mut RequestSocket, namespace: i32, ifindex: u32) -> io::Result<Link> {
+/// One device of another namespace, or of this one.
+pub fn get_link(socket: &mut RequestSocket, namespace: Option<i32>, ifindex: u32) -> io::Result<Link> {
     const IFLA_TARGET_NETNSID: u16 = 46;
     let mut body = vec![0; IFINFO_LEN];
     body[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    push_attribute(&mut body, IFLA_TARGET_NETNSID, &namespace.to_ne_bytes());
+    if let Some(namespace) = namespace {
+        push_attribute(&mut body, IFLA_TARGET_NETNSID, &namespace.to_ne_bytes());
+    }
     let message = socket.get(RTM_GETLINK, &body)?;
     parse_link(&message).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }

@@ -5,7 +5,7 @@ use std::{cell::RefCell, fmt, io, net::IpAddr};
 
 use super::{
     socket::{RequestSocket, attributes, push_attribute, read_u16, read_u32},
-    tables::{AF_INET, AF_INET6, RTM_GETROUTE, RTMSG_LEN, parse_ip},
+    tables::{AF_INET, AF_INET6, RTM_GETROUTE, RTMSG_LEN, get_link, parse_ip},
 };
 
 /// A route to an address.
@@ -14,6 +14,8 @@ pub struct Way {
     pub ifindex: u32,
     /// A router, or the address itself where it is on the link.
     pub next_hop: IpAddr,
+    /// Bytes of the largest packet: what the route says or has learned, else the device's.
+    pub mtu: u32,
     /// `None`: nobody has asked for its link-layer address yet, or the device has none.
     pub neighbour: Option<Neighbour>,
 }
@@ -84,6 +86,8 @@ impl Routing {
         const RTA_DST: u16 = 1;
         const RTA_OIF: u16 = 4;
         const RTA_GATEWAY: u16 = 5;
+        const RTA_METRICS: u16 = 8;
+        const RTAX_MTU: u16 = 2;
         const RTA_VIA: u16 = 18;
         let octets = octets(to);
         let mut body = vec![0; RTMSG_LEN];
@@ -95,10 +99,15 @@ impl Routing {
             Err(error) if is_no_route(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let (mut ifindex, mut next_hop) = (None, to);
+        let (mut ifindex, mut next_hop, mut of_route) = (None, to, None);
         for (kind, value) in attributes(message.body.get(RTMSG_LEN..).unwrap_or_default()) {
             match kind {
                 RTA_OIF => ifindex = read_u32(value, 0),
+                RTA_METRICS => {
+                    let mut metrics = attributes(value);
+                    of_route =
+                        metrics.find_map(|(kind, value)| (kind == RTAX_MTU).then(|| read_u32(value, 0))?);
+                }
                 RTA_GATEWAY => next_hop = parse_ip(value).unwrap_or(to),
                 // `struct rtvia`: the family, and an address of it.
                 RTA_VIA => next_hop = value.get(2..).and_then(parse_ip).unwrap_or(to),
@@ -108,9 +117,14 @@ impl Routing {
         let Some(ifindex) = ifindex else {
             return Ok(None);
         };
+        let mtu = match of_route {
+            Some(mtu) => mtu,
+            None => get_link(&mut self.0.borrow_mut(), None, ifindex)?.mtu,
+        };
         Ok(Some(Way {
             ifindex,
             next_hop,
+            mtu,
             neighbour: self.neighbour(ifindex, next_hop)?,
         }))
     }

@@ -1,10 +1,12 @@
 //! What this machine has and lacks for the agent, row by row, without changing anything: [`kernel`] what the kernel does,
-//! [`machine`] mounts, kernel parameters and CNI, [`devices`] what each device gets, [`others`] who else is at work here.
+//! [`machine`] mounts, kernel parameters and CNI, [`devices`] what each device gets, [`others`] who else is at work here, [`source`]
+//! where objects come from.
 
 mod devices;
 mod kernel;
 mod machine;
 mod others;
+mod source;
 
 use std::path::Path;
 
@@ -117,6 +119,7 @@ pub fn look(config: &Config, cni: &Path) -> Report {
         }
     }
     machine::cni(&mut Rows::of("cni", &mut rows), cni);
+    source::look(&mut Rows::of("source", &mut rows), config);
     Report {
         can_start: rows.iter().all(|row| row.verdict != Verdict::Problem),
         rows,

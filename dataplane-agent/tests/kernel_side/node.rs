@@ -131,7 +131,7 @@ impl Node {
     pub fn config(&self) -> Config {
         Config {
             node_name: "node".into(),
-            source: SourceConfig::Folder("/nonexistent".into()),
+            source: SourceConfig::Folder("/".into()),
             devices: Vec::new(),
             bpffs: self.places.bpffs.clone(),
             cgroup: Some(self.places.cgroup.clone()),

@@ -4,8 +4,9 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 use dataplane_agent::{
-    config::Config,
+    config::{Config, SourceConfig},
     preflight::{self, Report, Row, Verdict},
+    source::kube::Address,
 };
 
 use super::{cleaning::Found, needs::ready, node::Node};
@@ -59,6 +60,25 @@ fn preflight_says_what_is_there_and_changes_nothing() -> Result<()> {
             },
             "cgroup v2",
             "--socket-lb off",
+        ),
+        (
+            Config {
+                source: SourceConfig::Folder("/nowhere".into()),
+                ..node.config()
+            },
+            "/nowhere",
+            "No such file",
+        ),
+        (
+            Config {
+                source: SourceConfig::Kube(Address {
+                    kubeconfig: Some("/nowhere".into()),
+                    servers: Vec::new(),
+                }),
+                ..node.config()
+            },
+            "API server",
+            "failed to read the kubeconfig /nowhere",
         ),
     ] {
         let report = look(&broken)?;

@@ -9,6 +9,7 @@ use super::{EndpointLoad, Load, PodLoad, ServiceLoad, Timestamp, Traffic};
 #[derive(Clone, Copy)]
 struct Pace {
     connections: u64,
+    refused: u64,
     packets: [u64; 2],
     bytes: [u64; 2],
 }
@@ -18,6 +19,7 @@ const REST: Pace = pace(0, 0, 0, 0);
 const fn pace(connections: u64, packets: u64, bytes_in: u64, bytes_out: u64) -> Pace {
     Pace {
         connections,
+        refused: 0,
         packets: [packets, packets],
         bytes: [bytes_in, bytes_out],
     }
@@ -27,7 +29,7 @@ impl Pace {
     fn traffic(self, seconds: u64) -> Traffic {
         Traffic {
             connections: self.connections * seconds,
-            refused: 0,
+            refused: self.refused * seconds,
             packets_in: self.packets[0] * seconds,
             bytes_in: self.bytes[0] * seconds,
             packets_out: self.packets[1] * seconds,
@@ -58,6 +60,8 @@ pub fn load(seconds: u64) -> Load {
         drops: drops * age,
     };
     let (web, db) = (pace(70, 3200, 600_000, 11_000_000), pace(6, 240, 20_000, 155_000));
+    // One of its endpoints does not listen everywhere.
+    let refusing = |pace| Pace { refused: 2, ..pace };
     let dns = pace(85, 128, 9_600, 21_000);
     Load {
         at: Timestamp::from_second(1_790_000_000 + i64::try_from(seconds).unwrap()).unwrap(),
@@ -74,10 +78,10 @@ pub fn load(seconds: u64) -> Load {
             ),
             service(
                 "Service shop/db",
-                pace(12, 480, 40_000, 310_000),
+                refusing(pace(12, 480, 40_000, 310_000)),
                 vec![
                     endpoint("10.244.1.21:5432", Some("shop/db-0"), "active", db),
-                    endpoint("10.244.2.21:5432", Some("shop/db-1"), "active", db),
+                    endpoint("10.244.2.21:5432", Some("shop/db-1"), "active", refusing(db)),
                 ],
             ),
             service("Service shop/idle", REST, Vec::new()),
@@ -106,14 +110,14 @@ pub fn load(seconds: u64) -> Load {
             pod("kube-system/coredns-0", false, dns, 0),
             pod("shop/batch-0", true, REST, 0),
             pod("shop/db-0", true, db, 3),
-            pod("shop/db-1", false, db, 0),
+            pod("shop/db-1", false, refusing(db), 0),
             pod("shop/web-0", true, web, 0),
             pod("shop/web-1", true, web, 0),
             pod("shop/web-2", false, web, 0),
             pod("shop/web-3", false, REST, 0),
         ],
         drops: BTreeMap::from([
-            ("no-endpoints".to_owned(), 17),
+            ("source-range".to_owned(), 17),
             ("policy-denied".to_owned(), 3 * age),
         ]),
     }

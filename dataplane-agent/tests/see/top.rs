@@ -27,7 +27,7 @@ fn a_pipe_gets_plain_tables_after_one_interval() {
         let words: Vec<&str> = web.split_whitespace().collect();
         assert_eq!(
             words,
-            ["Service", "shop/web", "210", "19.2k", "1.8M", "33.0M", "3"]
+            ["Service", "shop/web", "210", "0", "19.2k", "1.8M", "33.0M", "3"]
         );
         assert!(
             text.contains("policy-denied") && text.contains("shop/db-0"),

@@ -234,8 +234,15 @@ impl Growth {
         }
     }
 
+    /// Takes what the agent has once it is up: one that was started just now has opened next to nothing.
     pub fn look(&mut self, stage: &Stage, at: Duration) -> Result<()> {
-        if self.first.is_none() && at > self.from {
+        let is_ready = || {
+            stage
+                .agents
+                .ask(&stage::node(SPARED), "/readyz")
+                .is_ok_and(|page| page["ready"] == true)
+        };
+        if self.first.is_none() && at > self.from && is_ready() {
             self.first = held(stage)?;
         }
         Ok(())

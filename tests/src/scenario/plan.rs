@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::file::{Outcome, Probe, Repeat, Scenario};
+use crate::agent::patient;
 use crate::shape::Shape;
 use crate::worker::protocol;
 
@@ -86,8 +87,9 @@ pub fn until_change(probe: &Probe) -> bool {
 /// How long one connection may take.
 pub fn timeout(probe: &Probe) -> Duration {
     match probe.expect.outcome {
-        Outcome::Reach | Outcome::Http => REACH_TIMEOUT,
-        Outcome::Reject | Outcome::Drop | Outcome::Fail | Outcome::Undefined => FAIL_TIMEOUT,
+        Outcome::Reach | Outcome::Http => patient(REACH_TIMEOUT),
+        Outcome::Reject => patient(FAIL_TIMEOUT),
+        Outcome::Drop | Outcome::Fail | Outcome::Undefined => FAIL_TIMEOUT,
     }
 }
 

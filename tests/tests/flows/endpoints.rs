@@ -2,14 +2,18 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::agent;
 use serde_json::{Value, json};
 
-use crate::stage::{Mode, Stage};
+use crate::{
+    monitor,
+    stage::{Mode, Stage},
+};
 
 const NODE: &str = "node1";
 const AT: &str = "10.96.0.42:80";
+const DEAF_AT: &str = "10.96.0.43:53";
 /// Endpoints are chosen by a hash: none of two stays without any of so many.
 const CONNECTIONS: u32 = 40;
 const LISTENS: u16 = 8080;
@@ -32,7 +36,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         &["be1", "be2"],
         agent,
     )?;
-    for object in half_closed() {
+    for object in half_closed().into_iter().chain(deaf()) {
         stage.apply(&object)?;
     }
     stage.settle()?;
@@ -84,6 +88,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         let line = format!("dataplane_service_{name}_total{labels} {count}");
         ensure!(after.lines().any(|one| one == line), "no {line} in {after}");
     }
+    datagrams(&stage)?;
     let unknown = asked(&stage, &["endpoints", "ns1/none"])?;
     ensure!(
         unknown.1.contains("no Service ns1/none is served here"),
@@ -92,7 +97,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
 
     stage.agents.kill_all();
     let alone = shown(&stage, &[])?;
-    ensure!(alone.len() == 4, "of both Services: {alone:#?}");
+    ensure!(alone.len() == 5, "of all Services: {alone:#?}");
     let row = of(&alone, CLOSED)?;
     ensure!(
         row["object"].is_null() && row["pod"].is_null() && row["frontend"] == format!("{AT}/TCP"),
@@ -102,6 +107,59 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         ensure!(row[key] == closed[key], "{key}: {row:#}");
     }
     Ok(())
+}
+
+/// The datagrams of one client that nobody wants are one connection that is refused, and `monitor` shows which.
+fn datagrams(stage: &Stage) -> Result<()> {
+    stage.send_datagrams("client1", 4000, DEAF_AT, 3)?;
+    let rows = shown(stage, &["ns1/deaf"])?;
+    ensure!(
+        rows.len() == 1 && rows[0]["connections"] == 1 && rows[0]["refused"] == 1,
+        "{rows:#?}"
+    );
+    let asks = || {
+        // One that is refused is no less of interest.
+        let _refused = stage.send_datagrams("client1", 0, DEAF_AT, 1);
+    };
+    let watch = || {
+        monitor::run(
+            stage,
+            "json",
+            &["--to", "svc/ns1/deaf", "--verdict", "refuse", "--count", "1"],
+        )
+    };
+    let told = monitor::lines(&monitor::while_doing(asks, watch)?)?;
+    let [one] = &told[..] else {
+        bail!("{told:#?}");
+    };
+    ensure!(
+        one["protocol"] == "UDP"
+            && one["reason"] == "backend-refused"
+            && one["from_pod"] == "ns1/client1"
+            && one["service"] == "svc/ns1/deaf"
+            && one["to_port"] == 53
+            && one["endpoint_pod"] == "ns1/be2"
+            && one["endpoint"] == format!("10.244.2.22:{CLOSED}"),
+        "{one:#}"
+    );
+    Ok(())
+}
+
+/// A Service of UDP where nobody listens.
+fn deaf() -> Vec<Value> {
+    vec![
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "deaf", "namespace": "ns1"},
+            "spec": {"clusterIP": "10.96.0.43", "clusterIPs": ["10.96.0.43"], "ipFamilies": ["IPv4"],
+                "ports": [{"port": 53, "protocol": "UDP"}]},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "deaf", "namespace": "ns1", "labels": {"kubernetes.io/service-name": "deaf"}},
+            "endpoints": [{"addresses": ["10.244.2.22"], "conditions": {"ready": true}, "nodeName": "node2"}],
+            "ports": [{"port": CLOSED, "protocol": "UDP"}],
+        }),
+    ]
 }
 
 /// A Service of which one endpoint's port is open.

@@ -175,6 +175,8 @@ fn packets_are_larger_than_the_path(stage: &mut Stage) -> Result<()> {
         seen["mtu"] == 1300 && seen["reason"] == "fragmentation-needed",
         "{seen}"
     );
+    // A Pod's packets leave by the stack, which tells their sender: where it is narrow, `explain` says.
+    explained(stage, true, "is reached by eth0 with MTU 1300, next hop 192.168.77.12")?;
     let links = stage.cluster.node_links(NODE)?;
     links.delete_route(pods, narrow)?;
     links.add_route(pods, wide)?;
@@ -186,7 +188,7 @@ fn the_node_of_the_endpoint_is_gone(stage: &mut Stage) -> Result<()> {
     explained(
         stage,
         true,
-        "10.244.2.22 is reached by eth0, next hop 192.168.77.12",
+        "10.244.2.22 is reached by eth0 with MTU 1500, next hop 192.168.77.12",
     )?;
     stage.cluster.set_plugged("node2", false)?;
     let end = Instant::now() + agent::patient(PATIENCE);

@@ -1,10 +1,13 @@
 //! What `monitor` shows of packets as things happen to them, and what is counted of Services and endpoints; with an agent and without.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::Output;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use dataplane_tests::agent;
+use dataplane_tests::flood;
 use serde_json::Value;
 
 use crate::stage::{Mode, Stage};
@@ -12,6 +15,8 @@ use crate::stage::{Mode, Stage};
 const NODE: &str = "node1";
 const AT: &str = "10.96.0.41:80";
 const CONNECTIONS: u64 = 20;
+/// SYNs at a time, which fill the ring many times over.
+const FLOOD: u32 = 20_000;
 /// Long enough for a machine that is busy.
 const WITHIN: &str = "120";
 
@@ -55,6 +60,7 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
         );
     }
 
+    missed(&stage)?;
     stage.put(&[("be1", None), ("be2", None)])?;
     stage.settle()?;
     let refused = watched(
@@ -95,6 +101,38 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
     );
 
     without_an_agent(&mut stage)
+}
+
+/// Who cannot keep up says so as it goes.
+fn missed(stage: &Stage) -> Result<()> {
+    let bpffs = stage.agents.bpffs(NODE)?.display().to_string();
+    let arguments = ["monitor", "--bpffs", &bpffs, "--seconds", WITHIN, "-o", "json"];
+    let mut monitor = stage.agents.going_on(NODE, &arguments)?;
+    let told = BufReader::new(monitor.stderr.take().context("no stderr")?).lines();
+    let mut shown = BufReader::new(monitor.stdout.take().context("no stdout")?).lines();
+    let (netns, target) = (stage.cluster.member_netns("client1")?, AT.parse()?);
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        // A pipe that nobody reads would hold it up.
+        scope.spawn(|| shown.by_ref().count());
+        let floods = scope.spawn(|| -> Result<()> {
+            for from in 0..u32::MAX {
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+                netns.enter(|| flood::syns(target, from * FLOOD, FLOOD))?;
+            }
+            Ok(())
+        });
+        let found = told
+            .map_while(Result::ok)
+            .any(|line| line.starts_with("missed ") && line.contains("more than can be told"));
+        is_over.store(true, Ordering::Relaxed);
+        monitor.kill()?;
+        monitor.wait()?;
+        ensure!(found, "it says nothing of what it missed");
+        floods.join().ok().context("the flood has panicked")?
+    })
 }
 
 /// Everything is shown by addresses, and why.

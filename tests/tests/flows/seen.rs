@@ -45,6 +45,10 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
         );
     }
     ensure!(shown(&stage, &["flows", "--from", "ns1/be1"])? == Value::Array(Vec::new()));
+    let nobody = run(&stage, &["flows", "--from", "ns1/nobody"])?;
+    let said = String::from_utf8_lossy(&nobody.stderr).into_owned();
+    ensure!(said.contains("no Pod is called ns1/nobody now"), "{said}");
+    node_ports(&stage)?;
     let services = shown(&stage, &["services", "ns1/svc1"])?;
     let running = frontend(&services)?;
     let backends = running["backends"].as_array().context("no backends")?;
@@ -94,6 +98,7 @@ fn commands_answer_without_an_agent_too() -> Result<()> {
         !refused.status.success() && text.contains("names are known to a running agent alone"),
         "{text}"
     );
+    node_ports(&stage)?;
     let alone = shown(&stage, &["services"])?;
     ensure!(frontend(&alone)? == running, "{alone}");
     let maps = shown(&stage, &["maps"])?;
@@ -189,4 +194,18 @@ fn run(stage: &Stage, command: &[&str]) -> Result<Output> {
             .run(NODE, &[&all[..], &["--output", "json"]].concat());
     }
     stage.agents.command(NODE, &all)
+}
+
+/// Node ports are what is at an address of the node.
+fn node_ports(stage: &Stage) -> Result<()> {
+    let addr = stage.cluster.shape().node(NODE)?.addresses[0].to_string();
+    let there = shown(stage, &["services", &addr])?;
+    let at = |frontend: &Value| frontend["at"].as_str().map(str::to_owned);
+    let frontends = there["objects"][0]["frontends"].as_array();
+    let found: Vec<_> = frontends.into_iter().flatten().filter_map(at).collect();
+    ensure!(
+        !found.is_empty() && found.iter().all(|at| at == "node port 30080/TCP (IPv4)"),
+        "{there}"
+    );
+    Ok(())
 }

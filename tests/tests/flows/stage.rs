@@ -12,7 +12,7 @@ use dataplane_tests::manifests::{self, Manifests, pod};
 use dataplane_tests::netns::set_sysctls;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, parse_prefix};
-use dataplane_tests::worker::protocol::{Direction, HerdReport, Proto, Request, Response, Transfer};
+use dataplane_tests::worker::protocol::{Direction, HerdReport, Probe, Proto, Request, Response, Transfer};
 use serde_json::{Value, json};
 
 pub const PORT: u16 = 8080;
@@ -227,6 +227,24 @@ impl Stage {
                 timeout_ms: 200,
             },
         )
+    }
+
+    /// Datagrams from one port, one after the other; from a port of the kernel's choice each if that is 0.
+    pub fn send_datagrams(&self, client: &str, port: u16, to: &str, count: u32) -> Result<()> {
+        let probe = Request::Probe(Probe {
+            proto: Proto::Udp,
+            to: to.parse()?,
+            from: ([0, 0, 0, 0], port).into(),
+            connections: count,
+            parallel: false,
+            interval_ms: 0,
+            timeout_ms: 2_000,
+            stop_after_failures: count,
+            until_backend_changes: false,
+            first_backend: None,
+        });
+        self.cluster.worker(client)?.call(probe, CALL)?;
+        Ok(())
     }
 
     /// One exchange on every connection of a client's herd.

@@ -192,6 +192,12 @@ impl Bed {
         Ok(())
     }
 
+    /// What `status` warns of.
+    pub fn warnings(&self, node: &str) -> Result<Vec<String>> {
+        let status = self.agents.status(node)?;
+        serde_json::from_value(status["warnings"].clone()).context("no warnings")
+    }
+
     /// What the agent of a node has logged.
     pub fn log(&self, node: &str) -> Result<String> {
         let log = self.agents.logs().find(|(name, _)| *name == node);

@@ -2,6 +2,7 @@
 //! those that begin meanwhile. Real packets in a cluster of two nodes; needs root and the agent that `cargo xtask build`
 //! makes, and for kube-proxy itself the programs that `cargo xtask kube` builds.
 
+mod back;
 mod nftables;
 mod proxy;
 mod stage;
@@ -27,6 +28,11 @@ const AT_LEAST: u32 = 200;
 
 #[test]
 fn from_kube_proxy_by_iptables() -> Result<()> {
+    with_kube_proxy("ti", take_over)
+}
+
+/// A cluster that kube-proxy itself serves, in iptables mode.
+fn with_kube_proxy(name: &str, test: impl FnOnce(&Stage, &mut Proxies) -> Result<()>) -> Result<()> {
     let (Some(program), Some(binaries)) = (agent::built(), api::binaries()) else {
         return Ok(());
     };
@@ -35,11 +41,11 @@ fn from_kube_proxy_by_iptables() -> Result<()> {
         println!("skipped: there is no {}", proxy.display());
         return Ok(());
     }
-    let folder = Folder(Places::create("ti-api")?);
+    let folder = Folder(Places::create(&format!("{name}-api"))?);
     let served = Arc::new(Served::start(&binaries, &folder.0.work.join("server"))?);
-    let stage = Stage::set("ti", Some(&served), program)?;
+    let stage = Stage::set(name, Some(&served), program)?;
     let mut proxies = Proxies::start(&stage.cluster, &served, &proxy)?;
-    take_over(&stage, &mut proxies)
+    test(&stage, &mut proxies)
 }
 
 /// Where the server keeps its data.

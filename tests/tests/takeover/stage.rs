@@ -288,6 +288,23 @@ impl Takers {
         Ok(())
     }
 
+    /// Kills them, and removes what they have left.
+    pub fn remove(&mut self) -> Result<()> {
+        let nodes = self.nodes.clone();
+        let agents = self.running_mut()?;
+        agents.kill_all();
+        for node in &nodes {
+            let bpffs = agents.bpffs(node)?.display().to_string();
+            let output = agents.run(node, &["cleanup", "--bpffs", &bpffs])?;
+            ensure!(
+                output.status.success(),
+                "cleanup: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(())
+    }
+
     pub fn running_mut(&mut self) -> Result<&mut Agents> {
         self.agents.as_mut().context("no agent runs")
     }

@@ -7,6 +7,7 @@ use std::{
 
 use dataplane_common::{
     addr::{AnyAddr, V4, V6, proto},
+    icmp,
     memory::Frame,
     monitor::{Event, EventKind},
     parse::{Fragment, Headers, parse_ports},
@@ -124,23 +125,18 @@ fn ends_of<F: RewriteIp>(event: &Event) -> Ends {
     let bytes = &event.bytes[..usize::from(event.captured).min(event.bytes.len())];
     let frame = Frame::new(bytes.to_vec());
     let mut headers = Headers::default();
-    let is_ipv6 = F::VERSION == 6;
     if F::parse_ip(&frame, event.l3.into(), &mut headers).is_err() {
         return Ends::default();
     }
-    let ip = |addr: F::Addr| Some(encode::ip(F::to_any(addr), is_ipv6));
-    let mut ends = Ends {
-        proto: headers.proto,
-        from: ip(headers.tuple.src),
-        to: ip(headers.tuple.dst),
-        ports: None,
-    };
-    let has_ports = matches!(headers.proto, proto::TCP | proto::UDP | proto::SCTP);
-    if has_ports && headers.fragment != Fragment::Later && parse_ports::<F, _>(&frame, &mut headers).is_ok() {
-        let tuple = &headers.tuple;
-        ends.ports = Some((u16::from_be(tuple.sport_be), u16::from_be(tuple.dport_be)));
+    if event.kind != EventKind::RefusedByBackend as u8 || headers.proto != F::ICMP {
+        return Ends::of::<F>(&frame, headers);
     }
-    ends
+    // It refuses what it quotes, in place of an answer.
+    let mut quoted = Headers::default();
+    match F::parse_ip(&frame, headers.l4() + icmp::HEADER_LEN, &mut quoted) {
+        Ok(()) => Ends::of::<F>(&frame, quoted).reversed(),
+        Err(_) => Ends::default(),
+    }
 }
 
 /// Whose names are of interest.
@@ -191,6 +187,34 @@ impl Flow {
 }
 
 impl Ends {
+    fn of<F: RewriteIp>(frame: &Frame, mut headers: Headers<F::Addr>) -> Self {
+        let ip = |addr: F::Addr| Some(encode::ip(F::to_any(addr), F::VERSION == 6));
+        let mut ends = Self {
+            proto: headers.proto,
+            from: ip(headers.tuple.src),
+            to: ip(headers.tuple.dst),
+            ports: None,
+        };
+        let has_ports = matches!(headers.proto, proto::TCP | proto::UDP | proto::SCTP);
+        if has_ports
+            && headers.fragment != Fragment::Later
+            && parse_ports::<F, _>(frame, &mut headers).is_ok()
+        {
+            let tuple = &headers.tuple;
+            ends.ports = Some((u16::from_be(tuple.sport_be), u16::from_be(tuple.dport_be)));
+        }
+        ends
+    }
+
+    fn reversed(self) -> Self {
+        Self {
+            proto: self.proto,
+            from: self.to,
+            to: self.from,
+            ports: self.ports.map(|(from, to)| (to, from)),
+        }
+    }
+
     /// Where it comes from.
     fn came(&self) -> Option<SocketAddr> {
         let (port, _) = self.ports?;

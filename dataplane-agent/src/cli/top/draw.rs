@@ -94,7 +94,7 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, top: &mut Top, rows: &[Row]) {
         });
         let style = if place == marked {
             Style::new().add_modifier(Modifier::REVERSED)
-        } else if row.rate.is_some_and(|rate| rate.drops > 0.0) {
+        } else if row.rate.is_some_and(|rate| rate.drops + rate.refused > 0.0) {
             Style::new().fg(Color::Red)
         } else {
             Style::new()
@@ -118,7 +118,14 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, top: &mut Top, rows: &[Row]) {
 pub fn header(top: &Top) -> &'static [&'static str] {
     if top.opened().is_some() {
         return &[
-            "ENDPOINT", "CONN/s", "PKTS/s", "IN B/s", "OUT B/s", "STATE", "POD",
+            "ENDPOINT",
+            "CONN/s",
+            "REFUSED/s",
+            "PKTS/s",
+            "IN B/s",
+            "OUT B/s",
+            "STATE",
+            "POD",
         ];
     }
     header_of(top.view())
@@ -126,17 +133,34 @@ pub fn header(top: &Top) -> &'static [&'static str] {
 
 pub const fn header_of(view: View) -> &'static [&'static str] {
     match view {
-        View::Services => &["SERVICE", "CONN/s", "PKTS/s", "IN B/s", "OUT B/s", "ENDPOINTS"],
-        View::Pods => &["POD", "CONN/s", "PKTS/s", "IN B/s", "OUT B/s", "DROPS/s", "HERE"],
+        View::Services => &[
+            "SERVICE",
+            "CONN/s",
+            "REFUSED/s",
+            "PKTS/s",
+            "IN B/s",
+            "OUT B/s",
+            "ENDPOINTS",
+        ],
+        View::Pods => &[
+            "POD",
+            "CONN/s",
+            "REFUSED/s",
+            "PKTS/s",
+            "IN B/s",
+            "OUT B/s",
+            "DROPS/s",
+            "HERE",
+        ],
         View::Drops => &["REASON", "DROPS/s", "IN ALL"],
     }
 }
 
 fn widths(top: &Top) -> Vec<Constraint> {
     let rest: &[u16] = match (top.opened(), top.view()) {
-        (Some(_), _) => &[7, 7, 7, 7, 8, 20],
-        (None, View::Services) => &[7, 7, 7, 7, 9],
-        (None, View::Pods) => &[7, 7, 7, 7, 7, 4],
+        (Some(_), _) => &[7, 9, 7, 7, 7, 8, 14],
+        (None, View::Services) => &[7, 9, 7, 7, 7, 9],
+        (None, View::Pods) => &[7, 9, 7, 7, 7, 7, 4],
         (None, View::Drops) => &[9, 12],
     };
     let rest = rest.iter().map(|width| Constraint::Length(*width));
@@ -145,11 +169,11 @@ fn widths(top: &Top) -> Vec<Constraint> {
 
 fn is_number(top: &Top, column: usize) -> bool {
     let of_rates = match top.view() {
-        View::Services | View::Pods => 1..5,
+        View::Services | View::Pods => 1..6,
         View::Drops => 1..3,
     };
     let of_counts = match (top.opened(), top.view()) {
-        (None, View::Services | View::Pods) => 5..6,
+        (None, View::Services | View::Pods) => 6..7,
         _ => 0..0,
     };
     of_rates.contains(&column) || of_counts.contains(&column)
@@ -160,6 +184,7 @@ pub fn cells(row: &Row) -> Vec<String> {
     let of = row.rate.as_ref();
     let traffic = [
         rate(of.map(|of| of.connections)),
+        rate(of.map(|of| of.refused)),
         rate(of.map(|of| of.packets)),
         rate(of.map(|of| of.bytes_in)),
         rate(of.map(|of| of.bytes_out)),

@@ -22,6 +22,9 @@ pub fn rate(value: Option<f64>) -> String {
 
 /// A count.
 pub fn size(count: u64) -> String {
+    if count < 1000 {
+        return count.to_string();
+    }
     #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
     rate(Some(count as f64))
 }
@@ -49,6 +52,7 @@ mod tests {
             assert_eq!(rate(Some(value)), text, "{value}");
         }
         assert_eq!(rate(None), "-");
+        assert_eq!((size(2), size(999)), ("2".to_owned(), "999".to_owned()));
         assert_eq!(size(1500), "1.5k");
     }
 }

@@ -8,6 +8,8 @@ use crate::load::{EndpointLoad, Load, Traffic};
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rate {
     pub connections: f64,
+    /// Connections that endpoints refused.
+    pub refused: f64,
     /// Of clients and of answers.
     pub packets: f64,
     pub bytes_in: f64,
@@ -27,12 +29,14 @@ impl Rate {
     pub fn add(&mut self, other: &Self) {
         let Self {
             connections,
+            refused,
             packets,
             bytes_in,
             bytes_out,
             drops,
         } = other;
         self.connections += connections;
+        self.refused += refused;
         self.packets += packets;
         self.bytes_in += bytes_in;
         self.bytes_out += bytes_out;
@@ -63,7 +67,7 @@ impl Interval {
     pub fn rate(self, before: &Traffic, now: &Traffic) -> Option<Rate> {
         let Traffic {
             connections,
-            refused: _,
+            refused,
             packets_in,
             bytes_in,
             packets_out,
@@ -71,6 +75,7 @@ impl Interval {
         } = *now;
         Some(Rate {
             connections: self.each_second(before.connections, connections)?,
+            refused: self.each_second(before.refused, refused)?,
             packets: self.each_second(before.packets_in, packets_in)?
                 + self.each_second(before.packets_out, packets_out)?,
             bytes_in: self.each_second(before.bytes_in, bytes_in)?,
@@ -197,6 +202,7 @@ mod tests {
         let db = rates.services["Service shop/db"];
         let expected = [
             (db.connections, 12),
+            (db.refused, 2),
             (db.packets, 960),
             (rates.pods["shop/db-0"].drops, 3),
             (rates.drops["policy-denied"].drops, 3),

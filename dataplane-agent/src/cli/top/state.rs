@@ -32,8 +32,14 @@ impl View {
     /// By what its rows can be sorted, what they are sorted by at first in front.
     const fn sorts(self) -> &'static [Sort] {
         match self {
-            View::Services => &[Sort::Connections, Sort::Packets, Sort::Bytes],
-            View::Pods => &[Sort::Connections, Sort::Packets, Sort::Bytes, Sort::Drops],
+            View::Services => &[Sort::Connections, Sort::Packets, Sort::Bytes, Sort::Refused],
+            View::Pods => &[
+                Sort::Connections,
+                Sort::Packets,
+                Sort::Bytes,
+                Sort::Refused,
+                Sort::Drops,
+            ],
             View::Drops => &[Sort::Drops],
         }
     }
@@ -43,6 +49,7 @@ impl View {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sort {
     Connections,
+    Refused,
     Packets,
     Bytes,
     Drops,
@@ -52,6 +59,7 @@ impl Sort {
     pub const fn as_str(self) -> &'static str {
         match self {
             Sort::Connections => "connections/s",
+            Sort::Refused => "refused/s",
             Sort::Packets => "packets/s",
             Sort::Bytes => "bytes/s",
             Sort::Drops => "drops/s",
@@ -61,6 +69,7 @@ impl Sort {
     fn of(self, rate: &Rate) -> f64 {
         match self {
             Sort::Connections => rate.connections,
+            Sort::Refused => rate.refused,
             Sort::Packets => rate.packets,
             Sort::Bytes => rate.bytes(),
             Sort::Drops => rate.drops,

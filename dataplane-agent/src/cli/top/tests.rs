@@ -178,6 +178,7 @@ fn the_picture_of_the_documentation_is_what_is_drawn() {
                 .traffic;
             let by = |now: u64, before: u64| (now - before) * wave / 8;
             service.traffic.connections += by(base.traffic.connections, before.connections);
+            service.traffic.refused += base.traffic.refused - before.refused;
             service.traffic.packets_in += by(base.traffic.packets_in, before.packets_in);
             service.traffic.packets_out += by(base.traffic.packets_out, before.packets_out);
             service.traffic.bytes_in += by(base.traffic.bytes_in, before.bytes_in);
@@ -229,9 +230,9 @@ fn a_script_gets_plain_tables() {
     assert_eq!(words[0][..2], ["SERVICE", "CONN/s"], "{text}");
     assert_eq!(
         words[1],
-        ["Service", "shop/web", "210", "19.2k", "1.8M", "33.0M", "3"]
+        ["Service", "shop/web", "210", "0", "19.2k", "1.8M", "33.0M", "3"]
     );
-    let db = ["shop/db-0", "6.0", "480", "20.0k", "155k", "3.0", "here"];
+    let db = ["shop/db-0", "6.0", "0", "480", "20.0k", "155k", "3.0", "here"];
     assert!(words.iter().any(|line| *line == db), "{text}");
     assert!(words.contains(&vec!["policy-denied", "3.0", "10.8k"]), "{text}");
 }

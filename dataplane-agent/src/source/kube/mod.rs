@@ -49,6 +49,22 @@ pub struct Settings {
     pub node_name: String,
 }
 
+/// Whether a server answers `within` this time, and else why. It may be down; what says where it is must be there.
+pub async fn ask_once(
+    address: &Address,
+    state: State,
+    within: Duration,
+) -> anyhow::Result<Result<(), String>> {
+    let api = Api::new(address, state).await?;
+    Ok(
+        match tokio::time::timeout(within, api.get("/version", api::JSON)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("it is silent for {} s", within.as_secs())),
+        },
+    )
+}
+
 /// Starts following the API server. It may be down; what says where it is must be there.
 pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
     let (batches, outbox) = mpsc::unbounded_channel();

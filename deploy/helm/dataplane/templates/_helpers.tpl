@@ -112,3 +112,18 @@ seccompProfile:
   readOnly: true
 {{- end }}
 {{- end }}
+
+{{/* What the schema cannot say: values that do not go together. */}}
+{{- define "dataplane.checked" -}}
+{{- if and .Values.metrics.enabled (eq (int .Values.metrics.port) (int .Values.health.port)) -}}
+{{- fail (printf "metrics.port and health.port are both %d" (int .Values.health.port)) -}}
+{{- end -}}
+{{- range $name := list "snat-ports" "node-ports" -}}
+{{- with index $.Values.config $name -}}
+{{- $ends := splitList "-" . -}}
+{{- if gt (int (first $ends)) (int (last $ends)) -}}
+{{- fail (printf "config.%s: %s ends before it begins" $name .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,136 @@
+//! Tables that have hardly any room left, in words with the flag that gives them more.
+
+use std::io;
+
+use bytemuck::Pod;
+use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
+
+use super::inspect::TableUse;
+use crate::bpf::{
+    map_names as names,
+    pins::Pins,
+    sys::{self, MapFd},
+};
+
+/// A full table of flows that has none without a packet for so long forgets connections.
+const YOUNG: u64 = 600;
+/// Kernels keep some places of each CPU free, which are many of a table smaller than this.
+const SMALL: u32 = 4096;
+
+/// Tables that refuse what is more, and the flags that say how large they are.
+const FLAGS: [(&str, &str); 16] = [
+    (names::FRONTENDS_V4, "--max-frontends"),
+    (names::FRONTENDS_V6, "--max-frontends"),
+    (names::SERVICES, "--max-services"),
+    (names::BACKENDS, "--max-backends"),
+    (names::MAGLEV, "--max-maglev"),
+    (names::RANGES_V4, "--max-source-ranges"),
+    (names::RANGES_V6, "--max-source-ranges"),
+    (names::OWN_ADDRS_V4, "--max-addresses"),
+    (names::OWN_ADDRS_V6, "--max-addresses"),
+    (names::DEVICES, "--max-devices"),
+    (names::PEERS_V4, "--max-policy-peers"),
+    (names::PEERS_V6, "--max-policy-peers"),
+    (names::CIDRS_V4, "--max-policy-ranges"),
+    (names::CIDRS_V6, "--max-policy-ranges"),
+    (names::PEER_RULES, "--max-policy-peers"),
+    (names::PORT_RULES, "--max-policy-rules"),
+];
+
+/// What there is to know of tables in use.
+pub fn warnings(pins: &Pins, uses: &[TableUse]) -> Vec<String> {
+    let short = uses.iter().filter(|used| is_short(used));
+    short
+        .filter_map(|used| refuses(used).or_else(|| forgets(used, idlest(pins, used.name)?)))
+        .collect()
+}
+
+fn is_short(used: &TableUse) -> bool {
+    let limit = used.limit as usize;
+    let is_flows = matches!(used.name, names::FLOWS_V4 | names::FLOWS_V6);
+    if is_flows && used.limit < SMALL {
+        return used.entries >= limit / 2;
+    }
+    used.entries >= limit - limit / 10
+}
+
+fn refuses(used: &TableUse) -> Option<String> {
+    let (_, flag) = FLAGS.iter().find(|(name, _)| *name == used.name)?;
+    let TableUse { name, entries, limit } = used;
+    Some(format!(
+        "{name} has {entries} of {limit} entries: what is more finds no room; {flag} makes it larger"
+    ))
+}
+
+/// `idle`: seconds since the last packet of the flow that is forgotten next.
+fn forgets(used: &TableUse, idle: u64) -> Option<String> {
+    let TableUse { name, entries, limit } = used;
+    (idle < YOUNG).then(|| {
+        format!(
+            "{name} has {entries} of {limit} entries, and none without a packet for more than {idle} s: connections are forgotten for others; --max-flows makes it larger"
+        )
+    })
+}
+
+/// The seconds since its last packet of the flow that has had none for longest, where a table is one of flows.
+fn idlest(pins: &Pins, table: &str) -> Option<u64> {
+    match table {
+        names::FLOWS_V4 => idlest_of::<FlowKey4, Flow4>(pins, table, |flow| flow.meta.seen_ticks),
+        names::FLOWS_V6 => idlest_of::<FlowKey6, Flow6>(pins, table, |flow| flow.meta.seen_ticks),
+        _ => return None,
+    }
+    // Who cannot read it has said so already.
+    .ok()
+}
+
+fn idlest_of<K: Pod, V: Pod>(pins: &Pins, table: &str, seen: impl Fn(&V) -> u32) -> io::Result<u64> {
+    let now = sys::ticks();
+    let map: MapFd<K, V> = MapFd::new(pins.open_map(table)?)?;
+    let mut idlest = 0;
+    map.for_each(|_, flow| idlest = idlest.max(now.saturating_sub(seen(flow))))?;
+    // A tick is 2^30 ns.
+    Ok((u64::from(idlest) << 30) / 1_000_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(name: &'static str, entries: usize, limit: u32) -> TableUse {
+        TableUse { name, entries, limit }
+    }
+
+    #[test]
+    fn a_table_that_is_nearly_full_is_told_with_its_flag() {
+        assert!(!is_short(&used(names::SERVICES, 58_000, 65_536)));
+        let full = used(names::SERVICES, 59_000, 65_536);
+        assert!(is_short(&full));
+        let said = refuses(&full).unwrap();
+        assert!(
+            said.contains("59000 of 65536") && said.contains("--max-services"),
+            "{said}"
+        );
+        assert_eq!(
+            refuses(&used(names::HALF_OPEN_V4, 9, 10)),
+            None,
+            "it forgets by design"
+        );
+    }
+
+    #[test]
+    fn a_table_of_flows_that_forgets_only_old_ones_is_in_order() {
+        let full = used(names::FLOWS_V4, 262_000, 262_144);
+        assert!(is_short(&full) && !is_short(&used(names::FLOWS_V4, 200_000, 262_144)));
+        assert!(is_short(&used(names::FLOWS_V4, 33, 64)));
+        assert_eq!(forgets(&full, YOUNG), None);
+        let said = forgets(&full, 20).unwrap();
+        assert!(said.contains("20 s") && said.contains("--max-flows"), "{said}");
+    }
+
+    #[test]
+    fn every_table_that_a_flag_is_told_for_is_counted() {
+        for (name, flag) in FLAGS {
+            assert!(names::ALL.contains(&name) && flag.starts_with("--max-"), "{name}");
+        }
+    }
+}

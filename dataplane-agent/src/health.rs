@@ -33,7 +33,7 @@ use crate::{
     host::Claim,
     load::Load,
     logging,
-    metrics::services::OverServices,
+    metrics::{Metrics, services::OverServices},
     model::{Name, policy::Direction},
     served::{Condition, Served},
     source::{self, Rescan},
@@ -212,15 +212,19 @@ pub struct Levels {
 
 impl Health {
     /// Serves probes at an address. While somebody else has it, it is tried again.
-    pub async fn serve_tcp(self, addr: SocketAddr) {
+    pub async fn serve_tcp(self, addr: SocketAddr, metrics: Metrics) {
         let mut told = false;
         loop {
             match http::listen(addr) {
                 Ok(listener) => {
                     tracing::debug!(%addr, "serving probes");
                     let answer = move |uri: Uri| {
-                        let health = self.clone();
-                        async move { health.probe(uri.path()).unwrap_or_else(Answer::not_found) }
+                        let (health, metrics) = (self.clone(), metrics.clone());
+                        async move {
+                            let answer = health.probe(uri.path()).unwrap_or_else(Answer::not_found);
+                            metrics.probed(uri.path(), answer.status.as_u16());
+                            answer
+                        }
                     };
                     return http::serve(listener, answer).await;
                 }

@@ -67,7 +67,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         asks,
     };
     if let Some(addr) = config.health_addr {
-        tokio::spawn(health.clone().serve_tcp(addr));
+        tokio::spawn(health.clone().serve_tcp(addr, metrics.clone()));
     }
     let for_metrics = health.clone();
     tokio::spawn(health.serve_unix(socket));

@@ -1,5 +1,6 @@
 //! What Prometheus reads at `/metrics`: kube-proxy's names where they exist, so that alerts on them keep working, ours
-//! beside them. Every label takes one of a few values, which are known at build time, but for those that name a policy or, where that is switched on, a Service.
+//! beside them. Every label takes one of a few values, which are known at build time, but for those that name a policy, an API server
+//! or, where that is switched on, a Service; so many of these have series of their own at the most.
 //!
 //! [`Metrics`] is what the agent's loop counts; [`kernel_side`] is read from the maps when somebody asks, and [`policies`] and
 //! [`services`] are asked of the loop.
@@ -12,17 +13,18 @@ pub mod source;
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use hyper::Uri;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 use tokio::time;
 
+use policies::ByRule;
 use services::OverServices;
 use source::SourceMetrics;
 
@@ -52,8 +54,10 @@ pub struct Metrics {
     pub programming_duration: Histogram,
     last_sync: Gauge,
     last_queued: Gauge,
-    service_changes: IntCounter,
-    endpoint_changes: IntCounter,
+    service_changes: Changes,
+    endpoint_changes: Changes,
+    /// Answers of probes, by path.
+    probes: [(&'static str, IntCounterVec); 2],
     objects: IntGaugeVec,
     problems: IntGaugeVec,
     events: IntCounterVec,
@@ -61,6 +65,37 @@ pub struct Metrics {
     failures: IntCounterVec,
     pub retries: IntCounter,
     pub source: SourceMetrics,
+    policies: Arc<Mutex<ByRule>>,
+}
+
+/// Changes of objects of a kind.
+#[derive(Clone, Debug)]
+struct Changes {
+    total: IntCounter,
+    /// Those that no synchronisation has followed yet.
+    pending: IntGauge,
+}
+
+impl Changes {
+    fn new(kind: &str, objects: &str) -> prometheus::Result<Self> {
+        Ok(Self {
+            total: IntCounter::new(
+                format!("kubeproxy_sync_proxy_rules_{kind}_changes_total"),
+                format!("Changes of {objects} that were taken in"),
+            )?,
+            pending: IntGauge::new(
+                format!("kubeproxy_sync_proxy_rules_{kind}_changes_pending"),
+                format!(
+                    "Changes of {objects} that were taken in since the tables were last brought up to date"
+                ),
+            )?,
+        })
+    }
+
+    fn count(&self) {
+        self.total.inc();
+        self.pending.inc();
+    }
 }
 
 impl Default for Metrics {
@@ -110,14 +145,26 @@ impl Metrics {
                 "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
                 "When something last came that the tables have to follow, in seconds since 1970",
             )?,
-            service_changes: IntCounter::new(
-                "kubeproxy_sync_proxy_rules_service_changes_total",
-                "Changes of Services that were taken in",
-            )?,
-            endpoint_changes: IntCounter::new(
-                "kubeproxy_sync_proxy_rules_endpoint_changes_total",
-                "Changes of EndpointSlices that were taken in",
-            )?,
+            service_changes: Changes::new("service", "Services")?,
+            endpoint_changes: Changes::new("endpoint", "EndpointSlices")?,
+            probes: [
+                (
+                    "/healthz",
+                    counters(
+                        "kubeproxy_proxy_healthz_total",
+                        "Answers at `/healthz`, by HTTP status",
+                        &["code"],
+                    )?,
+                ),
+                (
+                    "/livez",
+                    counters(
+                        "kubeproxy_proxy_livez_total",
+                        "Answers at `/livez`, by HTTP status",
+                        &["code"],
+                    )?,
+                ),
+            ],
             objects: gauges("dataplane_objects", "Objects known, by kind", &["kind"])?,
             problems: gauges(
                 "dataplane_problems",
@@ -140,6 +187,7 @@ impl Metrics {
                 "Synchronisations that only tried again what had failed",
             )?,
             source: SourceMetrics::new(&registry)?,
+            policies: Arc::default(),
             registry,
         };
         metrics.register()?;
@@ -156,6 +204,7 @@ impl Metrics {
             last_queued,
             service_changes,
             endpoint_changes,
+            probes: [(_, healthz), (_, livez)],
             objects,
             problems,
             events,
@@ -163,20 +212,27 @@ impl Metrics {
             failures,
             retries,
             source: _,
+            policies: _,
         } = self;
         let build_info = Gauge::with_opts(
             Opts::new("dataplane_build_info", "1; the labels say what runs")
                 .const_label("version", env!("CARGO_PKG_VERSION")),
         )?;
         build_info.set(1.0);
-        let collectors: [Box<dyn Collector>; 13] = [
+        let collectors: [Box<dyn Collector>; 18] = [
             Box::new(build_info),
             Box::new(sync_duration.clone()),
             Box::new(programming_duration.clone()),
             Box::new(last_sync.clone()),
             Box::new(last_queued.clone()),
-            Box::new(service_changes.clone()),
-            Box::new(endpoint_changes.clone()),
+            Box::new(service_changes.total.clone()),
+            Box::new(service_changes.pending.clone()),
+            Box::new(endpoint_changes.total.clone()),
+            Box::new(endpoint_changes.pending.clone()),
+            Box::new(healthz.clone()),
+            Box::new(livez.clone()),
+            // As client libraries have it: CPU time, memory, descriptors.
+            Box::new(ProcessCollector::for_self()),
             Box::new(objects.clone()),
             Box::new(problems.clone()),
             Box::new(events.clone()),
@@ -215,13 +271,22 @@ impl Metrics {
     /// The tables are up to date.
     pub fn synced(&self) {
         self.last_sync.set(since_1970());
+        self.service_changes.pending.set(0);
+        self.endpoint_changes.pending.set(0);
+    }
+
+    /// A probe was answered with this status.
+    pub fn probed(&self, path: &str, status: u16) {
+        for (_, answers) in self.probes.iter().filter(|(of, _)| *of == path) {
+            answers.with_label_values(&[&status.to_string()]).inc();
+        }
     }
 
     /// A change of an object was taken in, of whose kind there are so many now.
     pub fn changed(&self, kind: Kind) {
         match kind {
-            Kind::Service => self.service_changes.inc(),
-            Kind::EndpointSlice => self.endpoint_changes.inc(),
+            Kind::Service => self.service_changes.count(),
+            Kind::EndpointSlice => self.endpoint_changes.count(),
             _ => {}
         }
     }
@@ -265,7 +330,10 @@ impl Metrics {
         over_services: Option<&OverServices>,
     ) -> prometheus::Result<String> {
         let mut families = self.registry.gather();
-        families.extend(enforced.into_iter().flat_map(policies::families));
+        if let Some(enforced) = enforced {
+            let mut policies = self.policies.lock().unwrap_or_else(PoisonError::into_inner);
+            families.extend(policies.families(enforced));
+        }
         families.extend(over_services.into_iter().flat_map(OverServices::families));
         // The registry leaves them out too, and none can be written.
         families.retain(|family| !family.get_metric().is_empty());
@@ -401,8 +469,11 @@ mod tests {
     fn kube_proxys_names_are_there() {
         let metrics = Metrics::new();
         metrics.sync_duration.observe(0.003);
+        metrics.changed(Kind::EndpointSlice);
         metrics.synced();
         metrics.changed(Kind::Service);
+        metrics.probed("/healthz", 503);
+        metrics.probed("/readyz", 200);
         let page = metrics.page(None, None).unwrap();
         assert_eq!(
             value(&page, "kubeproxy_sync_proxy_rules_duration_seconds_count"),
@@ -419,6 +490,15 @@ mod tests {
             value(&page, "kubeproxy_network_programming_duration_seconds_count"),
             Some(0.0)
         );
+        for (series, expected) in [
+            ("kubeproxy_sync_proxy_rules_service_changes_pending", 1.0),
+            ("kubeproxy_sync_proxy_rules_endpoint_changes_pending", 0.0),
+            ("kubeproxy_proxy_healthz_total{code=\"503\"}", 1.0),
+        ] {
+            assert_eq!(value(&page, series), Some(expected), "{series}");
+        }
+        assert!(!page.contains("code=\"200\""), "{page}");
+        assert!(value(&page, "process_resident_memory_bytes").unwrap() > 1e5);
         let buckets = programming_buckets();
         assert!(buckets.is_sorted(), "{buckets:?}");
     }
@@ -505,6 +585,10 @@ mod tests {
             .add(kernel_side::KernelSide::new(std::path::Path::new("/nonexistent")))
             .unwrap();
         metrics.source.begin();
+        metrics.source.answered("https://10.0.0.1:6443", "GET", Some(200));
+        for path in ["/healthz", "/livez"] {
+            metrics.probed(path, 200);
+        }
         let mut families = metrics.registry.gather();
         let table = crate::attach::inspect::TableUse {
             name: "SERVICES",
@@ -514,7 +598,7 @@ mod tests {
         families.retain(|family| !family.name().starts_with("dataplane_table_entries"));
         families.retain(|family| !family.name().starts_with("dataplane_table_limit"));
         families.extend(kernel_side::families(&[], &[table]));
-        families.extend(policies::families(&policies::tests::enforced()));
+        families.extend(ByRule::default().families(&policies::tests::enforced()));
         families.extend(services::tests::over().families());
         let mut rows: Vec<String> = families
             .iter()

@@ -10,6 +10,7 @@ use crate::{model::Kind, source::kube::state::Phase};
 #[derive(Clone, Debug)]
 pub struct SourceMetrics {
     pub requests: IntCounter,
+    by_outcome: IntCounterVec,
     pub received_bytes: IntCounter,
     pub lists: IntCounterVec,
     pub errors: IntCounterVec,
@@ -25,6 +26,13 @@ impl SourceMetrics {
         let counters = |name: &str, help: &str| IntCounterVec::new(Opts::new(name, help), kind);
         let metrics = Self {
             requests: IntCounter::new("dataplane_source_requests_total", "Requests to the API server")?,
+            by_outcome: IntCounterVec::new(
+                Opts::new(
+                    "rest_client_requests_total",
+                    "Requests to the API server by HTTP status, method and host, as Kubernetes' own clients count them; the status is `<error>` where there was no answer",
+                ),
+                &["code", "method", "host"],
+            )?,
             received_bytes: IntCounter::new(
                 "dataplane_source_received_bytes_total",
                 "What the API server has answered, in bytes, without headers",
@@ -58,6 +66,7 @@ impl SourceMetrics {
             )?,
         };
         registry.register(Box::new(metrics.requests.clone()))?;
+        registry.register(Box::new(metrics.by_outcome.clone()))?;
         registry.register(Box::new(metrics.received_bytes.clone()))?;
         registry.register(Box::new(metrics.lists.clone()))?;
         registry.register(Box::new(metrics.errors.clone()))?;
@@ -77,6 +86,13 @@ impl SourceMetrics {
             self.listed.with_label_values(label);
             self.last_event.with_label_values(label);
         }
+    }
+
+    /// A request was answered with an HTTP status, or not at all. `server`: its URL.
+    pub fn answered(&self, server: &str, method: &str, status: Option<u16>) {
+        let code = status.map_or_else(|| "<error>".to_owned(), |status| status.to_string());
+        let host = server.split_once("://").map_or(server, |(_, host)| host);
+        self.by_outcome.with_label_values(&[&*code, method, host]).inc();
     }
 
     #[expect(clippy::disallowed_methods, reason = "Prometheus reads it")]

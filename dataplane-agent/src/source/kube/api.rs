@@ -203,8 +203,9 @@ impl Api {
         body: Option<(&'static str, String)>,
     ) -> Result<Answer<'_>, ApiError> {
         let (client, generation, server) = self.client()?;
+        let answered = |status| self.state.answered(&server, method.as_str(), status);
         let mut request = Request::builder()
-            .method(method)
+            .method(method.clone())
             .uri(path)
             .header(header::ACCEPT, accept)
             .header(header::USER_AGENT, USER_AGENT);
@@ -220,17 +221,20 @@ impl Api {
         let response = match time::timeout(ANSWER, client.send(request)).await {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => {
+                answered(None);
                 self.failed(generation, true);
                 let reason = deepest(&error);
                 return Err(ApiError::Unreachable { server, reason });
             }
             Err(_) => {
+                answered(None);
                 self.failed(generation, true);
                 let seconds = ANSWER.as_secs();
                 return Err(ApiError::Silent { server, seconds });
             }
         };
         let status = response.status();
+        answered(Some(status.as_u16()));
         let retry_after = response.headers().get(header::RETRY_AFTER);
         let retry_after = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
         let mut answer = Answer {

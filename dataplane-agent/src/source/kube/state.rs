@@ -90,6 +90,11 @@ impl State {
         }
     }
 
+    /// It was answered with this HTTP status, or not at all.
+    pub fn answered(&self, server: &str, method: &str, status: Option<u16>) {
+        self.metrics.answered(server, method, status);
+    }
+
     pub fn received(&self, bytes: usize) {
         self.metrics.received_bytes.inc_by(bytes as u64);
         self.lock().received_bytes += bytes as u64;

@@ -1,8 +1,10 @@
-//! `flows`: connections through Services as the pinned tables have them, with the names that a running agent knows.
+//! `flows`: connections through Services, and those that policies have allowed, as the pinned tables have them, with the names that a
+//! running agent knows.
 
 use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
+    thread,
     time::Duration,
 };
 
@@ -14,7 +16,7 @@ use super::{
     alone::{self, Places},
     ask,
     names::{Names, SERVICE},
-    output::{Output, table},
+    output::{Output, clear_screen, table},
     pinned,
 };
 use crate::{
@@ -41,7 +43,13 @@ pub struct Filter {
     /// No more than these, the most recently used first; 0: all.
     #[arg(long, default_value = "100")]
     pub limit: usize,
+    /// Show them anew every two seconds, until it is interrupted.
+    #[arg(long, short)]
+    pub watch: bool,
 }
+
+/// Between two looks of `--watch`.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// A name or addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,9 +126,22 @@ pub fn run(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Resul
     if let Some(from) = &filter.from {
         from.check_sender()?;
     }
+    loop {
+        if filter.watch && output == Output::Table {
+            clear_screen()?;
+        }
+        print_once(places, filter, output)?;
+        if !filter.watch {
+            return Ok(());
+        }
+        thread::sleep(AGAIN);
+    }
+}
+
+fn print_once(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Result<()> {
     let Places { bpffs, socket } = places;
     let pins = pinned(bpffs)?;
-    let mut flows = flows::read(&pins).context("failed to read the tables of flows")?;
+    let mut flows = flows::read_all(&pins).context("failed to read the tables of flows")?;
     flows.retain(|flow| filter.lets_through(flow));
     let by_name = named([&filter.from, &filter.to]).next().is_some();
     let mut names = Names::default();
@@ -165,7 +186,7 @@ pub fn latest(
     limit: usize,
     within: Duration,
 ) -> anyhow::Result<(Vec<Shown>, usize)> {
-    let mut flows = flows::read(&pinned(bpffs)?).context("failed to read the tables of flows")?;
+    let mut flows = flows::read_all(&pinned(bpffs)?).context("failed to read the tables of flows")?;
     let found = flows.len();
     flows.truncate(limit);
     let mut names = Names::default();
@@ -203,7 +224,7 @@ impl Shown {
     fn of(flow: &Flow, names: &Names) -> Self {
         let pod = |addr: SocketAddr| names.pod(addr.ip()).cloned();
         Self {
-            protocol: encode::protocol(flow.proto).map_or("other", Protocol::as_str),
+            protocol: protocol(flow.proto),
             from: flow.client,
             from_pod: pod(flow.client),
             to: flow.asked,
@@ -214,6 +235,14 @@ impl Shown {
             state: flow.state,
             idle_seconds: flow.idle.as_secs(),
         }
+    }
+}
+
+fn protocol(number: u8) -> &'static str {
+    match number {
+        1 => "ICMP",
+        58 => "ICMPv6",
+        _ => encode::protocol(number).map_or("other", Protocol::as_str),
     }
 }
 

@@ -2,10 +2,15 @@
 
 use std::{
     fmt::Display,
-    io::{self, Write},
+    io::{self, IsTerminal as _, Write},
 };
 
 use comfy_table::{Table, presets};
+use ratatui::crossterm::{
+    cursor::MoveTo,
+    execute,
+    terminal::{Clear, ClearType},
+};
 use serde::Serialize;
 
 use crate::served::Problem;
@@ -33,6 +38,16 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|error| unprinted(error, "failed to print"))
+}
+
+/// Makes a terminal empty, for what is shown anew.
+pub fn clear_screen() -> anyhow::Result<()> {
+    let mut out = io::stdout();
+    if out.is_terminal() {
+        execute!(out, Clear(ClearType::All), MoveTo(0, 0))
+            .map_err(|error| unprinted(error, "failed to print"))?;
+    }
+    Ok(())
 }
 
 /// Whoever read what is printed has had enough (`| head`): the end of a command, and no failure.

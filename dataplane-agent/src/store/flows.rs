@@ -1,13 +1,17 @@
 //! `FLOWS_V4`, `FLOWS_V6`, `HALF_OPEN_V4` and `HALF_OPEN_V6`, read: a connection from its two entries, whichever are there.
+//! And `POLICY_FLOWS_V4` and `POLICY_FLOWS_V6`: what policies have allowed, of which no Service is known.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
-use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, flow_flags, flow_state};
+use dataplane_common::{
+    flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, flow_flags, flow_state},
+    policy::{PolicyFlow, PolicyFlowKey4, PolicyFlowKey6, policy_flow_flags},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::{
@@ -28,6 +32,8 @@ pub enum FlowState {
     HalfOpen,
     /// Left to netfilter, which translates it as it did before there was anything of ours.
     Left,
+    /// Policies have allowed it, at a Pod that they select, and nothing here translates it.
+    Allowed,
 }
 
 impl FlowState {
@@ -37,11 +43,12 @@ impl FlowState {
             FlowState::Closing => "closing",
             FlowState::HalfOpen => "half-open",
             FlowState::Left => "left",
+            FlowState::Allowed => "allowed",
         }
     }
 }
 
-/// A translated flow.
+/// A translated flow, or one that policies have allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
     pub proto: u8,
@@ -105,6 +112,34 @@ pub fn read(pins: &Pins) -> io::Result<Vec<Flow>> {
     Ok(flows.finish(sys::ticks()))
 }
 
+/// [`read`], and those that policies have allowed at Pods of this node and no Service translates here.
+pub fn read_all(pins: &Pins) -> io::Result<Vec<Flow>> {
+    let mut flows = read(pins)?;
+    let mut allowed = Flows::default();
+    let v4: MapFd<PolicyFlowKey4, PolicyFlow> = MapFd::new(pins.open_map(names::POLICY_FLOWS_V4)?)?;
+    v4.for_each(|key, flow| {
+        let addr = |addr: u32| IpAddr::from(addr.to_ne_bytes());
+        let ends = [(key.pod_be, key.pod_port_be), (key.peer_be, key.peer_port_be)];
+        allowed.add_allowed(key.proto, ends.map(|(of, port)| (addr(of), port)), flow);
+    })?;
+    let v6: MapFd<PolicyFlowKey6, PolicyFlow> = MapFd::new(pins.open_map(names::POLICY_FLOWS_V6)?)?;
+    v6.for_each(|key, flow| {
+        let addr = |addr: [u32; 4]| IpAddr::from(bytemuck::cast::<_, [u8; 16]>(addr));
+        let ends = [(key.pod_be, key.pod_port_be), (key.peer_be, key.peer_port_be)];
+        allowed.add_allowed(key.proto, ends.map(|(of, port)| (addr(of), port)), flow);
+    })?;
+    add_others(&mut flows, allowed.finish(sys::ticks()));
+    Ok(flows)
+}
+
+/// Adds flows that are not there yet, as their endpoints see them.
+fn add_others(flows: &mut Vec<Flow>, others: Vec<Flow>) {
+    let seen = |flow: &Flow| (flow.proto, flow.seen_as.unwrap_or(flow.client), flow.backend);
+    let known: HashSet<_> = flows.iter().map(seen).collect();
+    flows.extend(others.into_iter().filter(|flow| !known.contains(&seen(flow))));
+    flows.sort_by_key(|flow| flow.idle);
+}
+
 /// Flows by client, what it asked for and protocol, with the ticks of their last packet.
 #[derive(Default)]
 struct Flows(BTreeMap<(SocketAddr, SocketAddr, u8), (Flow, u32)>);
@@ -151,6 +186,31 @@ impl Flows {
         // One that is established may have an older entry among the half-open ones.
         known.state = known.state.min(state);
         *seen = (*seen).max(meta.seen_ticks);
+    }
+
+    /// `ends`: the Pod and its peer, with their ports in network byte order.
+    fn add_allowed(&mut self, proto: u8, ends: [(IpAddr, u16); 2], flow: &PolicyFlow) {
+        let [pod, peer] = ends.map(|(addr, port_be)| SocketAddr::new(addr, u16::from_be(port_be)));
+        let (client, to) = if flow.flags & policy_flow_flags::FROM_POD == 0 {
+            (peer, pod)
+        } else {
+            (pod, peer)
+        };
+        let new = Flow {
+            proto,
+            client,
+            asked: to,
+            backend: to,
+            seen_as: None,
+            state: FlowState::Allowed,
+            idle: Duration::ZERO,
+        };
+        // Both of its Pods may be here.
+        let (_, seen) = self
+            .0
+            .entry((client, to, proto))
+            .or_insert((new, flow.seen_ticks));
+        *seen = (*seen).max(flow.seen_ticks);
     }
 
     fn finish(self, now: u32) -> Vec<Flow> {
@@ -232,5 +292,43 @@ mod tests {
             (FlowState::Left, addr(pair[1]))
         );
         assert_eq!(found[0].idle, Duration::ZERO, "a clock that was set back");
+    }
+
+    #[test]
+    fn what_policies_have_allowed_is_a_flow_where_no_service_has_it() {
+        let [pod, peer, node] = ["10.0.0.1:1", "10.0.1.2:8080", "192.0.2.1:61000"].map(addr);
+        let of = |flags, seen_ticks| PolicyFlow {
+            flags,
+            seen_ticks,
+            ..PolicyFlow::default()
+        };
+        let ends = |pod: SocketAddr, peer: SocketAddr| [pod, peer].map(|end| (end.ip(), end.port().to_be()));
+        let mut allowed = Flows::default();
+        // As either of its Pods sees it, and one that has come through a Service.
+        allowed.add_allowed(6, ends(pod, peer), &of(policy_flow_flags::FROM_POD, 8));
+        allowed.add_allowed(6, ends(peer, pod), &of(0, 9));
+        allowed.add_allowed(6, ends(peer, node), &of(0, 9));
+        let mut flows = Flows::default();
+        flows.add(&entry(
+            0,
+            ["10.0.0.7:5", "10.96.0.1:80"],
+            ["192.0.2.1:61000", "10.0.1.2:8080"],
+            7,
+            false,
+        ));
+        let mut flows = flows.finish(10);
+        add_others(&mut flows, allowed.finish(10));
+        let shown: Vec<_> = flows
+            .iter()
+            .map(|flow| (flow.client, flow.asked, flow.state))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                (pod, peer, FlowState::Allowed),
+                (addr("10.0.0.7:5"), addr("10.96.0.1:80"), FlowState::Established)
+            ]
+        );
+        assert_eq!(flows[0].idle, Duration::from_nanos(1 << 30));
     }
 }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use dataplane_tests::agent;
 use dataplane_tests::api;
 use dataplane_tests::api::served::Served;
-use dataplane_tests::places::Places;
+use dataplane_tests::places::{Owned, Places};
 use dataplane_tests::worker::protocol::HerdReport;
 
 use crate::proxy::Proxies;
@@ -41,20 +41,11 @@ fn with_kube_proxy(name: &str, test: impl FnOnce(&Stage, &mut Proxies) -> Result
         println!("skipped: there is no {}", proxy.display());
         return Ok(());
     }
-    let folder = Folder(Places::create(&format!("{name}-api"))?);
+    let folder = Owned(Places::create(&format!("{name}-api"))?);
     let served = Arc::new(Served::start(&binaries, &folder.0.work.join("server"))?);
     let stage = Stage::set(name, Some(&served), program)?;
     let mut proxies = Proxies::start(&stage.cluster, &served, &proxy)?;
     test(&stage, &mut proxies)
-}
-
-/// Where the server keeps its data.
-struct Folder(Places);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        self.0.remove();
-    }
 }
 
 #[test]

@@ -28,7 +28,12 @@ const AT_LEAST: u32 = 200;
 
 #[test]
 fn from_kube_proxy_by_iptables() -> Result<()> {
-    with_kube_proxy("ti", take_over)
+    with_kube_proxy("ti", |stage, proxies| {
+        stage.wait_until_served()?;
+        stage.start_streams()?;
+        take_over(stage, proxies)?;
+        stage.end_streams()
+    })
 }
 
 /// A cluster that kube-proxy itself serves, in iptables mode.

@@ -1,6 +1,6 @@
 //! The cluster of these tests, in both families, and its agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,6 +35,16 @@ pub const CLIENTS: [(&str, &str); 6] = [
     // An endpoint that may meet itself.
     ("be1", "10.96.0.41:80"),
 ];
+/// Who sends datagrams all along, and where.
+const STREAMS: [(&str, &str); 3] = [
+    ("client1", "10.96.0.41:53"),
+    ("ext1", "192.168.77.11:30053"),
+    ("node1", "10.96.0.41:53"),
+];
+const DATAGRAM_PORT: u16 = 30053;
+const PER_SECOND: u32 = 50;
+/// Datagrams of a stream that may be without an answer: what was in flight when hooks came or went.
+const IN_FLIGHT: usize = 5;
 /// How long one exchange may take; machines that run tests are busy.
 const EXCHANGE_MS: u64 = 20_000;
 const CALL: Duration = Duration::from_mins(4);
@@ -102,6 +112,7 @@ impl Stage {
         let cluster = Cluster::build(name, shape, &helper)?;
         for (name, _) in BACKENDS {
             cluster.listen(name, Proto::Tcp, PORT)?;
+            cluster.listen(name, Proto::Udp, PORT)?;
         }
         let folder = Manifests::create_in(&cluster.places().work, served)?;
         let stage = Self {
@@ -129,7 +140,10 @@ impl Stage {
             "spec": {
                 "type": "NodePort", "clusterIP": SERVICE[0], "clusterIPs": SERVICE,
                 "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
-                "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT, "nodePort": NODE_PORT}],
+                "ports": [
+                    {"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT, "nodePort": NODE_PORT},
+                    {"name": "dns", "port": 53, "protocol": "UDP", "targetPort": PORT, "nodePort": DATAGRAM_PORT},
+                ],
             },
         }))?;
         for (family, kind) in ["IPv4", "IPv6"].into_iter().enumerate() {
@@ -148,7 +162,10 @@ impl Stage {
                     "labels": {"kubernetes.io/service-name": "svc1"},
                 },
                 "endpoints": endpoints.collect::<Vec<Value>>(),
-                "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
+                "ports": [
+                    {"name": "http", "port": PORT, "protocol": "TCP"},
+                    {"name": "dns", "port": PORT, "protocol": "UDP"},
+                ],
             }))?;
         }
         Ok(())
@@ -186,6 +203,42 @@ impl Stage {
             timeout_ms: EXCHANGE_MS,
         };
         self.ask(client, &request)
+    }
+
+    /// Begins to send datagrams.
+    pub fn start_streams(&self) -> Result<()> {
+        for (client, to) in STREAMS {
+            let request = Request::StreamStart {
+                name: to.to_owned(),
+                to: to.parse()?,
+                per_second: PER_SECOND,
+            };
+            self.cluster.worker(client)?.call(request, CALL)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the streams: each has met one endpoint from its first datagram to its last.
+    pub fn end_streams(&self) -> Result<()> {
+        for (client, to) in STREAMS {
+            let request = Request::StreamReport {
+                name: to.to_owned(),
+                stop: true,
+            };
+            let Response::Stream { answered, reopened } = self.cluster.worker(client)?.call(request, CALL)?
+            else {
+                bail!("{client} has no stream to {to}");
+            };
+            let by: BTreeSet<&String> = answered.iter().flatten().collect();
+            let lost = answered.iter().filter(|by| by.is_none()).count();
+            println!("{lost} of {} datagrams of {client} to {to} got no answer", answered.len());
+            ensure!(
+                by.len() == 1 && lost <= IN_FLIGHT && reopened.is_empty(),
+                "{client} to {to}: answered by {by:?}, {lost} of {} without an answer, {reopened:?}",
+                answered.len()
+            );
+        }
+        Ok(())
     }
 
     fn ask(&self, client: &str, request: &Request) -> Result<HerdReport> {

@@ -176,7 +176,11 @@ fn packets_are_larger_than_the_path(stage: &mut Stage) -> Result<()> {
         "{seen}"
     );
     // A Pod's packets leave by the stack, which tells their sender: where it is narrow, `explain` says.
-    explained(stage, true, "is reached by eth0 with MTU 1300, next hop 192.168.77.12")?;
+    explained(
+        stage,
+        true,
+        "is reached by eth0 with MTU 1300, next hop 192.168.77.12",
+    )?;
     let links = stage.cluster.node_links(NODE)?;
     links.delete_route(pods, narrow)?;
     links.add_route(pods, wide)?;

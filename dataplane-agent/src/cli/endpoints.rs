@@ -99,7 +99,7 @@ pub fn run(service: Option<&Which>, places: Places<'_>, output: Listing) -> anyh
             let way_out = "without a name, the endpoints of all Services are shown, by address";
             return Err(alone::only_an_agent(&error, "names", way_out));
         }
-        Err(error) => alone::instead(&error, || Counted::read(bpffs))?,
+        Err(error) => alone::instead(error, || Counted::read(bpffs))?.noted(),
     };
     let shown = counted.shown(&known);
     match output {

@@ -88,7 +88,7 @@ fn by_tables(places: Places<'_>, query: &Query) -> anyhow::Result<Vec<Explained>
                 let way_out = "give addresses, or a folder with --manifests";
                 return Err(alone::only_an_agent(&error, "names", way_out));
             }
-            return alone::instead(&error, || by_tables_alone(places.bpffs, query));
+            return Ok(alone::instead(error, || by_tables_alone(places.bpffs, query))?.noted());
         }
     };
     let Answered { flows, error } = answer.value()?;

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
-    alone::{self, Places},
+    alone::{self, Places, Said},
     ask,
     names::{Names, SERVICE},
     output::{Output, clear_screen, table},
@@ -179,20 +179,28 @@ fn learn(names: &mut Names, socket: &Path, flows: &[Flow], within: Duration) -> 
     names.learn_pods(socket, ends, within)
 }
 
-/// The flows that were used most recently, `limit` of them, and how many there are; with names if the agent tells any, each time `within`.
-pub fn latest(
-    bpffs: &Path,
-    socket: &Path,
-    limit: usize,
-    within: Duration,
-) -> anyhow::Result<(Vec<Shown>, usize)> {
+/// Flows that were used most recently.
+#[derive(Debug, Serialize)]
+pub struct Latest {
+    flows: Vec<Shown>,
+    /// How many there are in all.
+    found: usize,
+}
+
+/// `limit` flows of the tables, with names if the agent tells any, each time `within`.
+pub fn latest(places: Places<'_>, limit: usize, within: Duration) -> anyhow::Result<Said<Latest>> {
+    let Places { bpffs, socket } = places;
     let mut flows = flows::read_all(&pinned(bpffs)?).context("failed to read the tables of flows")?;
     let found = flows.len();
     flows.truncate(limit);
     let mut names = Names::default();
     // Addresses have to do where it tells none.
-    let _unnamed = learn(&mut names, socket, &flows, within);
-    Ok((flows.iter().map(|flow| Shown::of(flow, &names)).collect(), found))
+    let alone = learn(&mut names, socket, &flows, within).err();
+    let flows = flows.iter().map(|flow| Shown::of(flow, &names)).collect();
+    Ok(Said {
+        value: Latest { flows, found },
+        alone,
+    })
 }
 
 impl Filter {

@@ -1,12 +1,12 @@
 //! `policies`: what policies do on a node, rule by rule.
 
-use std::{collections::HashMap, net::IpAddr, path::Path};
+use std::{collections::HashMap, net::IpAddr, path::Path, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use serde::Serialize;
 
 use super::{
-    alone::{self, Places},
+    alone::{self, Places, Said},
     ask,
     output::{self, Output, table},
     pinned,
@@ -21,9 +21,19 @@ use crate::{
     },
 };
 
-/// What is printed of a node's tables.
+/// What policies do on a node.
 #[derive(Debug, Serialize)]
-struct InTables {
+#[serde(untagged)]
+pub enum OfNode {
+    /// As an agent says.
+    Enforced(Enforced),
+    /// As its tables do.
+    Pods(InTables),
+}
+
+/// A node's tables.
+#[derive(Debug, Serialize)]
+pub struct InTables {
     pods: Vec<ShownPod>,
 }
 
@@ -35,55 +45,86 @@ struct ShownPod {
     pod: TablePod,
 }
 
+/// Why there is nothing to say of a Pod.
+#[derive(Debug, thiserror::Error)]
+pub enum NoPod {
+    #[error("a Pod is named NAMESPACE/NAME, or by one of its addresses")]
+    Misnamed,
+    #[error("no Pod of this node with an interface of its own is called {0}")]
+    Name(Name),
+    #[error("no Pod of this node with an interface of its own has the address {0}")]
+    Addr(IpAddr),
+}
+
 /// Prints what an agent says, or what its tables do.
 pub fn run(places: Places<'_>, output: Output) -> anyhow::Result<()> {
-    match ask::value::<Enforced>(places.socket, "/policies") {
-        Ok(enforced) => output.print(&enforced, render),
-        Err(error) => {
-            let pods = alone::instead(&error, || in_tables(places.bpffs, |tables| Ok(tables.pods()?)))?;
-            let devices = device_names().unwrap_or_default();
-            let pods = pods.into_iter().map(|pod| ShownPod {
-                device: devices.get(&pod.ifindex).cloned(),
-                pod,
-            });
-            let shown = InTables { pods: pods.collect() };
-            output.print(&shown, render_tables)
-        }
-    }
+    output.print(&of_node(places, ask::WITHIN)?.noted(), |shown| match shown {
+        OfNode::Enforced(enforced) => render(enforced),
+        OfNode::Pods(pods) => render_tables(pods),
+    })
 }
 
 /// Prints what an agent, or its tables, say about a Pod, which has a name or an address.
 pub fn run_for(pod: &str, places: Places<'_>, output: Output) -> anyhow::Result<()> {
-    let of_pod = match pod.parse::<IpAddr>() {
-        Ok(addr) => of_addr(addr.to_canonical(), places)?,
-        Err(_) => of_name(pod, places.socket)?,
-    };
-    output.print(&of_pod, render_pod)
+    output.print(&of_pod(pod, places, ask::WITHIN)?.noted(), render_pod)
 }
 
-fn of_name(pod: &str, socket: &Path) -> anyhow::Result<OfPod> {
+/// What an agent says, or its tables do. `within`: how long the agent may be silent.
+pub fn of_node(places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfNode>> {
+    let of_agent = ask::reach_within(places.socket, "/policies", within).and_then(|answer| answer.value());
+    match of_agent {
+        Ok(enforced) => Ok(Said::by_agent(OfNode::Enforced(enforced))),
+        Err(error) => {
+            let pods = alone::instead(error, || in_tables(places.bpffs, |tables| Ok(tables.pods()?)))?;
+            let devices = device_names().unwrap_or_default();
+            let with_device = |pod: TablePod| ShownPod {
+                device: devices.get(&pod.ifindex).cloned(),
+                pod,
+            };
+            Ok(pods.map(|pods| {
+                let pods = pods.into_iter().map(with_device).collect();
+                OfNode::Pods(InTables { pods })
+            }))
+        }
+    }
+}
+
+/// The same about a Pod, which has a name or an address; by its name an agent alone knows it.
+pub fn of_pod(pod: &str, places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfPod>> {
+    match pod.parse::<IpAddr>() {
+        Ok(addr) => of_addr(addr.to_canonical(), places, within),
+        Err(_) => of_name(pod, places.socket, within).map(Said::by_agent),
+    }
+}
+
+fn of_name(pod: &str, socket: &Path, within: Duration) -> anyhow::Result<OfPod> {
     let name = pod
         .parse()
         .ok()
         .filter(|name: &Name| !name.namespace().is_empty());
-    let name = name.context("a Pod is named NAMESPACE/NAME, or by one of its addresses")?;
-    let answer = ask::reach(socket, &format!("/policies?pod={name}")).map_err(|error| {
+    let name = name.ok_or(NoPod::Misnamed)?;
+    let path = format!("/policies?pod={name}");
+    let answer = ask::reach_within(socket, &path, within).map_err(|error| {
         let way_out = "give an address of the Pod; `policies` alone shows all of them";
         alone::only_an_agent(&error, "names", way_out)
     })?;
-    ensure!(
-        answer.status != 404,
-        "no Pod of this node with an interface of its own is called {name}"
-    );
+    if answer.status == 404 {
+        bail!(NoPod::Name(name));
+    }
     answer.value()
 }
 
-fn of_addr(addr: IpAddr, places: Places<'_>) -> anyhow::Result<OfPod> {
-    let nobody = || format!("no Pod of this node with an interface of its own has the address {addr}");
-    match ask::value::<HashMap<IpAddr, String>>(places.socket, &format!("/names?of={addr}")) {
-        Ok(names) => of_name(names.get(&addr).with_context(nobody)?, places.socket),
-        Err(error) => alone::instead(&error, || {
-            in_tables(places.bpffs, |tables| tables.of(addr)?.with_context(nobody))
+fn of_addr(addr: IpAddr, places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfPod>> {
+    let nobody = NoPod::Addr(addr);
+    let of_agent = ask::reach_within(places.socket, &format!("/names?of={addr}"), within)
+        .and_then(|answer| answer.value::<HashMap<IpAddr, String>>());
+    match of_agent {
+        Ok(names) => {
+            let name = names.get(&addr).ok_or(nobody)?;
+            of_name(name, places.socket, within).map(Said::by_agent)
+        }
+        Err(error) => alone::instead(error, || {
+            in_tables(places.bpffs, |tables| Ok(tables.of(addr)?.ok_or(nobody)?))
         }),
     }
 }

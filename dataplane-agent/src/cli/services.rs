@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     str::FromStr,
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -12,7 +13,7 @@ use dataplane_common::device::own_flags;
 use serde::Serialize;
 
 use super::{
-    alone::{self, Places},
+    alone::{self, Places, Said},
     ask,
     names::SERVICE,
     output::{self, Output, note, number, percent, table},
@@ -72,9 +73,9 @@ pub struct Asked<'a> {
     pub problems: bool,
 }
 
-/// Everything that is printed.
+/// What is served, and what is not.
 #[derive(Debug, Default, Serialize)]
-struct Shown {
+pub struct Shown {
     objects: Vec<ShownObject>,
     problems: Vec<Problem>,
     conditions: Vec<Condition>,
@@ -113,14 +114,13 @@ struct ShownBackend {
 /// Prints the Services of an agent and its tables, or only what is wrong with them.
 pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
     let Places { bpffs, socket } = asked.places;
-    let of_agent: anyhow::Result<Served> = ask::value(socket, "/services");
     let format = if output == Listing::Json {
         Output::Json
     } else {
         Output::Table
     };
     if asked.problems {
-        let served = of_agent.map_err(|error| {
+        let served = ask::value(socket, "/services").map_err(|error| {
             let way_out = "without --problems, what the tables serve is shown";
             alone::only_an_agent(&error, "problems", way_out)
         })?;
@@ -130,22 +130,7 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
         }
         return format.print(&shown.problems, |problems| of_problems(problems));
     }
-    let mut shown = match of_agent {
-        Ok(served) => {
-            let tables = match output {
-                Listing::Table => None,
-                // Who may only ask the agent gets what it says.
-                Listing::Json => Tables::read(bpffs).ok(),
-                Listing::Wide => Some(Tables::read(bpffs)?),
-            };
-            Shown::of_agent(served, tables.as_ref())
-        }
-        Err(error) if matches!(asked.service, Some(Which::Named(_))) => {
-            let way_out = "without a name, all that the tables serve is shown; `-o wide` has the endpoints";
-            return Err(alone::only_an_agent(&error, "names", way_out));
-        }
-        Err(error) => Shown::of_tables(&alone::instead(&error, || Tables::read(bpffs))?),
-    };
+    let mut shown = answer(asked, output, ask::WITHIN)?.noted();
     if let Some(service) = asked.service {
         shown.narrow(service, |addr| node_ports_answer(bpffs, addr))?;
     }
@@ -153,10 +138,37 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
     format.print(&shown, |shown| render(shown, is_wide))
 }
 
+/// All that an agent serves, or that its tables do; with as much of endpoints as `output` shows. `within`: how long the agent may be
+/// silent.
+pub fn answer(asked: &Asked<'_>, output: Listing, within: Duration) -> anyhow::Result<Said<Shown>> {
+    let Places { bpffs, socket } = asked.places;
+    let of_agent = ask::reach_within(socket, "/services", within).and_then(|answer| answer.value());
+    match of_agent {
+        Ok(served) => {
+            let tables = match output {
+                Listing::Table => None,
+                // Who may only ask the agent gets what it says.
+                Listing::Json => Tables::read(bpffs, true).ok(),
+                Listing::Wide => Some(Tables::read(bpffs, true)?),
+            };
+            Ok(Said::by_agent(Shown::of_agent(served, tables.as_ref())))
+        }
+        Err(error) if matches!(asked.service, Some(Which::Named(_))) => {
+            let way_out = "without a name, all that the tables serve is shown; `-o wide` has the endpoints";
+            Err(alone::only_an_agent(&error, "names", way_out))
+        }
+        Err(error) => {
+            let with_flows = output != Listing::Table;
+            let tables = alone::instead(error, || Tables::read(bpffs, with_flows))?;
+            Ok(tables.map(|tables| Shown::of_tables(&tables)))
+        }
+    }
+}
+
 /// What the pinned tables hold.
 pub(super) struct Tables {
     pub frontends: Vec<TableFrontend>,
-    /// `None`: they could not be read.
+    /// `None`: they could not be read, or nobody asked for them.
     pub flows: Option<Vec<Flow>>,
 }
 
@@ -180,9 +192,16 @@ pub(super) fn unknown(service: &str) -> String {
 }
 
 impl Tables {
-    fn read(bpffs: &Path) -> anyhow::Result<Self> {
+    fn read(bpffs: &Path, with_flows: bool) -> anyhow::Result<Self> {
         let pins = pinned(bpffs)?;
-        Self::of(&pins, &BpfStore::open(&pins)?)
+        let store = BpfStore::open(&pins)?;
+        if with_flows {
+            return Self::of(&pins, &store);
+        }
+        Ok(Self {
+            frontends: frontends(&store)?,
+            flows: None,
+        })
     }
 
     /// Flows are left out where their tables cannot be read, which is said on stderr.
@@ -190,7 +209,7 @@ impl Tables {
         let flows = flows::read(pins)
             .inspect_err(|error| note(format_args!("no flows: failed to read their tables: {error}")));
         Ok(Self {
-            frontends: read(store).context("failed to read the pinned tables")?,
+            frontends: frontends(store)?,
             flows: flows.ok(),
         })
     }
@@ -228,6 +247,10 @@ impl Tables {
         });
         shown.collect()
     }
+}
+
+fn frontends(store: &BpfStore) -> anyhow::Result<Vec<TableFrontend>> {
+    read(store).context("failed to read the pinned tables")
 }
 
 impl Shown {
@@ -472,6 +495,12 @@ mod tests {
         // And the same without an agent.
         let alone = Shown::of_tables(&tables());
         assert_eq!(alone.objects[0].frontends[..], shown.objects[0].frontends[..1]);
+        let without_flows = Shown::of_tables(&Tables {
+            flows: None,
+            ..tables()
+        });
+        let backends = without_flows.objects[0].frontends[0].backends.as_ref().unwrap();
+        assert!(backends.iter().all(|backend| backend.flows.is_none()));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::state::{Top, View};
 use super::{
-    alone::{self, Places},
+    alone::{self, Places, Said},
     ask::{self, Answer},
     output::{print, table},
 };
@@ -94,6 +94,15 @@ pub fn run(places: Places<'_>, interval: Duration, once: bool) -> anyhow::Result
     Ok(())
 }
 
+/// What an agent has counted, or its tables. `within`: how long the agent may be silent.
+pub fn load(places: Places<'_>, within: Duration) -> anyhow::Result<Said<Load>> {
+    let Places { socket, bpffs } = places;
+    match ask::reach_within(socket, "/load", within) {
+        Ok(answer) => Ok(Said::by_agent(of_answer(socket, &answer)?)),
+        Err(error) => alone::instead(error, || tables::load(bpffs)),
+    }
+}
+
 /// Gives the terminal back, on whichever way it is left. After a panic a hook of ratatui's does.
 struct Screen;
 
@@ -112,15 +121,12 @@ enum Source {
 
 impl Source {
     fn find(places: Places<'_>) -> anyhow::Result<(Self, Load)> {
-        let Places { socket, bpffs } = places;
-        let agent = ask::reach(socket, "/load");
-        match agent {
-            Ok(answer) => Ok((Self::Agent(socket.to_owned()), of_answer(socket, &answer)?)),
-            Err(error) => {
-                let load = alone::instead(&error, || tables::load(bpffs))?;
-                Ok((Self::Tables(bpffs.to_owned()), load))
-            }
-        }
+        let said = load(places, ask::WITHIN)?;
+        let source = match said.alone {
+            None => Self::Agent(places.socket.to_owned()),
+            Some(_) => Self::Tables(places.bpffs.to_owned()),
+        };
+        Ok((source, said.noted()))
     }
 
     fn load(&self) -> anyhow::Result<Load> {

@@ -1,4 +1,4 @@
-//! `ui`: a page for a browser, of what an agent tells and of the flows in its tables. It reads, and changes nothing.
+//! `ui`: a page for a browser, of what an agent tells, or the pinned tables where none does. It reads, and changes nothing.
 
 mod api;
 mod site;
@@ -9,7 +9,10 @@ use anyhow::Context;
 use hyper::header::HOST;
 
 use self::site::Site;
-use super::output::{note, print};
+use super::{
+    alone,
+    output::{note, print},
+};
 use crate::health::http::{self, Listener};
 
 /// Where what is shown comes from.
@@ -19,6 +22,15 @@ pub struct Places {
     pub socket: PathBuf,
     /// The BPF file system of the agent.
     pub bpffs: PathBuf,
+}
+
+impl Places {
+    fn borrowed(&self) -> alone::Places<'_> {
+        alone::Places {
+            bpffs: &self.bpffs,
+            socket: &self.socket,
+        }
+    }
 }
 
 /// Serves the page until it is killed; prints where.

@@ -1,7 +1,7 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 use dataplane_common::{
@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    alone::{self, Places},
+    alone::{self, Places, Said},
     ask,
     output::{Output, print, table},
     pinned,
@@ -30,10 +30,10 @@ const JITTER: Duration = Duration::from_millis(5);
 /// Prints what the agent has kept, or where none answers what none has taken yet; and with `follow` what comes, until it is told to
 /// stop.
 pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
-    let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
     if !follow {
-        return show(&teller.next(places)?, output);
+        return show(&after(0, places, ask::WITHIN)?.noted(), output);
     }
+    let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("failed to start the runtime")?.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
@@ -56,6 +56,53 @@ fn show(told: &[Told], output: Output) -> anyhow::Result<()> {
     })
 }
 
+/// What was decided after the verdict with a number, by what the agent has kept, or by what waits for one; each has numbers of its own.
+/// `within`: how long the agent may be silent.
+pub fn after(number: u64, places: Places<'_>, within: Duration) -> anyhow::Result<Said<Vec<Told>>> {
+    match of_agent(number, places.socket, within) {
+        Ok(told) => Ok(Said::by_agent(told)),
+        Err(error) => alone::instead(error, || {
+            let mut told = Waiting::open(places.bpffs)?.next();
+            told.retain(|told| told.number > number);
+            Ok(told)
+        }),
+    }
+}
+
+fn of_agent(after: u64, socket: &Path, within: Duration) -> anyhow::Result<Vec<Told>> {
+    ask::reach_within(socket, &format!("/verdicts?after={after}"), within)?.value()
+}
+
+/// What no agent has taken yet. It is numbered from the oldest on, which stays where it is.
+#[derive(Debug)]
+struct Waiting {
+    events: Untaken,
+    /// Of what was told last.
+    number: u64,
+}
+
+impl Waiting {
+    fn open(bpffs: &Path) -> anyhow::Result<Self> {
+        Ok(Self {
+            events: Untaken::open(&pinned(bpffs)?).context("failed to open the ring of verdicts")?,
+            number: 0,
+        })
+    }
+
+    /// What has not been told yet.
+    fn next(&mut self) -> Vec<Told> {
+        let told = self.events.read().into_iter().map(|(event, rule)| {
+            self.number += 1;
+            Told {
+                number: self.number,
+                policy: rule.map(|rule| policy_called(rule.policy)),
+                ..by_addresses(&event, rule)
+            }
+        });
+        told.collect()
+    }
+}
+
 /// Who tells. Agents come and go while verdicts are followed.
 #[derive(Debug)]
 struct Teller {
@@ -70,8 +117,7 @@ struct Teller {
 enum By {
     /// With the number of what it told last.
     Agent(u64),
-    /// What waits for an agent, with the number of what was told last.
-    Ring(Untaken, u64),
+    Ring(Waiting),
 }
 
 impl Teller {
@@ -86,51 +132,32 @@ impl Teller {
     /// What has not been told yet.
     fn next(&mut self, places: Places<'_>) -> anyhow::Result<Vec<Told>> {
         let by_then = self.last.checked_add(JITTER).unwrap_or(self.last);
-        if let By::Ring(events, _) = &self.by
-            && events.is_taken()
+        if let By::Ring(waiting) = &self.by
+            && waiting.events.is_taken()
         {
             // An agent has come: it has what was not seen here, and names.
             *self = Self::agent(by_then);
         }
         let mut told = match &mut self.by {
-            By::Ring(events, number) => unnamed(events, number),
-            By::Agent(number) => {
-                match ask::value::<Vec<Told>>(places.socket, &format!("/verdicts?after={number}")) {
-                    Ok(told) => {
-                        *number = told.last().map_or(*number, |told| told.number);
-                        told
-                    }
-                    Err(error) => {
-                        let mut events = alone::instead(&error, || {
-                            Untaken::open(&pinned(places.bpffs)?)
-                                .context("failed to open the ring of verdicts")
-                        })?;
-                        let mut number = 0;
-                        let told = unnamed(&mut events, &mut number);
-                        self.since = by_then;
-                        self.by = By::Ring(events, number);
-                        told
-                    }
+            By::Ring(waiting) => waiting.next(),
+            By::Agent(number) => match of_agent(*number, places.socket, ask::WITHIN) {
+                Ok(told) => {
+                    *number = told.last().map_or(*number, |told| told.number);
+                    told
                 }
-            }
+                Err(error) => {
+                    let mut waiting = alone::instead(error, || Waiting::open(places.bpffs))?.noted();
+                    let told = waiting.next();
+                    self.since = by_then;
+                    self.by = By::Ring(waiting);
+                    told
+                }
+            },
         };
         told.retain(|told| told.time > self.since);
         self.last = told.last().map_or(self.last, |told| told.time);
         Ok(told)
     }
-}
-
-/// What no agent has taken yet.
-fn unnamed(events: &mut Untaken, number: &mut u64) -> Vec<Told> {
-    let told = events.read().into_iter().map(|(event, rule)| {
-        *number += 1;
-        Told {
-            number: *number,
-            policy: rule.map(|rule| policy_called(rule.policy)),
-            ..by_addresses(&event, rule)
-        }
-    });
-    told.collect()
 }
 
 /// Who sends from an address that is not its own is its interface.

@@ -5,12 +5,17 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::Command,
+    sync::Mutex,
 };
 
 use dataplane_agent::load::PodLoad;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{fake::Agent, ui::Ui};
+use crate::{
+    fake::Agent,
+    front::{Canned, Front},
+    ui::Ui,
+};
 
 /// A name that would be a part of the page if it were not text.
 const HOSTILE: &str = "shop/<img src=x onerror=alert(1)>";
@@ -27,7 +32,7 @@ fn chromium() -> Option<PathBuf> {
             .find(|program| program.is_file())
     });
     if found.is_none() {
-        println!("SKIPPED: needs a chromium in PATH or named by CHROMIUM (Debian's package chromium)");
+        println!("skipped: needs a chromium in PATH or named by CHROMIUM (Debian's package chromium)");
     }
     found
 }
@@ -66,9 +71,12 @@ fn the_page_shows_services_denials_and_rules_and_asks_nobody_else() {
         ..PodLoad::default()
     }]);
     let ui = Ui::start(&agent.socket());
+    let flows = flows(Some("svc/shop/web"), Some("shop/web-0"), Some(HOSTILE));
+    let flows = Canned::agent(&flows);
+    let front = Front::start(&ui.at, move |path| (path == "/api/flows").then(|| flows.clone()));
     let profile = tempfile::tempdir().unwrap();
     let log = profile.path().join("net.json");
-    let page = format!("http://{}/#shop/db-0", ui.at);
+    let page = format!("http://{}/#shop/db-0", front.at);
     let arguments = [
         "--dump-dom".to_owned(),
         format!("--log-net-log={}", log.display()),
@@ -92,14 +100,20 @@ fn the_page_shows_services_denials_and_rules_and_asks_nobody_else() {
         // What is wrong.
         "ObjectsUsable does not hold",
         "spec.ports[0].protocol: SCTP is not served",
+        // The flow, and how many there are.
+        "<td>shop/web-0 (10.244.1.11:41000)</td><td>svc/shop/web (10.96.0.9:80)</td>",
+        "<td>established</td><td class=\"number\">3 s</td>",
+        "1 of 7",
     ] {
         assert!(dom.contains(expected), "{expected}:\n{dom}");
     }
+    assert!(!dom.contains(ALONE), "{dom}");
     assert!(!dom.contains("<img"), "{dom}");
     let hostile = HOSTILE.replace('<', "&lt;").replace('>', "&gt;");
-    assert!(dom.contains(&hostile), "{dom}");
+    let of_flow = format!("<td>{hostile} (10.244.2.11:8080)</td>");
+    assert!(dom.contains(&of_flow), "{dom}");
 
-    let ours = format!("http://{}/", ui.at);
+    let ours = format!("http://{}/", front.at);
     let asked = asked_by_the_page(&log, &ours);
     assert!(asked.contains(&format!("{ours}api/load")), "{asked:?}");
     for url in &asked {
@@ -108,7 +122,127 @@ fn the_page_shows_services_denials_and_rules_and_asks_nobody_else() {
 
     agent.stop();
     let dom = load(&program, profile.path(), &page, &["--dump-dom".to_owned()]);
-    assert!(dom.contains("The agent does not answer"), "{dom}");
+    assert!(
+        dom.contains("What stands here is old: failed to reach an agent at"),
+        "{dom}"
+    );
+}
+
+/// What the page says where the tables answer.
+const ALONE: &str = "No agent answers: failed to reach an agent at /nowhere: no such file; this is what the pinned tables say, without names";
+
+/// One flow of seven.
+fn flows(service: Option<&str>, from_pod: Option<&str>, endpoint_pod: Option<&str>) -> Value {
+    json!({"found": 7, "flows": [{
+        "protocol": "TCP", "from": "10.244.1.11:41000", "from_pod": from_pod, "to": "10.96.0.9:80", "service": service,
+        "endpoint": "10.244.2.11:8080", "endpoint_pod": endpoint_pod, "seen_as": null, "state": "established", "idle_seconds": 3,
+    }]})
+}
+
+/// What `ui` answers without an agent, in a cluster of one Service and one Pod.
+fn of_tables(path: &str) -> Option<Canned> {
+    let rule = json!({
+        "direction": "ingress", "rule": 0, "action": "allow", "peers": "10.244.0.0/16", "ports": "5432/TCP", "verdicts": 12, "dry_run": 0,
+    });
+    let traffic = json!({"connections": 5, "refused": 0, "packets_in": 9, "bytes_in": 900, "packets_out": 9, "bytes_out": 900});
+    let with_traffic = |mut value: Value| {
+        let fields = traffic.as_object().unwrap().clone();
+        value.as_object_mut().unwrap().extend(fields);
+        value
+    };
+    let direction = json!({"isolated": true, "rules": 1, "verdicts": 12, "dry_run": 0});
+    let value = match path {
+        "/api/load" => json!({
+            "at": jiff::Timestamp::now(), "drops": {},
+            "services": [with_traffic(json!({
+                "object": "10.96.0.9:5432/TCP",
+                "endpoints": [with_traffic(json!({"at": "10.244.1.21:5432", "state": "active"}))],
+            }))],
+            "pods": [with_traffic(json!({"pod": "veth7", "here": true, "drops": 0}))],
+        }),
+        "/api/services" => json!({"objects": [], "problems": [], "conditions": []}),
+        "/api/flows" => flows(None, None, None),
+        "/api/policies" => json!({"pods": [{
+            "device": "veth7", "ifindex": 7, "addresses": ["10.244.1.21", "fd00:10:244:1::15"], "source_checked": true,
+            "ingress": direction, "egress": direction,
+        }]}),
+        "/api/policies?pod=10.244.1.21" => json!({
+            "pod": "10.244.1.21", "problems": [], "egress": {"isolated": false, "policies": []},
+            "ingress": {"isolated": true, "policies": [
+                {"policy": "policy number 77", "tier": "NetworkPolicy", "dry_run": false, "pods": 1, "rules": [rule]},
+            ]},
+        }),
+        "/api/verdicts?after=0" => json!([{
+            "number": 1, "time": jiff::Timestamp::now(), "verdict": "Denied", "reason": "policy-denied", "direction": "ingress",
+            "from": "10.244.1.31", "to": "10.244.1.21", "port": "22/TCP", "policy": null, "rule": null, "action": null, "untold": 0,
+        }]),
+        path if path.starts_with("/api/verdicts?") => json!([]),
+        _ => return None,
+    };
+    Some(Canned::tables(
+        &value,
+        "failed to reach an agent at /nowhere: no such file",
+    ))
+}
+
+#[test]
+fn without_an_agent_the_page_shows_addresses_and_says_so() {
+    let Some(program) = chromium() else { return };
+    let agent = Agent::start();
+    let ui = Ui::start(&agent.socket());
+    let front = Front::start(&ui.at, of_tables);
+    let profile = tempfile::tempdir().unwrap();
+    // The Pod that the address names has no name here.
+    let page = format!("http://{}/#shop/db-0", front.at);
+    let dom = load(&program, profile.path(), &page, &["--dump-dom".to_owned()]);
+    for expected in [
+        ALONE,
+        ">10.96.0.9:5432/TCP</text>",
+        ">10.244.1.21</text>",
+        "0 conn/s, 0B/s",
+        "data-from=\"10.244.1.31\" data-to=\"10.244.1.21\"",
+        "10.244.1.21, fd00:10:244:1::15 at veth7</option>",
+        "<td>policy number 77</td>",
+        "<td>5432/TCP</td><td class=\"number\">12</td>",
+        "<td>10.244.1.11:41000</td><td>10.96.0.9:80</td><td>10.244.2.11:8080</td>",
+    ] {
+        assert!(dom.contains(expected), "{expected}:\n{dom}");
+    }
+    for named in ["shop/", "What stands here is old"] {
+        assert!(!dom.contains(named), "{named}:\n{dom}");
+    }
+}
+
+#[test]
+fn names_are_back_with_the_agent() {
+    let Some(program) = chromium() else { return };
+    let agent = Agent::start();
+    let ui = Ui::start(&agent.socket());
+    let met = Mutex::new(BTreeSet::new());
+    // Each is asked of the tables once.
+    let front = Front::start(&ui.at, move |path| {
+        let what = path.split('?').next().unwrap_or_default().to_owned();
+        met.lock()
+            .unwrap()
+            .insert(what)
+            .then(|| of_tables(path))
+            .flatten()
+    });
+    let profile = tempfile::tempdir().unwrap();
+    let page = format!("http://{}/#shop/db-0", front.at);
+    let dom = load(&program, profile.path(), &page, &["--dump-dom".to_owned()]);
+    for expected in [
+        ">shop/web</text>",
+        "210 conn/s",
+        "data-from=\"shop/batch-0\" data-to=\"shop/db-0\"",
+        "<td>pods with app=web in shop</td>",
+        "ObjectsUsable does not hold",
+    ] {
+        assert!(dom.contains(expected), "{expected}:\n{dom}");
+    }
+    for of_tables in ["No agent answers", "10.244.1.31\"", "veth7", "policy number 77"] {
+        assert!(!dom.contains(of_tables), "{of_tables}:\n{dom}");
+    }
 }
 
 /// Addresses that the browser's log of the network has, as far as a page of ours has asked for them.

@@ -22,6 +22,7 @@ use crate::canned;
 /// It answers as long as the test runs.
 pub struct Agent {
     folder: tempfile::TempDir,
+    pods: Vec<PodLoad>,
 }
 
 impl Agent {
@@ -33,14 +34,21 @@ impl Agent {
     /// The same with more Pods here.
     pub fn with(pods: Vec<PodLoad>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("agent.sock")).unwrap();
+        let agent = Self { folder, pods };
+        agent.start_again();
+        agent
+    }
+
+    /// The next one after [`Self::stop`].
+    pub fn start_again(&self) {
+        let listener = UnixListener::bind(self.socket()).unwrap();
+        let pods = self.pods.clone();
         thread::spawn(move || {
             let seconds = AtomicU64::new(0);
             for stream in listener.incoming() {
                 answer(&stream.unwrap(), &seconds, &pods);
             }
         });
-        Self { folder }
     }
 
     pub fn socket(&self) -> PathBuf {

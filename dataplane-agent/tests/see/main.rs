@@ -3,6 +3,7 @@
 mod browser;
 mod canned;
 mod fake;
+mod front;
 mod top;
 mod ui;
 

@@ -97,6 +97,47 @@ fn what_the_agent_tells_is_passed_on_until_it_is_gone() {
     let error = error["error"].as_str().unwrap();
     assert!(error.starts_with("failed to reach an agent at"), "{error}");
     assert_eq!(ui.ask("GET", "/", &ui.at).0, 200, "the page itself stays");
+
+    agent.start_again();
+    let (status, load) = ui.json("/api/load");
+    assert_eq!(
+        (status, &load["services"][1]["object"]),
+        (200, &"Service shop/db".into())
+    );
+}
+
+#[test]
+fn without_agent_and_tables_each_answer_says_what_is_missing() {
+    let agent = Agent::start();
+    let ui = Ui::start(&agent.socket());
+    let (_, head, _) = ui.ask("GET", "/api/services", &ui.at);
+    assert!(!head.contains("x-dataplane-without-agent"), "{head}");
+    agent.stop();
+    for what in [
+        "services",
+        "load",
+        "verdicts",
+        "policies",
+        "policies?pod=10.244.1.21",
+    ] {
+        let (status, error) = ui.json(&format!("/api/{what}"));
+        let error = error["error"].as_str().unwrap();
+        assert_eq!(status, 503, "{what}: {error}");
+        // Then why there are no tables: they are not there, or may not be read.
+        let (agent, tables) = error.split_once("(os error 2): ").unwrap();
+        assert!(
+            agent.starts_with("failed to reach an agent at"),
+            "{what}: {error}"
+        );
+        assert!(!tables.is_empty(), "{what}");
+    }
+    let (status, error) = ui.json("/api/policies?pod=shop/db-0");
+    let error = error["error"].as_str().unwrap();
+    assert_eq!(status, 503, "{error}");
+    assert!(
+        error.contains("names are known to a running agent alone: give an address of the Pod"),
+        "{error}"
+    );
 }
 
 #[test]

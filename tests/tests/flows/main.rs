@@ -6,6 +6,7 @@ mod endpoints;
 mod faults;
 mod flood;
 mod monitor;
+mod page;
 mod rollout;
 mod seen;
 mod stage;

@@ -231,7 +231,10 @@ impl Stage {
             };
             let by: BTreeSet<&String> = answered.iter().flatten().collect();
             let lost = answered.iter().filter(|by| by.is_none()).count();
-            println!("{lost} of {} datagrams of {client} to {to} got no answer", answered.len());
+            println!(
+                "{lost} of {} datagrams of {client} to {to} got no answer",
+                answered.len()
+            );
             ensure!(
                 by.len() == 1 && lost <= IN_FLIGHT && reopened.is_empty(),
                 "{client} to {to}: answered by {by:?}, {lost} of {} without an answer, {reopened:?}",

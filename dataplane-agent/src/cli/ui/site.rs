@@ -10,7 +10,10 @@ use hyper::{
     },
 };
 
-use super::{Places, api};
+use super::{
+    Places,
+    api::{self, Reply},
+};
 
 const HTML: &str = "text/html; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -38,6 +41,9 @@ const HEADERS: [(HeaderName, &str); 6] = [
         "same-origin",
     ),
 ];
+
+/// Where an answer is the tables': why no agent has given it.
+const ALONE: HeaderName = HeaderName::from_static("x-dataplane-without-agent");
 
 /// What is served, and to whom.
 #[derive(Debug)]
@@ -82,7 +88,13 @@ impl Site {
         let (places, uri) = (self.places.clone(), uri.clone());
         // The agent's answer, or that of the kernel, is waited for.
         match tokio::task::spawn_blocking(move || api::answer(&places, &uri)).await {
-            Ok(Some((status, json))) => response(status, JSON, json),
+            Ok(Some(Reply { status, json, alone })) => {
+                let mut response = response(status, JSON, json);
+                if let Some(why) = alone {
+                    response.headers_mut().insert(ALONE, in_header(&why));
+                }
+                response
+            }
             Ok(None) => response(
                 StatusCode::NOT_FOUND,
                 TEXT,
@@ -115,6 +127,15 @@ fn name_of(host: &str) -> &str {
         None if host.matches(':').count() == 1 => host.split(':').next().unwrap_or_default(),
         None => host,
     }
+}
+
+/// What is not ASCII, in the path of a socket for example, becomes a question mark.
+fn in_header(text: &str) -> HeaderValue {
+    let fits = |letter: char| {
+        if matches!(letter, ' '..='~') { letter } else { '?' }
+    };
+    let text: String = text.chars().map(fits).collect();
+    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("?"))
 }
 
 fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<String> {
@@ -209,6 +230,16 @@ mod tests {
                 assert_eq!(answer.headers()[name], value, "{method} {path}");
             }
         }
+    }
+
+    #[test]
+    fn any_reason_fits_into_a_header() {
+        let why = "failed to reach an agent at /run/é\r\nX: y: no such file";
+        assert_eq!(
+            in_header(why),
+            "failed to reach an agent at /run/???X: y: no such file"
+        );
+        assert_eq!(in_header(""), "");
     }
 
     #[test]

@@ -5,9 +5,10 @@ const EVERY_MS = 1500;
 const SERVICES = 30, EDGES_OF_DROPS = 20, FLOWS = 200, DENIED = 15;
 const DENIED_SECONDS = 300;
 
+// `alone`: why the tables answer in place of an agent; `wanted`: the Pod that somebody chose, which may not be there now.
 const state = {
-  before: null, load: null, dead: null, served: null,
-  verdicts: [], last: 0, flows: null, flowsError: null, pod: location.hash.slice(1) || null, policies: null, policiesError: null,
+  before: null, load: null, dead: null, alone: null, served: null, toldByAgent: true, verdicts: [], last: 0, flows: null, flowsError: null,
+  wanted: location.hash.slice(1) || null, pod: null, podsInTables: [], policies: null, policiesError: null,
 };
 
 const $ = id => document.getElementById(id);
@@ -31,7 +32,7 @@ async function get(path) {
   try {
     const answer = await fetch(path, { cache: "no-store" });
     const value = await answer.json();
-    if (answer.ok) return { value };
+    if (answer.ok) return { value, alone: answer.headers.get("x-dataplane-without-agent") };
     reason = value.error || "status " + answer.status;
   } catch (error) {
     reason = "this page's own server does not answer: dataplane-agent ui has ended, or it cannot be reached";
@@ -247,18 +248,29 @@ function drawFlows() {
   fill("flows", rows.slice(0, FLOWS).map(row => row.map((text, column) => element("td", text, column === 5 && "number"))));
 }
 
+// The Pods of this node, by what is asked for: names, or in tables addresses.
+function podsHere() {
+  if (!state.alone) {
+    const names = state.load ? state.load.pods.filter(pod => pod.here).map(pod => pod.pod) : [];
+    return new Map(names.sort().map(name => [name, name]));
+  }
+  const known = state.podsInTables.filter(pod => pod.addresses.length);
+  return new Map(known.map(pod => [pod.addresses[0], [pod.addresses.join(", "), pod.device].filter(Boolean).join(" at ")]));
+}
+
 function drawPods() {
-  const pods = state.load ? state.load.pods.filter(pod => pod.here).map(pod => pod.pod).sort() : [];
+  const here = podsHere();
+  const pods = [...here.keys()];
   const select = $("pod");
   const present = [...select.options].map(option => option.value);
   if (present.join("\n") !== pods.join("\n")) {
     select.replaceChildren(...pods.map(pod => {
-      const option = element("option", pod);
+      const option = element("option", here.get(pod));
       option.value = pod;
       return option;
     }));
   }
-  if (state.load && !pods.includes(state.pod)) state.pod = pods[0] || null;
+  if (state.load) state.pod = [state.wanted, state.pod].find(pod => here.has(pod)) || pods[0] || null;
   if (state.pod) select.value = state.pod;
   $("pod-note").textContent = pods.length || !state.load ? "" : "no Pod of this node is known";
 }
@@ -299,8 +311,9 @@ function drawRules() {
 // What is wrong comes first.
 
 function drawProblems() {
-  $("dead").hidden = !state.dead;
-  $("dead").textContent = state.dead ? "The agent does not answer; what stands here is old, and flows come from the tables. " + state.dead : "";
+  $("dead").hidden = !state.dead && !state.alone;
+  $("dead").textContent = state.dead ? "What stands here is old: " + state.dead
+    : state.alone ? "No agent answers: " + state.alone + "; this is what the pinned tables say, without names" : "";
   const lines = [];
   if (state.served) {
     for (const { type, status, message } of state.served.conditions) {
@@ -315,6 +328,7 @@ function drawProblems() {
 }
 
 function drawTotals() {
+  $("totals").textContent = "";
   if (!state.load) return;
   $("time").textContent = state.load.at.slice(0, 19).replace("T", " ") + " UTC";
   const time = seconds();
@@ -339,36 +353,59 @@ function draw() {
   }
 }
 
-async function look() {
-  const [load, served, verdicts, flows] = await Promise.all([
-    get("api/load"), get("api/services"), get("api/verdicts?after=" + state.last), get("api/flows"),
-  ]);
-  if (state.dead && load.value) {
-    // Another agent, perhaps, that numbers its verdicts from the beginning.
-    state.last = 0;
-    state.verdicts = [];
-  }
+function takeLoad(load) {
+  if (state.dead && load.value) forgetVerdicts();
   state.dead = load.error || null;
-  if (load.value && (!state.load || state.load.at !== load.value.at)) {
-    state.before = state.load;
-    state.load = load.value;
-  }
-  if (served.value) state.served = served.value;
-  if (verdicts.value && verdicts.value.length && !state.dead) {
-    const numbers = verdicts.value.map(told => told.number);
-    state.verdicts = state.verdicts.concat(verdicts.value).slice(-1000);
-    state.last = Math.max(...numbers);
-  }
+  if (!load.value || state.load && state.load.at === load.value.at) return;
+  // Tables call everything by other names than an agent.
+  state.before = !state.alone === !load.alone ? state.load : null;
+  state.load = load.value;
+  state.alone = load.alone;
+}
+
+// Another agent, perhaps, or the tables: each numbers its verdicts from the beginning.
+function forgetVerdicts() {
+  state.last = 0;
+  state.verdicts = [];
+}
+
+function takeVerdicts(asked, told) {
+  if (!told.value || state.dead) return;
+  if (state.toldByAgent !== !told.alone) forgetVerdicts();
+  state.toldByAgent = !told.alone;
+  // The answer to a question for another one's numbers is none.
+  if (asked !== state.last || !told.value.length) return;
+  state.verdicts = state.verdicts.concat(told.value).slice(-1000);
+  state.last = Math.max(...told.value.map(one => one.number));
+}
+
+async function look() {
+  const asked = state.last;
+  // Tables know of nothing that is wrong.
+  const [load, served, verdicts, flows] = await Promise.all([
+    get("api/load"), state.alone ? {} : get("api/services"), get("api/verdicts?after=" + asked), get("api/flows"),
+  ]);
+  takeLoad(load);
+  if (state.alone) state.served = null;
+  else if (served.value && !served.alone) state.served = served.value;
+  takeVerdicts(asked, verdicts);
   if (flows.value) state.flows = flows.value;
   state.flowsError = flows.error || null;
+  if (state.alone) {
+    const { value } = await get("api/policies");
+    if (value) state.podsInTables = value.pods || [];
+  }
   drawPods();
   await lookAtPod();
 }
 
 async function lookAtPod() {
   const pod = state.pod;
-  if (!pod) return draw();
-  const policies = await get("api/policies?pod=" + encodeURIComponent(pod).replace("%2F", "/"));
+  if (!pod) {
+    state.policies = null;
+    return draw();
+  }
+  const policies = await get("api/policies?pod=" + encodeURIComponent(pod).replace("%2F", "/").replaceAll("%3A", ":"));
   if (pod !== state.pod) return;
   if (policies.value) state.policies = policies.value;
   else if (!state.dead) state.policies = null;
@@ -382,7 +419,7 @@ async function always() {
 
 $("filter").addEventListener("input", drawFlows);
 $("pod").addEventListener("change", event => {
-  state.pod = event.target.value;
+  state.pod = state.wanted = event.target.value;
   state.policies = null;
   history.replaceState(null, "", "#" + state.pod);
   lookAtPod();

@@ -59,7 +59,7 @@ fn what_is_not_served_has_events() -> Result<()> {
     let told = [
         ("Service", "crowded", "TableFull", "FRONTENDS_V4"),
         ("ClusterNetworkPolicy", "wrong", "NotServed", "spec.tier"),
-        ("NetworkPolicy", "large", "NotServed", "nothing is allowed"),
+        ("Pod", "client1", "NotServed", "nothing is allowed"),
     ];
     for (kind, name, reason, text) in told {
         wait_for(&served, kind, name, reason, text)?;
@@ -111,7 +111,7 @@ fn wrong() -> Value {
     })
 }
 
-/// More rules than a Pod may have.
+/// More rules than a Pod may have: told of the Pod, which is closed.
 fn large() -> Value {
     let rules = (0..=RULES).map(|number| {
         let cidr = format!("10.{}.{}.0/24", number >> 8, number & 255);

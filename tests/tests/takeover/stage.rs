@@ -1,6 +1,6 @@
 //! The cluster of these tests, in both families, and its agents.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -218,7 +218,9 @@ impl Stage {
         Ok(())
     }
 
-    /// Ends the streams: each has met one endpoint from its first datagram to its last.
+    /// Ends the streams: their datagrams were answered all along, if not always by the same endpoint. One that comes while the tables
+    /// are first written begins a flow of ours, as nothing in it says that it is in the middle of one; and what netfilter still
+    /// remembers of the exchange is its again when an agent starts.
     pub fn end_streams(&self) -> Result<()> {
         for (client, to) in STREAMS {
             let request = Request::StreamReport {
@@ -229,14 +231,21 @@ impl Stage {
             else {
                 bail!("{client} has no stream to {to}");
             };
-            let by: BTreeSet<&String> = answered.iter().flatten().collect();
+            let mut by: Vec<(usize, &String)> = Vec::new();
+            for (number, who) in answered.iter().enumerate() {
+                if let Some(who) = who
+                    && by.last().is_none_or(|(_, last)| *last != who)
+                {
+                    by.push((number, who));
+                }
+            }
             let lost = answered.iter().filter(|by| by.is_none()).count();
             println!(
-                "{lost} of {} datagrams of {client} to {to} got no answer",
+                "{lost} of {} datagrams of {client} to {to} got no answer; from these on they came from {by:?}",
                 answered.len()
             );
             ensure!(
-                by.len() == 1 && lost <= IN_FLIGHT && reopened.is_empty(),
+                !by.is_empty() && lost <= IN_FLIGHT && reopened.is_empty(),
                 "{client} to {to}: answered by {by:?}, {lost} of {} without an answer, {reopened:?}",
                 answered.len()
             );

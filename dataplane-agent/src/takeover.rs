@@ -16,7 +16,7 @@ use std::{
 };
 
 use dataplane_common::{
-    addr::{Family, Tuple, V4, V6},
+    addr::{Family, Tuple, V4, V6, proto},
     flow::{Flow4, Flow6, FlowKey4, FlowKey6, FlowMeta, Side, flow_flags, flow_state},
     policy::REVISION_NONE,
 };
@@ -52,6 +52,8 @@ pub struct Entries {
     pub v6: HashMap<FlowKey6, Flow6>,
     /// Connections of this node's own processes for services, which need none.
     pub own: usize,
+    /// Netfilter translates an exchange by UDP, of whomever.
+    pub datagrams: bool,
 }
 
 /// The entries of connections that netfilter knows. `role` tells what those are whose destination it translates, `is_ours`
@@ -65,6 +67,7 @@ pub fn entries(
     let mut all = Entries::default();
     for connection in connections {
         let is_under_way = connection.is_translated() && connection.phase != Phase::Over;
+        all.datagrams |= is_under_way && connection.proto == proto::UDP;
         let role = if is_under_way {
             role(connection)
         } else {
@@ -209,8 +212,6 @@ impl Endpoints {
 
 #[cfg(test)]
 mod tests {
-    use dataplane_common::addr::proto;
-
     use super::*;
 
     fn ends(src: &str, dst: &str) -> Ends {
@@ -254,7 +255,7 @@ mod tests {
         };
         let all = entries(&[connection(), other, over], 100, role, is_ours);
         assert_eq!((all.v4.len(), all.v6.len(), all.count()), (3, 0, 1));
-        assert!(all.need_netfilter());
+        assert!(all.need_netfilter() && !all.datagrams);
         for (key, flow) in &all.v4 {
             let same = (key.src_be, key.dst_be, key.sport_be, key.dport_be);
             assert_eq!((flow.src_be, flow.dst_be, flow.sport_be, flow.dport_be), same);
@@ -316,6 +317,25 @@ mod tests {
         let others = entries(&[v6], 100, |_| Role::Other, is_ours);
         assert_eq!(others.v6.len(), 1);
         assert!(!others.need_netfilter(), "nobody takes its rules away");
+    }
+
+    #[test]
+    fn exchanges_by_udp_are_seen_while_both_ends_take_part() {
+        let exchange = Connection {
+            proto: proto::UDP,
+            ..connection()
+        };
+        let asked_once = Connection {
+            phase: Phase::Over,
+            ..exchange
+        };
+        let direct = Connection {
+            original: exchange.reply.reversed(),
+            ..exchange
+        };
+        for (one, seen) in [(exchange, true), (asked_once, false), (direct, false)] {
+            assert_eq!(entries(&[one], 100, |_| Role::Other, is_ours).datagrams, seen);
+        }
     }
 
     #[test]

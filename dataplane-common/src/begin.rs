@@ -5,7 +5,7 @@ use crate::{
     backend::backend_state,
     balance::{NO_BACKEND, choose, choose_for_client, flow_hash},
     config::is_over,
-    flow::{Exit, FlowEvent, FlowMeta, MIDSTREAM_LEFT, Side, flow_flags, flow_state},
+    flow::{Exit, FlowEvent, FlowMeta, MIDSTREAM_LEFT, MIDSTREAM_LEFT_TCP, Side, flow_flags, flow_state},
     half_open::{enter_both, side_of, turn_around},
     monitor::EventKind,
     packet::Packet,
@@ -23,10 +23,7 @@ use crate::{
 /// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
 #[inline(never)]
 pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
-    if work.headers.proto == proto::TCP
-        && !work.headers.has_flags(tcp::SYN)
-        && world.midstream_ticks() == MIDSTREAM_LEFT
-    {
+    if !work.headers.is_syn() && is_left(world.midstream_ticks(), work.headers.proto) {
         return Verdict::PASS;
     }
     let head = match usable::<F, W>(world, at, work) {
@@ -44,6 +41,12 @@ pub(crate) fn select<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut
         choose_for_client::<F, W>(world, work, head)
     };
     Verdict::NEXT
+}
+
+/// Whether what is in no table and does not say that it begins something is netfilter's.
+#[inline(always)]
+fn is_left(midstream: u32, l4_proto: u8) -> bool {
+    midstream == MIDSTREAM_LEFT || midstream == MIDSTREAM_LEFT_TCP && l4_proto == proto::TCP
 }
 
 /// The first packet of a flow whose backend is chosen: its entries are made. `NEXT`: they are to be entered by [`claim`].

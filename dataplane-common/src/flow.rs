@@ -74,9 +74,11 @@ pub mod flow_state {
     pub const ANSWERED: u8 = 2;
 }
 
-/// In place of ticks in `MIDSTREAM`: what is in the middle of a TCP connection and in no table is netfilter's. The agent
-/// says so from its first start until it has entered those flows.
+/// In place of ticks in `MIDSTREAM`: what is in no table and may be in the middle of something is netfilter's, which is every
+/// datagram and what is in the middle of a TCP connection. The agent says so from its first start until it has entered those flows.
 pub const MIDSTREAM_LEFT: u32 = u32::MAX;
+/// The same of TCP alone, where netfilter translates no datagrams.
+pub const MIDSTREAM_LEFT_TCP: u32 = u32::MAX - 1;
 
 /// How a translated packet leaves the hook.
 #[repr(u8)]

@@ -163,7 +163,7 @@ pub static EVENTS: RingBuf<(), 524288> = RingBuf::new();
 #[btf_map]
 pub static MONITOR: Array<u32, 1> = Array::new();
 
-/// When a TCP flow was last begun in mid-stream, in ticks; or [`flow::MIDSTREAM_LEFT`].
+/// When a TCP flow was last begun in mid-stream, in ticks; or [`flow::MIDSTREAM_LEFT`] or [`flow::MIDSTREAM_LEFT_TCP`].
 #[btf_map]
 pub static MIDSTREAM: Array<u32, 1> = Array::new();
 

@@ -49,7 +49,11 @@ impl Takeover {
     /// Takes the ports that netfilter's connections have, before anything is served. What begins after this node's addresses
     /// are in the tables takes its port itself.
     fn take_ports(&mut self, tables: &Tables, store: &dyn Store) -> io::Result<()> {
-        self.flows.enter(&entries(tables, store)?)?;
+        let entries = entries(tables, store)?;
+        if !entries.datagrams {
+            self.flows.end_datagrams()?;
+        }
+        self.flows.enter(&entries)?;
         self.ports_taken = true;
         Ok(())
     }
@@ -129,9 +133,17 @@ impl Agent {
             return;
         };
         let store = &*self.store;
-        let outcome = tokio::task::block_in_place(|| run(takeover, tables, store));
+        let outcome = tokio::task::block_in_place(|| {
+            run(takeover, tables, store).or_else(|error| {
+                // Datagrams are served in any case: few are of an exchange that began before.
+                if takeover.begun {
+                    takeover.flows.end_datagrams()?;
+                }
+                Err(error)
+            })
+        });
         let problem = outcome.err().map(|error| {
-            format!("failed to read netfilter's connections ({error}); those that began before the datapath are left to it until that succeeds")
+            format!("failed to read netfilter's connections ({error}); TCP connections that began before the datapath are left to it until that succeeds")
         });
         if problem != takeover.told
             && let Some(problem) = &problem

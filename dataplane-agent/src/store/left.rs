@@ -2,7 +2,9 @@
 
 use std::io;
 
-use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6, MIDSTREAM_LEFT, flow_flags};
+use dataplane_common::flow::{
+    Flow4, Flow6, FlowKey4, FlowKey6, MIDSTREAM_LEFT, MIDSTREAM_LEFT_TCP, flow_flags,
+};
 
 use crate::{
     bpf::{map_names as names, pins::Pins, sys::MapFd},
@@ -26,14 +28,20 @@ impl LeftFlows {
         })
     }
 
-    /// Leaves to netfilter all that is in the middle of a connection which no table knows. Before anything is served.
+    /// Leaves to netfilter all that no table knows and that may be in the middle of something. Before anything is served.
     pub fn begin(&self) -> io::Result<()> {
         self.midstream.update(&0, &MIDSTREAM_LEFT)
     }
 
     /// Whether connections are still to be entered.
     pub fn is_begun(&self) -> io::Result<bool> {
-        Ok(self.midstream.lookup(&0)? == Some(MIDSTREAM_LEFT))
+        let midstream = self.midstream.lookup(&0)?;
+        Ok(midstream.is_some_and(|value| matches!(value, MIDSTREAM_LEFT | MIDSTREAM_LEFT_TCP)))
+    }
+
+    /// Leaves no datagrams any more.
+    pub fn end_datagrams(&self) -> io::Result<()> {
+        self.midstream.update(&0, &MIDSTREAM_LEFT_TCP)
     }
 
     /// All connections have been entered.

@@ -218,9 +218,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Ends the streams: their datagrams were answered all along, if not always by the same endpoint. One that comes while the tables
-    /// are first written begins a flow of ours, as nothing in it says that it is in the middle of one; and what netfilter still
-    /// remembers of the exchange is its again when an agent starts.
+    /// Ends the streams: each has met one endpoint from its first datagram to its last.
     pub fn end_streams(&self) -> Result<()> {
         for (client, to) in STREAMS {
             let request = Request::StreamReport {
@@ -245,7 +243,7 @@ impl Stage {
                 answered.len()
             );
             ensure!(
-                !by.is_empty() && lost <= IN_FLIGHT && reopened.is_empty(),
+                by.len() == 1 && lost <= IN_FLIGHT && reopened.is_empty(),
                 "{client} to {to}: answered by {by:?}, {lost} of {} without an answer, {reopened:?}",
                 answered.len()
             );

@@ -80,13 +80,10 @@ impl Told {
             direction: direction(event).as_str().to_owned(),
             from,
             to,
-            port: match event.proto {
-                proto::TCP => format!("{port}/TCP"),
-                proto::UDP => format!("{port}/UDP"),
-                proto::SCTP => format!("{port}/SCTP"),
-                proto::ICMP => "ICMP".to_owned(),
-                proto::ICMPV6 => "ICMPv6".to_owned(),
-                other => format!("protocol {other}"),
+            port: match (encode::protocol_name(event.proto), event.proto) {
+                (Some(name), proto::ICMP | proto::ICMPV6) => name.to_owned(),
+                (Some(name), _) => format!("{port}/{name}"),
+                (None, other) => format!("protocol {other}"),
             },
             policy: None,
             rule: rule.map(|rule| rule.place),

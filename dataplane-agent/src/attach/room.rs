@@ -1,6 +1,6 @@
 //! Tables that have hardly any room left, in words with the flag that gives them more.
 
-use std::io;
+use std::{io, time::Duration};
 
 use bytemuck::Pod;
 use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
@@ -13,7 +13,7 @@ use crate::bpf::{
 };
 
 /// A full table of flows that has none without a packet for so long forgets connections.
-const YOUNG: u64 = 600;
+const YOUNG: Duration = Duration::from_mins(10);
 /// Kernels keep some places of each CPU free, which are many of a table smaller than this.
 const SMALL: u32 = 4096;
 
@@ -62,18 +62,19 @@ fn refuses(used: &TableUse) -> Option<String> {
     ))
 }
 
-/// `idle`: seconds since the last packet of the flow that is forgotten next.
-fn forgets(used: &TableUse, idle: u64) -> Option<String> {
+/// `idle`: since the last packet of the flow that is forgotten next.
+fn forgets(used: &TableUse, idle: Duration) -> Option<String> {
     let TableUse { name, entries, limit } = used;
     (idle < YOUNG).then(|| {
         format!(
-            "{name} has {entries} of {limit} entries, and none without a packet for more than {idle} s: connections are forgotten for others; --max-flows makes it larger"
+            "{name} has {entries} of {limit} entries, and none without a packet for more than {} s: connections are forgotten for others; --max-flows makes it larger",
+            idle.as_secs()
         )
     })
 }
 
-/// The seconds since its last packet of the flow that has had none for longest, where a table is one of flows.
-fn idlest(pins: &Pins, table: &str) -> Option<u64> {
+/// The time since its last packet of the flow that has had none for longest, where a table is one of flows.
+fn idlest(pins: &Pins, table: &str) -> Option<Duration> {
     match table {
         names::FLOWS_V4 => idlest_of::<FlowKey4, Flow4>(pins, table, |flow| flow.meta.seen_ticks),
         names::FLOWS_V6 => idlest_of::<FlowKey6, Flow6>(pins, table, |flow| flow.meta.seen_ticks),
@@ -83,13 +84,12 @@ fn idlest(pins: &Pins, table: &str) -> Option<u64> {
     .ok()
 }
 
-fn idlest_of<K: Pod, V: Pod>(pins: &Pins, table: &str, seen: impl Fn(&V) -> u32) -> io::Result<u64> {
+fn idlest_of<K: Pod, V: Pod>(pins: &Pins, table: &str, seen: impl Fn(&V) -> u32) -> io::Result<Duration> {
     let now = sys::ticks();
     let map: MapFd<K, V> = MapFd::new(pins.open_map(table)?)?;
-    let mut idlest = 0;
-    map.for_each(|_, flow| idlest = idlest.max(now.saturating_sub(seen(flow))))?;
-    // A tick is 2^30 ns.
-    Ok((u64::from(idlest) << 30) / 1_000_000_000)
+    let mut idlest = Duration::ZERO;
+    map.for_each(|_, flow| idlest = idlest.max(sys::since_ticks(now, seen(flow))))?;
+    Ok(idlest)
 }
 
 #[cfg(test)]
@@ -123,7 +123,7 @@ mod tests {
         assert!(is_short(&full) && !is_short(&used(names::FLOWS_V4, 200_000, 262_144)));
         assert!(is_short(&used(names::FLOWS_V4, 33, 64)));
         assert_eq!(forgets(&full, YOUNG), None);
-        let said = forgets(&full, 20).unwrap();
+        let said = forgets(&full, Duration::from_secs(20)).unwrap();
         assert!(said.contains("20 s") && said.contains("--max-flows"), "{said}");
     }
 

@@ -67,7 +67,12 @@ impl Answer {
 
 /// What the agent at `socket` says of a path.
 pub fn value<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    reach(socket, path)?.value()
+    value_within(socket, path, WITHIN)
+}
+
+/// The same, where the agent may be silent no longer than `within`.
+pub fn value_within<T: DeserializeOwned>(socket: &Path, path: &str, within: Duration) -> anyhow::Result<T> {
+    reach_within(socket, path, within)?.value()
 }
 
 /// What the agent at `socket` says of a path, be it that there is nothing there.

@@ -21,7 +21,6 @@ use super::{
 };
 use crate::{
     explain::{End, Port},
-    model::Protocol,
     store::flows::{self, Flow, FlowState},
     sync::encode,
 };
@@ -232,7 +231,7 @@ impl Shown {
     fn of(flow: &Flow, names: &Names) -> Self {
         let pod = |addr: SocketAddr| names.pod(addr.ip()).cloned();
         Self {
-            protocol: protocol(flow.proto),
+            protocol: encode::protocol_name(flow.proto).unwrap_or("other"),
             from: flow.client,
             from_pod: pod(flow.client),
             to: flow.asked,
@@ -243,14 +242,6 @@ impl Shown {
             state: flow.state,
             idle_seconds: flow.idle.as_secs(),
         }
-    }
-}
-
-fn protocol(number: u8) -> &'static str {
-    match number {
-        1 => "ICMP",
-        58 => "ICMPv6",
-        _ => encode::protocol(number).map_or("other", Protocol::as_str),
     }
 }
 

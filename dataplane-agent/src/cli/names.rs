@@ -32,7 +32,7 @@ pub struct Names {
 impl Names {
     /// Asks the agent which Services are where. `within`: how long it may be silent.
     pub fn learn_services(&mut self, socket: &Path, within: Duration) -> anyhow::Result<()> {
-        let served: Served = ask::reach_within(socket, "/services", within)?.value()?;
+        let served: Served = ask::value_within(socket, "/services", within)?;
         self.services.clear();
         for object in served.objects {
             let name = match object.object.split_once(' ') {
@@ -130,7 +130,7 @@ fn learn(
     for some in addrs.chunks(AT_ONCE) {
         let list: Vec<String> = some.iter().map(ToString::to_string).collect();
         let path = format!("/{path}?of={}", list.join(","));
-        let said: HashMap<IpAddr, String> = ask::reach_within(socket, &path, within)?.value()?;
+        let said: HashMap<IpAddr, String> = ask::value_within(socket, &path, within)?;
         known.extend(said);
     }
     Ok(())

@@ -71,7 +71,7 @@ pub fn run_for(pod: &str, places: Places<'_>, output: Output) -> anyhow::Result<
 
 /// What an agent says, or its tables do. `within`: how long the agent may be silent.
 pub fn of_node(places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfNode>> {
-    let of_agent = ask::reach_within(places.socket, "/policies", within).and_then(|answer| answer.value());
+    let of_agent = ask::value_within(places.socket, "/policies", within);
     match of_agent {
         Ok(enforced) => Ok(Said::by_agent(OfNode::Enforced(enforced))),
         Err(error) => {
@@ -116,10 +116,10 @@ fn of_name(pod: &str, socket: &Path, within: Duration) -> anyhow::Result<OfPod> 
 
 fn of_addr(addr: IpAddr, places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfPod>> {
     let nobody = NoPod::Addr(addr);
-    let of_agent = ask::reach_within(places.socket, &format!("/names?of={addr}"), within)
-        .and_then(|answer| answer.value::<HashMap<IpAddr, String>>());
+    let of_agent = ask::value_within(places.socket, &format!("/names?of={addr}"), within);
     match of_agent {
         Ok(names) => {
+            let names: HashMap<IpAddr, String> = names;
             let name = names.get(&addr).ok_or(nobody)?;
             of_name(name, places.socket, within).map(Said::by_agent)
         }

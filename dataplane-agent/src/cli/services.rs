@@ -142,7 +142,7 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
 /// silent.
 pub fn answer(asked: &Asked<'_>, output: Listing, within: Duration) -> anyhow::Result<Said<Shown>> {
     let Places { bpffs, socket } = asked.places;
-    let of_agent = ask::reach_within(socket, "/services", within).and_then(|answer| answer.value());
+    let of_agent = ask::value_within(socket, "/services", within);
     match of_agent {
         Ok(served) => {
             let tables = match output {

@@ -70,7 +70,7 @@ pub fn after(number: u64, places: Places<'_>, within: Duration) -> anyhow::Resul
 }
 
 fn of_agent(after: u64, socket: &Path, within: Duration) -> anyhow::Result<Vec<Told>> {
-    ask::reach_within(socket, &format!("/verdicts?after={after}"), within)?.value()
+    ask::value_within(socket, &format!("/verdicts?after={after}"), within)
 }
 
 /// What no agent has taken yet. It is numbered from the oldest on, which stays where it is.

@@ -218,8 +218,7 @@ impl Flows {
             .0
             .into_values()
             .map(|(flow, seen)| Flow {
-                // The kernel side's clock is coarser.
-                idle: Duration::from_nanos(u64::from(now.saturating_sub(seen)) << 30),
+                idle: sys::since_ticks(now, seen),
                 ..flow
             })
             .collect();

@@ -188,6 +188,18 @@ pub fn protocol(number: u8) -> Option<Protocol> {
     }
 }
 
+/// The name of a protocol that packets have here.
+pub fn protocol_name(number: u8) -> Option<&'static str> {
+    match number {
+        proto::TCP => Some("TCP"),
+        proto::UDP => Some("UDP"),
+        proto::SCTP => Some("SCTP"),
+        proto::ICMP => Some("ICMP"),
+        proto::ICMPV6 => Some("ICMPv6"),
+        _ => None,
+    }
+}
+
 /// Where a backend is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whereabouts<'a> {

@@ -28,7 +28,8 @@ pub use objects::{
 };
 pub use process::{
     coarse_resolution, filesystem_magic, forget_read, give_memory_back, grace_period, keep_heap_small,
-    legacy_filter_rules, monotonic, netns_cookie, page_size, raise_memlock_limit, ticks, watch_readable,
+    legacy_filter_rules, monotonic, netns_cookie, page_size, raise_memlock_limit, since_ticks, ticks,
+    watch_readable,
 };
 pub use raw_map::RawMap;
 pub use ring::RingView;

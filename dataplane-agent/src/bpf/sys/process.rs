@@ -185,6 +185,11 @@ pub fn ticks() -> u32 {
     (monotonic().as_nanos() >> 30) as u32
 }
 
+/// How long ago an entry was seen, whose clock may be a tick ahead.
+pub fn since_ticks(now: u32, seen: u32) -> Duration {
+    Duration::from_nanos(u64::from(now.saturating_sub(seen)) << 30)
+}
+
 /// The `f_type` of the filesystem that holds `path`.
 pub fn filesystem_magic(path: &Path) -> io::Result<u32> {
     let path = path_string(path)?;

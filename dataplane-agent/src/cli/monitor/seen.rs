@@ -228,17 +228,6 @@ impl Ends {
     }
 }
 
-fn protocol(number: u8) -> &'static str {
-    match number {
-        proto::TCP => "TCP",
-        proto::UDP => "UDP",
-        proto::SCTP => "SCTP",
-        proto::ICMP => "ICMP",
-        proto::ICMPV6 => "ICMPv6",
-        _ => "other",
-    }
-}
-
 fn hook(number: u8) -> &'static str {
     const HOOKS: [&str; 6] = ["xdp", "from_netdev", "to_netdev", "to_lo", "from_pod", "to_pod"];
     HOOKS.get(usize::from(number)).copied().unwrap_or("unknown")
@@ -270,7 +259,7 @@ impl Seen {
             },
             hook: hook(event.hook),
             device: event.ifindex.to_string(),
-            protocol: protocol(proto),
+            protocol: encode::protocol_name(proto).unwrap_or("other"),
             from,
             from_port: ports.map(|(from, _)| from),
             from_pod: pod(from),
@@ -306,7 +295,7 @@ impl Seen {
         let numbers = [proto::TCP, proto::UDP, proto::SCTP, proto::ICMP, proto::ICMPV6];
         let protocol = numbers
             .into_iter()
-            .map(self::protocol)
+            .filter_map(encode::protocol_name)
             .find(|name| *name == protocol);
         Self {
             time: told.time,

@@ -3,7 +3,7 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::__sk_buff,
+    bindings::{__sk_buff, bpf_fib_lookup, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
     helpers::generated::{
         bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_change_type,
     },
@@ -22,7 +22,7 @@ use dataplane_common::{
     verdict::{Action, Hook, Verdict},
 };
 
-use crate::{access::SkbPacket, debug::process, monitor, stages::Apart, world::World};
+use crate::{access::SkbPacket, debug::process, maps::WORK_SCRATCH, monitor, stages::Apart, world::World};
 
 /// `TC_ACT_UNSPEC`, which is `TCX_NEXT`: whoever comes next at this hook sees the packet too.
 const NEXT: i32 = -1;
@@ -157,16 +157,37 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
     }
     // SAFETY: the context is valid while the program runs and the field is writable; helpers without pointers, or
     // with a null pointer that they allow.
-    let result = unsafe {
+    unsafe {
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         match verdict.action() {
-            Action::Host => bpf_redirect(to, INGRESS),
-            Action::Resolve => bpf_redirect_neigh(to, ptr::null_mut(), 0, 0),
-            Action::Answer => bpf_redirect(own_ifindex, if at_ingress { 0 } else { INGRESS }),
-            _ => bpf_redirect(to, 0),
+            Action::Host => bpf_redirect(to, INGRESS) as i32,
+            Action::Resolve => resolve(to),
+            Action::Answer => bpf_redirect(own_ifindex, if at_ingress { 0 } else { INGRESS }) as i32,
+            _ => bpf_redirect(to, 0) as i32,
         }
+    }
+}
+
+/// Sends a packet out to the next hop that the last query for a route has found, and whose link-layer address the kernel finds.
+/// Told no next hop, it would look for the route once more and forget, before 6.18, to release the one that a packet of this
+/// host has already (`dst_entry`), which keeps devices and network namespaces from being removed.
+#[inline(never)]
+fn resolve(ifindex: u32) -> i32 {
+    let Some(scratch) = WORK_SCRATCH.get_ptr(0) else {
+        return SHOT;
     };
-    result as i32
+    // SAFETY: a per-CPU element of the query's size and alignment, all of whose fields are integers in any reading; the helper
+    // reads the next hop while it runs.
+    unsafe {
+        let query = &*(&raw const (*scratch).route).cast::<bpf_fib_lookup>();
+        let mut next_hop = bpf_redir_neigh {
+            nh_family: query.family.into(),
+            __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+                ipv6_nh: query.__bindgen_anon_4.ipv6_dst,
+            },
+        };
+        bpf_redirect_neigh(ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
+    }
 }
 
 /// [`act`] at a device without link layer. The kernel takes the header off what is redirected to such a device; what is
@@ -203,15 +224,14 @@ fn act_without_link_layer(
         }
     }
     // SAFETY: as in `act`.
-    let result = unsafe {
+    unsafe {
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         if has_link_layer && flags == 0 {
-            bpf_redirect_neigh(device, ptr::null_mut(), 0, 0)
+            resolve(device)
         } else {
-            bpf_redirect(device, flags)
+            bpf_redirect(device, flags) as i32
         }
-    };
-    result as i32
+    }
 }
 
 /// Makes room for an Ethernet header, and writes one to `mac`. Whoever finds the neighbour writes another.

@@ -571,13 +571,13 @@ impl<C> Env for World<C> {
         let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
             return 0;
         };
-        // The route's words.
-        let scratch = scratch.cast::<u32>();
-        // SAFETY: a per-CPU element, larger than a word and aligned, whose content nobody needs between two queries.
-        // Volatile: the number has to come from memory.
+        // SAFETY: a per-CPU element, all of whose fields are integers. Nobody needs the source of a query behind it. Volatile: the
+        // number has to come from memory.
         unsafe {
-            ptr::write_volatile(scratch, number);
-            ptr::read_volatile(scratch)
+            let query = &raw mut (*scratch).route;
+            let word = &raw mut (*query.cast::<bpf_fib_lookup>()).__bindgen_anon_3.ipv4_src;
+            ptr::write_volatile(word, number);
+            ptr::read_volatile(word)
         }
     }
 

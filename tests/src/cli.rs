@@ -55,6 +55,9 @@ struct Run {
     /// What agents may do: all that root may, or what the container of deploy/manifests may
     #[arg(long = "as", value_enum, default_value_t, value_name = "WHO")]
     who: Who,
+    /// What the container may beside that, as `securityContext.extraCapabilities` of the chart says
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    extra_capabilities: Vec<String>,
     /// The agent's program; the one built beside this program if absent
     #[arg(long)]
     agent: Option<PathBuf>,
@@ -133,11 +136,18 @@ enum Who {
 }
 
 impl Who {
-    fn helper(self) -> Result<Helper> {
+    fn helper(self, extra_capabilities: &[String]) -> Result<Helper> {
         let helper = Helper::find()?;
         match self {
-            Who::Root => Ok(helper),
-            Who::Container => helper.confined(),
+            Who::Root => {
+                let is_none = extra_capabilities.is_empty();
+                ensure!(
+                    is_none,
+                    "root has all: --extra-capabilities goes with --as container"
+                );
+                Ok(helper)
+            }
+            Who::Container => helper.confined(extra_capabilities),
         }
     }
 }
@@ -196,6 +206,7 @@ impl Run {
             network,
             source,
             who,
+            extra_capabilities,
             agent,
             jobs,
             output,
@@ -253,7 +264,7 @@ impl Run {
                 program: agent.clone(),
                 flags,
             },
-            helper: who.helper()?,
+            helper: who.helper(&extra_capabilities)?,
             served: server.as_ref().map(|(served, _)| served.clone()),
             logs,
             hold,

@@ -42,9 +42,10 @@ impl Helper {
         }
     }
 
-    /// Programs that enter get the rights of the chart's container, and no others.
-    pub fn confined(self) -> Result<Self> {
-        let capabilities = container::capabilities()?;
+    /// Programs that enter get the rights of the chart's container, these capabilities, and no others.
+    pub fn confined(self, extra: &[String]) -> Result<Self> {
+        let mut capabilities = container::capabilities()?;
+        capabilities.extend_from_slice(extra);
         let rights = Some(Rights {
             capabilities,
             writable: Vec::new(),

@@ -21,7 +21,7 @@ struct Series {
     name: &'static str,
     /// The release of Debian that has it.
     release: &'static str,
-    /// What the agents of scenarios may do: see `dataplane-scenarios --as`.
+    /// What the agents of scenarios may do, for `dataplane-scenarios --as`.
     rights: &'static str,
 }
 
@@ -36,8 +36,8 @@ const SERIES: [Series; 4] = [
     Series {
         name: "5.10",
         release: "bullseye",
-        // Before 5.11 tables count against the memory that may be locked, which takes SYS_RESOURCE.
-        rights: "root",
+        // Before 5.11 tables count against the memory that may be locked.
+        rights: "container --extra-capabilities SYS_RESOURCE",
     },
     Series {
         name: "6.1",

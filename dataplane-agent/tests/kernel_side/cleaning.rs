@@ -235,7 +235,7 @@ fn what_others_attached_outlives_us() -> Result<()> {
         Ok(())
     };
     if let Err(error) = tc("qdisc show") {
-        println!("SKIPPED: {error:#}");
+        println!("skipped: {error:#}");
         return Ok(());
     }
     tc("qdisc add dev eth0 clsact")?;
@@ -295,7 +295,7 @@ fn kube_proxys_own_tables_are_found_and_removed_and_nothing_else() -> Result<()>
             .enter(|| Ok(Command::new(program).args(arguments).output()?))
     };
     if let Err(error) = run("nft list ruleset") {
-        println!("SKIPPED: needs nft ({error:#})");
+        println!("skipped: needs nft ({error:#})");
         return Ok(());
     }
     let find = || node.netns.enter(|| Ok(kube_proxy::find(&[])?));

@@ -478,7 +478,7 @@ fn the_fast_path_follows_policy_engines() -> Result<()> {
     }
     let mut node = Node::build("fast")?;
     if let Err(error) = nft(&node, "list ruleset") {
-        println!("SKIPPED: {error}");
+        println!("skipped: {error}");
         return Ok(());
     }
     node.add_pod()?;
@@ -507,7 +507,7 @@ fn the_fast_path_follows_policy_engines() -> Result<()> {
     };
     for program in ["iptables-legacy", "ip6tables-legacy"] {
         if !legacy(program, "-N cali-FORWARD")?.is_ok_and(|status| status.success()) {
-            println!("SKIPPED: no {program}");
+            println!("skipped: no {program}");
             continue;
         }
         let engine = node.netns.enter(|| Ok(firewall::policy_engine()?))?;

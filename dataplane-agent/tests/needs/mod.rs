@@ -11,6 +11,6 @@ pub fn ready() -> bool {
     } else {
         return true;
     };
-    println!("SKIPPED: needs {missing}");
+    println!("skipped: needs {missing}");
     false
 }

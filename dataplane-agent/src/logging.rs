@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    env::VarError,
     io::{self, IsTerminal, Write},
     sync::{Mutex, OnceLock, PoisonError},
 };
@@ -18,9 +19,12 @@ const DEFAULT: &str = "info";
 /// The log is one for a process.
 static LEVELS: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// Begins to log. Colours only on a terminal and without `NO_COLOR`.
+/// Begins to log. Colours only on a terminal and without `NO_COLOR`. Levels that cannot be read are told, and those of
+/// [`DEFAULT`] are in force: a typing error ends no agent.
 pub fn start() {
-    let (levels, handle) = reload::Layer::new(at_start());
+    let wanted = at_start();
+    let problem = wanted.as_ref().err().cloned();
+    let (levels, handle) = reload::Layer::new(wanted.unwrap_or_else(|_| EnvFilter::new(DEFAULT)));
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| Kept)
@@ -28,6 +32,9 @@ pub fn start() {
     tracing_subscriber::registry().with(levels).with(lines).init();
     // There is none yet: what has begun before would have panicked above.
     let _first = LEVELS.set(handle);
+    if let Some(problem) = problem {
+        tracing::warn!("{problem}; the level is {DEFAULT}");
+    }
 }
 
 /// Bytes of lines that are kept at the most.
@@ -82,8 +89,16 @@ impl Write for Kept {
     }
 }
 
-fn at_start() -> EnvFilter {
-    EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(DEFAULT))
+fn at_start() -> Result<EnvFilter, String> {
+    match std::env::var(VARIABLE) {
+        Ok(text) if !text.is_empty() => parse(&text).map_err(|problem| format!("{VARIABLE}: {problem}")),
+        Ok(_) | Err(VarError::NotPresent) => Ok(EnvFilter::new(DEFAULT)),
+        Err(error) => Err(format!("{VARIABLE}: {error}")),
+    }
+}
+
+fn parse(text: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(text).map_err(|error| format!("`{text}`: {error}"))
 }
 
 /// The levels in force; empty where nothing is logged.
@@ -97,8 +112,8 @@ pub fn levels() -> String {
 /// Sets the levels; those of the start without a text. An error says what is wrong with it, and nothing has changed.
 pub fn set_levels(text: Option<&str>) -> Result<(), String> {
     let levels = match text {
-        Some(text) => EnvFilter::try_new(text).map_err(|error| format!("`{text}`: {error}"))?,
-        None => at_start(),
+        Some(text) => parse(text)?,
+        None => at_start()?,
     };
     let handle = LEVELS.get().ok_or("nothing is logged")?;
     handle.reload(levels).map_err(|error| error.to_string())

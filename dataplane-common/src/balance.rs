@@ -8,13 +8,15 @@ use crate::{
     tables::{Env, Tables},
 };
 
+// Of wyhash's round: multiply and fold.
+const A: u64 = 0xa076_1d64_78bd_642f;
+const B: u64 = 0xe703_7ed1_a0b4_28db;
+
 /// The hash by which a flow chooses its slot: the same on every node, so that a flow which arrives at another node
 /// meets the same backend.
 #[inline(always)]
 pub fn flow_hash<F: Family>(tuple: &Tuple<F::Addr>, proto: u8) -> u32 {
-    // Multiply and fold (wyhash's round) over the addresses and ports: two multiplications for IPv4.
-    const A: u64 = 0xa076_1d64_78bd_642f;
-    const B: u64 = 0xe703_7ed1_a0b4_28db;
+    // Over the addresses and ports: three multiplications for IPv4.
     let mut hash = A ^ u64::from(proto);
     let src = F::words(&tuple.src);
     let dst = F::words(&tuple.dst);
@@ -29,6 +31,14 @@ pub fn flow_hash<F: Family>(tuple: &Tuple<F::Addr>, proto: u8) -> u32 {
     hash ^= hash >> 29;
     hash = hash.wrapping_mul(B);
     (hash >> 32) as u32
+}
+
+/// The hash by which a socket chooses its slot. Cookies count up, and one multiplication would make steps of one length of that,
+/// as Maglev's permutations are: a backend whose step is the same would get many sockets in a row, and another one none.
+#[inline(always)]
+pub fn cookie_hash(cookie: u64) -> u32 {
+    let hash = cookie.wrapping_mul(A);
+    ((hash ^ hash >> 32).wrapping_mul(B) >> 32) as u32
 }
 
 /// The service at a destination, if there is one: the exact address first, then node ports on own addresses that have

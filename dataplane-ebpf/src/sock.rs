@@ -14,7 +14,7 @@ use aya_ebpf::{
 use dataplane_common::{
     addr::{Family, V4, V6, proto},
     backend::{Backend, backend_state},
-    balance::{choose, find_service},
+    balance::{choose, cookie_hash, find_service},
     config::config_flags,
     device::own_flags,
     service::{Scope, service_flags},
@@ -297,9 +297,7 @@ where
     {
         return Ok(Some(Picked::new::<F>(id, &backend, cookie)));
     }
-    // The cookie counts up; one multiplication spreads it over the table.
-    let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
-    let Some(id) = choose(&world, head, hash) else {
+    let Some(id) = choose(&world, head, cookie_hash(cookie)) else {
         return Err(REFUSED);
     };
     let Some(backend) = world.backend(id) else {

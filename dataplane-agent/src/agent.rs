@@ -402,6 +402,7 @@ impl Agent {
         let checked = self.source_checked(&bound);
         self.bound_syncer.set(addrs, ranges, &checked);
         self.policy_syncer.set_pods(bound);
+        let of_services = self.take_over();
         let (report, of_policies) = task::block_in_place(|| {
             let of_addresses = self.bound_syncer.run(&mut *self.store);
             if of_addresses.lost {
@@ -409,7 +410,7 @@ impl Agent {
             }
             let of_policies = self.policy_syncer.run(&mut *self.store, &self.policies);
             (
-                self.syncer.run(&mut *self.store),
+                of_services.unwrap_or_else(|| self.syncer.run(&mut *self.store)),
                 of_policies.with(of_addresses.report),
             )
         });
@@ -447,7 +448,6 @@ impl Agent {
         self.publish_unknown();
         self.answer_claims();
         self.publish_progress();
-        self.take_over();
         writes
     }
 

@@ -18,7 +18,7 @@ use crate::{
         socket::RequestSocket,
     },
     store::{Store, left::LeftFlows},
-    sync::encode,
+    sync::{Report, encode},
     takeover::{self, Endpoints, Entries, Owner, Role},
 };
 
@@ -112,17 +112,25 @@ impl Agent {
         }
     }
 
-    /// The first time that everything is served: from now on what is in no table is ours.
-    pub(super) fn take_over(&mut self) {
-        let begun = self.takeover.as_ref().is_some_and(|takeover| takeover.begun);
-        if begun && self.progress.borrow().started {
+    /// Writes the Services, if that may be the first time that all of them are served, and enters netfilter's connections: from
+    /// then on what is in no table is ours. Before policies are written: they judge a connection that is left by its endpoint, and
+    /// one that is not entered yet by the Service's address, which no policy allows.
+    pub(super) fn take_over(&mut self) -> Option<Report> {
+        if !self.takeover.as_ref()?.begun {
+            return None;
+        }
+        let report = tokio::task::block_in_place(|| self.syncer.run(&mut *self.store));
+        if !report.failed.values().any(|failure| failure.refused) {
             self.with_takeover(Takeover::enter);
         }
+        Some(report)
     }
 
     /// Every now and then, while there are connections that are left to netfilter.
     pub(super) fn look_at_left_flows(&mut self) {
-        self.take_over();
+        if self.takeover.as_ref().is_some_and(|takeover| takeover.begun) {
+            self.with_takeover(Takeover::enter);
+        }
         if self.takeover.as_ref().is_some_and(|takeover| takeover.any) {
             self.with_takeover(Takeover::look_again);
         }

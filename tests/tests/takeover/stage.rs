@@ -146,6 +146,17 @@ impl Stage {
                 ],
             },
         }))?;
+        // A client that may reach the endpoints, and not the Service's address.
+        let endpoints_of_service: Vec<Value> = ["TCP", "UDP"]
+            .map(|protocol| json!({"port": PORT, "protocol": protocol}))
+            .to_vec();
+        self.folder.apply(&json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "client1", "namespace": "ns1"},
+            "spec": {
+                "podSelector": {"matchLabels": {"pod": "client1"}}, "policyTypes": ["Egress"],
+                "egress": [{"to": [{"podSelector": {}}], "ports": endpoints_of_service}],
+            },
+        }))?;
         for (family, kind) in ["IPv4", "IPv6"].into_iter().enumerate() {
             let endpoints = BACKENDS.iter().enumerate().map(|(place, (name, node))| {
                 json!({

@@ -310,6 +310,7 @@ impl Agent {
                 let _gone = reply.send(self.load());
             }
             Ask::OverServices(reply) => {
+                self.count_without_local();
                 let _gone = reply.send(self.over_services());
             }
             Ask::Served(reply) => {

@@ -58,6 +58,13 @@ impl Agent {
         })
     }
 
+    /// Brings the metrics up to date that would cost each synchronisation a look at every Service.
+    pub(super) fn count_without_local(&self) {
+        let without_local = self.syncer.wanted().map(|(_, compiled)| compiled.without_local());
+        let (inside, outside) = without_local.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        self.metrics.count_without_local(inside, outside);
+    }
+
     /// What has gone over single Services, where they have metrics; without news where the tables cannot be read.
     pub(super) fn over_services(&mut self) -> Option<OverServices> {
         let (counting, tables) = (self.counting.as_mut()?, self.tables.as_ref()?);

@@ -178,6 +178,22 @@ impl Compiled {
         }
     }
 
+    /// How many ports, each in each family, have endpoints and none on this node, where the traffic policy for clients inside or for
+    /// those outside wants one.
+    pub fn without_local(&self) -> (usize, usize) {
+        let dropping = self.balancers.iter().filter(|balancer| balancer.drop_when_empty);
+        let ports: BTreeSet<(FrontendAddr, bool)> = dropping
+            .map(|balancer| {
+                (
+                    balancer.affinity_of.unwrap_or(balancer.frontend),
+                    balancer.internal,
+                )
+            })
+            .collect();
+        let inside = ports.iter().filter(|(_, internal)| *internal).count();
+        (inside, ports.len() - inside)
+    }
+
     /// One of the balancers of a frontend: see [`BalancerKey::outside`].
     pub fn balancer(&self, frontend: &FrontendAddr, outside: bool) -> Option<&Balancer> {
         let key = |balancer: &Balancer| (balancer.frontend, !balancer.internal);

@@ -296,6 +296,59 @@ mod tests {
         );
     }
 
+    /// Service `s` of namespace `ns`, on node `n1`.
+    fn compiled(documents: &[Value], options: Options) -> Compiled {
+        let mut index = Index::new("n1");
+        for document in documents {
+            let Decoded::Object { object, .. } = decode(document) else {
+                panic!("refused: {document}");
+            };
+            index.apply(object);
+        }
+        let name = crate::model::Name::new("ns", "s");
+        let service = index.service(&name).unwrap();
+        let (compiled, problems) = compile(&index, &service, options, &Claims::default());
+        assert!(problems.is_empty(), "{problems:?}");
+        compiled
+    }
+
+    /// What counts as a port without a local endpoint, for clients inside and outside.
+    fn without_local(spec: Value, nodes: &[&str]) -> (usize, usize) {
+        let mut service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "ns"},
+            "spec": {
+                "type": "NodePort", "clusterIP": "10.96.0.1", "externalIPs": ["198.18.1.1"],
+                "ports": [{"port": 80, "nodePort": 30080}],
+            },
+        });
+        let fields = service["spec"].as_object_mut().unwrap();
+        fields.extend(spec.as_object().unwrap().clone());
+        let endpoints = nodes
+            .iter()
+            .enumerate()
+            .map(|(place, node)| json!({"addresses": [format!("10.244.0.{place}")], "nodeName": node}));
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "s-1", "namespace": "ns", "labels": {"kubernetes.io/service-name": "s"}},
+            "endpoints": endpoints.collect::<Vec<Value>>(), "ports": [{"port": 8080}],
+        });
+        compiled(&[service, slice], Options::default()).without_local()
+    }
+
+    #[test]
+    fn ports_without_a_local_endpoint_are_counted_once_however_they_are_reached() {
+        let (inside, outside) = (
+            json!({"internalTrafficPolicy": "Local"}),
+            json!({"externalTrafficPolicy": "Local"}),
+        );
+        assert_eq!(without_local(inside, &["n2"]), (1, 0));
+        assert_eq!(without_local(outside.clone(), &["n2", "n3"]), (0, 1));
+        assert_eq!(without_local(outside.clone(), &["n1", "n2"]), (0, 0));
+        // Nobody has one: that is refused, not dropped.
+        assert_eq!(without_local(outside, &[]), (0, 0));
+        assert_eq!(without_local(json!({}), &["n2"]), (0, 0));
+    }
+
     /// A Service's frontends and who may use them, with this node at 192.0.2.1.
     fn guards(ranges: &[&str], source_ranges_for: SourceRangesFor) -> Vec<String> {
         let documents: [Value; 2] = [
@@ -313,21 +366,11 @@ mod tests {
                 "status": {"loadBalancer": {"ingress": [{"ip": "198.18.0.1"}, {"ip": "2001:db8::1"}]}},
             }),
         ];
-        let mut index = Index::new("n1");
-        for document in &documents {
-            let Decoded::Object { object, .. } = decode(document) else {
-                panic!("refused: {document}");
-            };
-            index.apply(object);
-        }
         let options = Options {
             source_ranges_for,
             ..Options::default()
         };
-        let name = crate::model::Name::new("ns", "s");
-        let service = index.service(&name).unwrap();
-        let (compiled, problems) = compile(&index, &service, options, &Claims::default());
-        assert!(problems.is_empty(), "{problems:?}");
+        let compiled = compiled(&documents, options);
         let guarded = compiled
             .balancers
             .iter()

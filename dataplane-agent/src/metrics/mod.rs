@@ -56,6 +56,7 @@ pub struct Metrics {
     last_queued: Gauge,
     service_changes: Changes,
     endpoint_changes: Changes,
+    without_local: IntGaugeVec,
     /// Answers of probes, by path.
     probes: [(&'static str, IntCounterVec); 2],
     objects: IntGaugeVec,
@@ -147,6 +148,11 @@ impl Metrics {
             )?,
             service_changes: Changes::new("service", "Services")?,
             endpoint_changes: Changes::new("endpoint", "EndpointSlices")?,
+            without_local: gauges(
+                "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+                "Ports of Services, in each family, that drop because the traffic policy is Local and all endpoints are on other nodes",
+                &["traffic_policy"],
+            )?,
             probes: [
                 (
                     "/healthz",
@@ -204,6 +210,7 @@ impl Metrics {
             last_queued,
             service_changes,
             endpoint_changes,
+            without_local,
             probes: [(_, healthz), (_, livez)],
             objects,
             problems,
@@ -219,7 +226,7 @@ impl Metrics {
                 .const_label("version", env!("CARGO_PKG_VERSION")),
         )?;
         build_info.set(1.0);
-        let collectors: [Box<dyn Collector>; 18] = [
+        let collectors: [Box<dyn Collector>; 19] = [
             Box::new(build_info),
             Box::new(sync_duration.clone()),
             Box::new(programming_duration.clone()),
@@ -229,6 +236,7 @@ impl Metrics {
             Box::new(service_changes.pending.clone()),
             Box::new(endpoint_changes.total.clone()),
             Box::new(endpoint_changes.pending.clone()),
+            Box::new(without_local.clone()),
             Box::new(healthz.clone()),
             Box::new(livez.clone()),
             // As client libraries have it: CPU time, memory, descriptors.
@@ -256,6 +264,16 @@ impl Metrics {
             self.failures.with_label_values(&[cause.as_str()]);
         }
         self.count_problems(&BTreeMap::new());
+        self.count_without_local(0, 0);
+    }
+
+    /// Sets how many ports of Services drop for want of a local endpoint, by whose traffic policy.
+    pub fn count_without_local(&self, internal: usize, external: usize) {
+        for (policy, ports) in [("internal", internal), ("external", external)] {
+            self.without_local
+                .with_label_values(&[policy])
+                .set(i64::try_from(ports).unwrap_or(i64::MAX));
+        }
     }
 
     /// Adds what is read from the datapath's maps whenever somebody asks.

@@ -44,6 +44,8 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// The label of what belongs to no object of a known kind.
 const NO_KIND: &str = "none";
 
+const WITHOUT_LOCAL: &str = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
+
 /// Everything that is counted. Clones count together.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -149,7 +151,7 @@ impl Metrics {
             service_changes: Changes::new("service", "Services")?,
             endpoint_changes: Changes::new("endpoint", "EndpointSlices")?,
             without_local: gauges(
-                "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+                WITHOUT_LOCAL,
                 "Ports of Services, in each family, that drop because the traffic policy is Local and all endpoints are on other nodes",
                 &["traffic_policy"],
             )?,
@@ -357,7 +359,12 @@ impl Metrics {
         families.retain(|family| !family.get_metric().is_empty());
         let mut page = Vec::new();
         TextEncoder::new().encode(&families, &mut page)?;
-        Ok(String::from_utf8_lossy(&page).into_owned())
+        let page = String::from_utf8_lossy(&page);
+        // kube-proxy gives a gauge the name of a counter. Without a type it is neither, and alerts on it work all the same.
+        Ok(page.replace(
+            &format!("# TYPE {WITHOUT_LOCAL} gauge\n"),
+            &format!("# TYPE {WITHOUT_LOCAL} untyped\n"),
+        ))
     }
 
     /// Serves the page. While somebody else has the address, it is tried again.

@@ -313,7 +313,7 @@ mod tests {
     }
 
     /// What counts as a port without a local endpoint, for clients inside and outside.
-    fn without_local(spec: Value, nodes: &[&str]) -> (usize, usize) {
+    fn without_local(spec: &Value, nodes: &[&str]) -> (usize, usize) {
         let mut service = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "ns"},
             "spec": {
@@ -341,12 +341,12 @@ mod tests {
             json!({"internalTrafficPolicy": "Local"}),
             json!({"externalTrafficPolicy": "Local"}),
         );
-        assert_eq!(without_local(inside, &["n2"]), (1, 0));
-        assert_eq!(without_local(outside.clone(), &["n2", "n3"]), (0, 1));
-        assert_eq!(without_local(outside.clone(), &["n1", "n2"]), (0, 0));
+        assert_eq!(without_local(&inside, &["n2"]), (1, 0));
+        assert_eq!(without_local(&outside, &["n2", "n3"]), (0, 1));
+        assert_eq!(without_local(&outside, &["n1", "n2"]), (0, 0));
         // Nobody has one: that is refused, not dropped.
-        assert_eq!(without_local(outside, &[]), (0, 0));
-        assert_eq!(without_local(json!({}), &["n2"]), (0, 0));
+        assert_eq!(without_local(&outside, &[]), (0, 0));
+        assert_eq!(without_local(&json!({}), &["n2"]), (0, 0));
     }
 
     /// A Service's frontends and who may use them, with this node at 192.0.2.1.

@@ -155,8 +155,7 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
         }
         _ => {}
     }
-    // SAFETY: the context is valid while the program runs and the field is writable; helpers without pointers, or
-    // with a null pointer that they allow.
+    // SAFETY: the context is valid while the program runs and the field is writable; helpers without pointers.
     unsafe {
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         match verdict.action() {

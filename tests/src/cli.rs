@@ -140,9 +140,8 @@ impl Who {
         let helper = Helper::find()?;
         match self {
             Who::Root => {
-                let is_none = extra_capabilities.is_empty();
                 ensure!(
-                    is_none,
+                    extra_capabilities.is_empty(),
                     "root has all: --extra-capabilities goes with --as container"
                 );
                 Ok(helper)

@@ -6,6 +6,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, bpf_fib_lookup, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
     helpers::generated::{
         bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_change_type,
+        bpf_skb_set_tunnel_key,
     },
     macros::classifier,
     programs::TcContext,
@@ -160,7 +161,7 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         match verdict.action() {
             Action::Host => bpf_redirect(to, INGRESS) as i32,
-            Action::Resolve => resolve(to),
+            Action::Resolve => resolve(skb, to),
             Action::Answer => bpf_redirect(own_ifindex, if at_ingress { 0 } else { INGRESS }) as i32,
             _ => bpf_redirect(to, 0) as i32,
         }
@@ -168,15 +169,18 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
 }
 
 /// Sends a packet out to the next hop that the last query for a route has found, and whose link-layer address the kernel finds.
-/// Told no next hop, it would look for the route once more and forget, before 6.18, to release the one that a packet of this
-/// host has already (`dst_entry`), which keeps devices and network namespaces from being removed.
+///
+/// A packet of this host has a route already (`dst_entry`), to where it was before. Told no next hop, `bpf_redirect_neigh` gives it
+/// another and, before 6.18, forgets to release that one, which keeps devices and network namespaces from being removed. Told one,
+/// it leaves the old route, and once the address is known, `neigh_update` sends what has waited for it to that route's neighbour.
+/// So the route goes first: a tunnel's key takes its place, which no device reads but tunnels that take their far end from it.
 #[inline(never)]
-fn resolve(ifindex: u32) -> i32 {
+fn resolve(skb: *mut __sk_buff, ifindex: u32) -> i32 {
     let Some(scratch) = WORK_SCRATCH.get_ptr(0) else {
         return SHOT;
     };
-    // SAFETY: a per-CPU element of the query's size and alignment, all of whose fields are integers in any reading; the helper
-    // reads the next hop while it runs.
+    // SAFETY: a per-CPU element of the query's size and alignment, all of whose fields are integers in any reading; the context is
+    // valid while the program runs; the helpers read the key, whose shortest form has 8 bytes, and the next hop while they run.
     unsafe {
         let query = &*(&raw const (*scratch).route).cast::<bpf_fib_lookup>();
         let mut next_hop = bpf_redir_neigh {
@@ -185,6 +189,13 @@ fn resolve(ifindex: u32) -> i32 {
                 ipv6_nh: query.__bindgen_anon_4.ipv6_dst,
             },
         };
+        let mut no_tunnel = [0u32; 2];
+        bpf_skb_set_tunnel_key(
+            skb,
+            no_tunnel.as_mut_ptr().cast(),
+            size_of_val(&no_tunnel) as u32,
+            0,
+        );
         bpf_redirect_neigh(ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
     }
 }
@@ -226,7 +237,7 @@ fn act_without_link_layer(
     unsafe {
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         if has_link_layer && flags == 0 {
-            resolve(device)
+            resolve(skb, device)
         } else {
             bpf_redirect(device, flags) as i32
         }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     BondMode, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoIpTunnel, InfoKind, InfoPortData,
@@ -394,6 +394,25 @@ impl Links {
             .push(NeighbourAttribute::Destination(neighbour_address(ip)));
         self.neighbour(message, device, mac)
             .with_context(|| format!("failed to add neighbour {ip} at {device}"))
+    }
+
+    /// Forgets every neighbour that was asked for its link-layer address.
+    pub fn forget_neighbours(&mut self) -> Result<()> {
+        let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        for answer in self.netlink.request(all, NLM_F_DUMP)? {
+            let RouteNetlinkMessage::NewNeighbour(neighbour) = answer else {
+                continue;
+            };
+            if !matches!(
+                neighbour.header.state,
+                NeighbourState::Permanent | NeighbourState::Noarp
+            ) {
+                self.netlink
+                    .request(RouteNetlinkMessage::DelNeighbour(neighbour), 0)
+                    .context("failed to forget a neighbour")?;
+            }
+        }
+        Ok(())
     }
 
     /// A permanent forwarding entry of a VXLAN device: frames to `mac` go to the node `at`.

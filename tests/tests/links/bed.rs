@@ -11,7 +11,7 @@ use dataplane_tests::manifests::{self, Manifests, pod};
 use dataplane_tests::netns::NetNs;
 use dataplane_tests::process::Helper;
 use dataplane_tests::shape::{ExternalShape, Network, NodeShape, PodShape, Shape, Uplink, parse_prefix};
-use dataplane_tests::worker::protocol::{Direction, Request, Response, Transfer, Transferred};
+use dataplane_tests::worker::protocol::{Direction, Proto, Request, Response, Transfer, Transferred};
 use serde_json::json;
 
 /// Bytes of one transfer; `DATAPLANE_TRANSFER_BYTES` says another number, for machines that are emulated.
@@ -94,6 +94,12 @@ impl Way {
         30100 + self.number() as u16
     }
 
+    /// The node port at an address of the first node.
+    pub fn at_node(self, ipv6: bool) -> SocketAddr {
+        let ip = if ipv6 { "fd00:77::11" } else { "192.168.77.11" };
+        SocketAddr::new(ip.parse().expect("an address"), self.node_port())
+    }
+
     /// Where the client connects to. The ways from outside enter at an address each of the node, for the same reason.
     pub fn to(self, ipv6: bool) -> SocketAddr {
         let net = 77 + self.number();
@@ -132,6 +138,7 @@ impl Bed {
         for way in ways() {
             let request = Request::TransferListen { port: PORT };
             cluster.worker(&way.backend())?.call(request, patient(TIMEOUT))?;
+            cluster.listen(&way.backend(), Proto::Udp, PORT)?;
         }
         let options = AgentOptions {
             program: agent,
@@ -292,7 +299,8 @@ fn write_objects(cluster: &Cluster, folder: &Manifests) -> Result<()> {
         folder.apply(&json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "test"},
             "spec": {"type": "NodePort", "clusterIP": ips[0], "clusterIPs": ips, "ipFamilies": ["IPv4", "IPv6"],
-                     "ports": [{"port": 80, "targetPort": PORT, "protocol": "TCP", "nodePort": way.node_port()}]},
+                     "ports": [{"name": "tcp", "port": 80, "targetPort": PORT, "protocol": "TCP", "nodePort": way.node_port()},
+                               {"name": "udp", "port": 80, "targetPort": PORT, "protocol": "UDP", "nodePort": way.node_port()}]},
         }))?;
         for ipv6 in [false, true] {
             let family = if ipv6 { "IPv6" } else { "IPv4" };
@@ -301,7 +309,9 @@ fn write_objects(cluster: &Cluster, folder: &Manifests) -> Result<()> {
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                 "metadata": {"name": format!("{name}-{}", family.to_lowercase()), "namespace": "test",
                              "labels": {"kubernetes.io/service-name": name}},
-                "addressType": family, "ports": [{"port": PORT, "protocol": "TCP"}],
+                "addressType": family,
+                "ports": [{"name": "tcp", "port": PORT, "protocol": "TCP"},
+                          {"name": "udp", "port": PORT, "protocol": "UDP"}],
                 "endpoints": [{"addresses": [way.backend_address(ipv6)], "nodeName": node,
                                "conditions": {"ready": true, "serving": true, "terminating": false},
                                "targetRef": {"kind": "Pod", "namespace": "test", "name": name}}],

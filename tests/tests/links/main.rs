@@ -2,6 +2,7 @@
 //! translation.
 
 mod bed;
+mod neighbours;
 mod offload;
 mod path_mtu;
 mod uplinks;

@@ -13,12 +13,18 @@ use crate::{paths, progress};
 
 /// The cargo that runs this program, for the user side's packages.
 pub fn cargo(subcommand: &str) -> Command {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = cargo_tool(Path::new(&env::var_os("CARGO").unwrap_or_else(|| "cargo".into())));
     command
         .arg(subcommand)
-        .current_dir(paths::root())
         .env("CARGO_TARGET_DIR", paths::target())
         .env("DATAPLANE_COMMIT", commit());
+    command
+}
+
+/// A program that runs cargo, in the repository.
+pub fn cargo_tool(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(paths::root());
     // Set by the `cargo run` around us for this package; build scripts of others must not see them as a change.
     for (name, _) in env::vars_os() {
         let name_text = name.to_string_lossy();

@@ -14,6 +14,7 @@ use crate::{paths, process, progress};
 /// The linker's version that this repository is built with, and the LLVM versions it can be made for.
 const LINKER_VERSION: &str = "0.13.0";
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
+const DENY_VERSION: &str = "0.20.2";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -29,6 +30,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let toolchain = toolchain()?;
     lints(&toolchain)?;
+    cargo_deny()?;
     programs()?;
     progress::note(&format!("set up: {}", toolchain.describe()));
     Ok(())
@@ -66,6 +68,26 @@ pub fn lints(toolchain: &Toolchain) -> Result<()> {
         "missing: the kernel side's clippy (`cargo xtask lint`): rustup component add clippy --toolchain nightly",
     );
     Ok(())
+}
+
+/// cargo-deny, of which nothing but `cargo xtask lint` makes use.
+pub fn cargo_deny() -> Result<PathBuf> {
+    let program = paths::tools().join(format!("cargo-deny-{DENY_VERSION}/bin/cargo-deny"));
+    let _lock = if program.is_file() { None } else { Some(lock()?) };
+    // Another clone's or terminal's set-up may have finished while we waited.
+    if program.is_file() {
+        return Ok(program);
+    }
+    let mut command = install("cargo-deny", DENY_VERSION);
+    command
+        .arg("--root")
+        .arg(paths::tools().join(format!("cargo-deny-{DENY_VERSION}")))
+        // It is built more often than it has much to do.
+        .args(["--profile", "dev"])
+        .env("CARGO_PROFILE_DEV_DEBUG", "0");
+    let what = format!("building cargo-deny {DENY_VERSION} (about a minute, once)");
+    progress::step(&what, || process::run_captured(&mut command))?;
+    Ok(program)
 }
 
 /// The programs of [`needs::PROGRAMS`]; what cannot be installed is said, and left to the command that needs it.
@@ -205,26 +227,26 @@ fn llvm_for(compiler: &Compiler) -> Option<PathBuf> {
 
 fn build_linker(compiler: &Compiler, llvm: &Path) -> Result<()> {
     let feature = format!("llvm-{}", compiler.llvm().unwrap_or_default());
-    let mut command = process::cargo("install");
+    let mut command = install("bpf-linker", LINKER_VERSION);
     command
-        .args([
-            "bpf-linker",
-            "--version",
-            LINKER_VERSION,
-            "--locked",
-            "--force",
-            "--no-default-features",
-            "--features",
-        ])
+        .args(["--no-default-features", "--features"])
         .arg(&feature)
         .arg("--root")
         .arg(paths::tools())
-        .current_dir("/")
-        .env("LLVM_PREFIX", llvm)
-        // A temporary directory: its objects are of no use to anybody else.
-        .env_remove("CARGO_TARGET_DIR");
+        .env("LLVM_PREFIX", llvm);
     let what = format!("building bpf-linker {LINKER_VERSION} with {feature} (about a minute, once)");
     progress::step(&what, || process::run_captured(&mut command))
+}
+
+/// `cargo install` of one version of a program.
+fn install(package: &str, version: &str) -> Command {
+    let mut command = process::cargo("install");
+    command
+        .args([package, "--version", version, "--locked", "--force"])
+        .current_dir("/")
+        // A temporary directory: its objects are of no use to anybody else.
+        .env_remove("CARGO_TARGET_DIR");
+    command
 }
 
 fn can_use_apt() -> bool {

@@ -119,7 +119,7 @@ fn has_backend<T: Env>(tables: &T, head: ServiceHead, id: u32) -> bool {
 }
 
 /// In place of a backend id: none.
-pub(crate) const NO_BACKEND: u32 = u32::MAX;
+pub const NO_BACKEND: u32 = u32::MAX;
 
 /// The backend of a client of a service with affinity: the one that it had, by whichever frontend of the service port, if it came back in time and that is still
 /// chosen from, else a new one, which is remembered. A client that nobody remembers is led by its address alone, to the

@@ -10,14 +10,14 @@ use crate::{
     monitor::EventKind,
     packet::Packet,
     parse::tcp,
-    pipeline::{Context, NO_SERVICE, Work, World, finish, timeout_ticks},
+    pipeline::{Context, DIRECT, NO_SERVICE, Work, World, finish, timeout_ticks},
     plan,
     policy::REVISION_NONE,
     reason::Reason,
     rewrite::RewriteIp,
     service::{ServiceHead, service_flags},
     tables::{Entry, InsertError},
-    verdict::{Hook, Verdict},
+    verdict::{Action, Hook, Verdict},
 };
 
 /// The first packet of a flow: the backend is chosen. `NEXT`: it is in `work`.
@@ -262,6 +262,14 @@ fn begun<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) {
     world.count_flow(FlowEvent::Begun);
     world.count_connection(meta.service, meta.backend);
     work.noted = EventKind::Begun as u32;
+}
+
+/// Counts a packet for a service that begins nothing.
+#[inline(always)]
+pub(crate) fn count_dropped<F: Family, W: World<F>>(world: &W, work: &Work<F>, verdict: Verdict) {
+    if matches!(verdict.action(), Action::Drop | Action::Refuse) && work.service < DIRECT {
+        world.count_dropped(work.service, work.backend);
+    }
 }
 
 /// Remembers the backend of a datagram that is not its flow's first, though nobody has answered: flows that never are

@@ -10,7 +10,7 @@ mod policies;
 mod sources;
 mod unbound;
 
-use std::{vec, vec::Vec};
+use std::{cell::RefCell, collections::HashMap, vec, vec::Vec};
 
 use crate::{
     addr::{Family, V4, proto},
@@ -23,6 +23,7 @@ use crate::{
     pipeline::Context,
     reason::Reason,
     service::{ECHO_PORT, Scope, Service, ServiceHead, service_flags},
+    traffic::Traffic,
     verdict::{Action, Hook, Verdict},
 };
 
@@ -405,6 +406,14 @@ fn a_taken_port_leads_to_another_and_none_left_to_a_drop() {
     ports.sort_unstable();
     assert_eq!(ports, [61_000, 61_001]);
     assert_eq!(world.counted(Reason::SnatPortsExhausted), 18);
+    assert_eq!(dropped(&world), (18, 18));
+}
+
+/// What services have not begun, and backends that had been chosen for it.
+fn dropped(world: &Memory) -> (u64, u64) {
+    let [services, backends] = [&world.traffic.services, &world.traffic.backends];
+    let sum = |of: &RefCell<HashMap<u32, Traffic>>| of.borrow().values().map(|one| one.dropped).sum();
+    (sum(services), sum(backends))
 }
 
 #[test]
@@ -788,6 +797,8 @@ fn source_ranges_are_for_new_flows_and_come_before_everything_else() {
         assert_eq!(run(&world, &FROM_NETDEV, &syn([203, 0, 113, 8], 4000)).0, drop);
         assert_eq!(run(&world, &at(Hook::Xdp), &syn([203, 0, 113, 8], 4000)).0, drop);
         assert_eq!(world.counted(Reason::SourceRange), 3);
+        let refused = u64::from(backends.is_empty());
+        assert_eq!(dropped(&world).0, 3 + refused);
     }
     let mut world = world(&BACKENDS[..1]);
     let backend = connect(&world, 4000);

@@ -154,8 +154,12 @@ pub struct MemoryTraffic {
 
 impl MemoryTraffic {
     fn add(&self, service: u32, backend: u32, change: impl Fn(&mut Traffic)) {
-        change(self.services.borrow_mut().entry(service).or_default());
-        change(self.backends.borrow_mut().entry(backend).or_default());
+        for (all, index) in [(&self.services, service), (&self.backends, backend)] {
+            // No table is so large.
+            if index != u32::MAX {
+                change(all.borrow_mut().entry(index).or_default());
+            }
+        }
     }
 }
 
@@ -659,6 +663,10 @@ impl Env for Memory {
 
     fn count_refused(&self, service: u32, backend: u32) {
         self.traffic.add(service, backend, |traffic| traffic.refused += 1);
+    }
+
+    fn count_dropped(&self, service: u32, backend: u32) {
+        self.traffic.add(service, backend, |traffic| traffic.dropped += 1);
     }
 
     fn is_sampled(&self) -> bool {

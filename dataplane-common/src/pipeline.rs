@@ -307,6 +307,7 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
         if verdict.action() == Action::Next {
             verdict = begin::plan::<F, P, W>(packet, world, at, work);
         }
+        begin::count_dropped::<F, W>(world, work, verdict);
     } else if verdict.action() == Action::Icmp {
         verdict = icmp::echo::<F, P, W>(packet, world, at, work);
         if verdict.action() == Action::Next {
@@ -321,10 +322,12 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
 /// Begins a flow, if policies allow it, and remembers it.
 #[inline(always)]
 pub fn begin<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
-    match enforce::beginning::<F, W>(world, at, work) {
+    let verdict = match enforce::beginning::<F, W>(world, at, work) {
         Verdict::NEXT => begin::claim::<F, W>(world, work),
         decided => decided,
-    }
+    };
+    begin::count_dropped::<F, W>(world, work, verdict);
+    verdict
 }
 
 /// Writes what has been decided: a translation, or an answer.

@@ -50,13 +50,13 @@ reasons! {
     FragmentLimit = "fragment-limit",
     /// Passed: a fragment that came before its datagram's first one, and is too large to be held.
     FragmentTooLarge = "fragment-too-large",
-    /// Refused: the service has no endpoint (RST or ICMP unreachable sent).
+    /// Refused: the service has no endpoint (RST or ICMP unreachable sent; at a socket hook ECONNREFUSED).
     NoEndpoints = "no-endpoints",
     /// Refused: the endpoint that a pod's connected socket was given is gone (ICMP unreachable sent).
     EndpointGone = "endpoint-gone",
     /// Refused: the endpoint itself refused a connection, by RST or ICMP port unreachable: nothing listens at its port.
     BackendRefused = "backend-refused",
-    /// Dropped: the service has no endpoint here and its traffic policy is Local.
+    /// Dropped: the service has no endpoint here and its traffic policy is Local (at a socket hook EPERM).
     NoLocalEndpoints = "no-local-endpoints",
     /// Dropped: the client is in none of the service's source ranges.
     SourceRange = "source-range",

@@ -121,6 +121,8 @@ pub trait Env {
     fn count_connection(&self, service: u32, backend: u32);
     /// Counts one that its backend refuses.
     fn count_refused(&self, service: u32, backend: u32);
+    /// Counts a packet for a service, and a backend if one is chosen, that is dropped or refused before it begins anything.
+    fn count_dropped(&self, service: u32, backend: u32);
     /// Whether the packet at hand is the one in [`SAMPLED`](crate::traffic::SAMPLED) that is counted.
     fn is_sampled(&self) -> bool;
     /// Counts a packet that is sampled, for all that are not.

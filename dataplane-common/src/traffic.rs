@@ -1,6 +1,6 @@
 //! `SERVICE_TRAFFIC` and `BACKEND_TRAFFIC`: what goes over each service and each backend, by their indices.
 //!
-//! Connections are counted when they begin, and when they are refused, each of them. Packets would each write to memory that all CPUs share, or take a place for
+//! Connections are counted when they begin, and when they are refused, each of them; so is each packet that begins nothing. Packets would each write to memory that all CPUs share, or take a place for
 //! each CPU and backend; one in [`SAMPLED`], at random, is counted, for that many. After n counted packets the standard error is about 1/√n: 1 % at
 //! 640,000 packets.
 
@@ -27,9 +27,13 @@ pub struct Traffic {
     /// Packets of backends, likewise.
     pub packets_out: u64,
     pub bytes_out: u64,
+    /// First packets of clients, and connects, that were dropped or refused here: there is no endpoint, the client is not in the source
+    /// ranges, a policy forbids it, or no port is left. Of a backend: those for which it had been chosen.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub dropped: u64,
 }
 
-const _: () = assert!(size_of::<Traffic>() == 48);
+const _: () = assert!(size_of::<Traffic>() == 56);
 const _: () = assert!(SAMPLED.is_power_of_two());
 
 /// A packet that is counted, in one number: functions that are verified apart have no other arguments.
@@ -64,6 +68,7 @@ impl AddAssign for Traffic {
         self.bytes_in += more.bytes_in;
         self.packets_out += more.packets_out;
         self.bytes_out += more.bytes_out;
+        self.dropped += more.dropped;
     }
 }
 

@@ -14,9 +14,10 @@ use aya_ebpf::{
 use dataplane_common::{
     addr::{Family, V4, V6, proto},
     backend::{Backend, backend_state},
-    balance::{choose, cookie_hash, find_service},
+    balance::{NO_BACKEND, choose, cookie_hash, find_service},
     config::config_flags,
     device::own_flags,
+    reason::Reason,
     service::{Scope, service_flags},
     sock::{SockAddr4, SockAddr6, SockBackend, SockKey4, SockKey6, SockService},
     tables::{Env, Tables},
@@ -278,11 +279,17 @@ where
         return Ok(None);
     }
     if head.size_class == 0 {
-        return Err(if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
-            NOT_PERMITTED
+        let (reason, error) = if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
+            (Reason::NoLocalEndpoints, NOT_PERMITTED)
         } else {
-            REFUSED
-        });
+            (Reason::NoEndpoints, REFUSED)
+        };
+        // Without an error number, the packet path says and counts it.
+        if config(|c| &c.flags) & config_flags::SET_RETVAL != 0 {
+            world.count(reason as u32);
+            world.count_dropped(index, NO_BACKEND);
+        }
+        return Err(error);
     }
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };

@@ -50,6 +50,14 @@ pub fn count_refused(service: u32, backend: u32) {
     }
 }
 
+#[inline(always)]
+pub fn count_dropped(service: u32, backend: u32) {
+    for traffic in elements(service, backend).into_iter().flatten() {
+        // SAFETY: an element that exists.
+        unsafe { add(&raw mut (*traffic).dropped, 1) };
+    }
+}
+
 /// See `Env::count_pod_drop`.
 #[inline(always)]
 pub fn count_pod_drop(ifindex: u32) {

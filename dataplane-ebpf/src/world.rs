@@ -525,6 +525,11 @@ impl<C> Env for World<C> {
     }
 
     #[inline(always)]
+    fn count_dropped(&self, service: u32, backend: u32) {
+        traffic::count_dropped(service, backend);
+    }
+
+    #[inline(always)]
     fn is_sampled(&self) -> bool {
         let Some(scratch) = WORK_SCRATCH.get_ptr_mut(0) else {
             return false;

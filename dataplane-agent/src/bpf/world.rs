@@ -516,6 +516,8 @@ impl Env for World {
 
     fn count_refused(&self, _service: u32, _backend: u32) {}
 
+    fn count_dropped(&self, _service: u32, _backend: u32) {}
+
     fn is_sampled(&self) -> bool {
         false
     }

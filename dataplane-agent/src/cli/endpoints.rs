@@ -238,7 +238,15 @@ fn render(shown: &[Shown], is_wide: bool) -> String {
         "CONNECTIONS",
         "REFUSED",
     ];
-    let more = ["NODE", "FROM OUTSIDE", "PACKETS IN", "OUT", "BYTES IN", "OUT"];
+    let more = [
+        "NODE",
+        "FROM OUTSIDE",
+        "DROPPED",
+        "PACKETS IN",
+        "OUT",
+        "BYTES IN",
+        "OUT",
+    ];
     let header = if is_wide {
         [&header[..], &more[..]].concat()
     } else {
@@ -270,10 +278,11 @@ fn row(one: &Shown) -> Vec<String> {
 }
 
 /// What is estimated is rounded.
-fn more_of(one: &Shown) -> [String; 6] {
+fn more_of(one: &Shown) -> [String; 7] {
     [
         one.node.clone().unwrap_or_else(|| "-".to_owned()),
         one.external_share.map_or_else(|| "-".to_owned(), percent),
+        one.traffic.dropped.to_string(),
         size(one.traffic.packets_in),
         size(one.traffic.packets_out),
         size(one.traffic.bytes_in),
@@ -408,7 +417,7 @@ mod tests {
         let text = render(&shown, true);
         let first = rows(&text)[1].join(" ");
         assert_eq!(
-            first, "10.96.0.1:80/TCP 10.244.1.1:8080/TCP - here active 100.0 % 2 7 3 - 100.0 % 0 0 64.0k 0",
+            first, "10.96.0.1:80/TCP 10.244.1.1:8080/TCP - here active 100.0 % 2 7 3 - 100.0 % 0 0 0 64.0k 0",
             "{text}"
         );
         assert_eq!(shown[2].frontend, None, "of a Service that is gone");

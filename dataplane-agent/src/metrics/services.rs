@@ -123,6 +123,11 @@ impl OverServices {
                 &[],
             ),
             counter(
+                "dataplane_service_dropped_packets_total",
+                "First packets for a Service, and connects, that were dropped or refused on this node: there is no endpoint, the client is not in the source ranges, a policy forbids it, or no port is left",
+                &[],
+            ),
+            counter(
                 "dataplane_service_packets_total",
                 "Packets over a Service, of clients (`direction=\"in\"`) and of endpoints (`out`). An estimate: one packet in 64 is counted, for 64",
                 &["direction"],
@@ -134,7 +139,7 @@ impl OverServices {
             ),
         ];
         // Names and labels are constants, made by a test.
-        let [Ok(connections), Ok(refused), Ok(packets), Ok(bytes)] = counters else {
+        let [Ok(connections), Ok(refused), Ok(dropped), Ok(packets), Ok(bytes)] = counters else {
             return Vec::new();
         };
         let own = self
@@ -145,6 +150,7 @@ impl OverServices {
             let labels = [namespace, name];
             connections.with_label_values(&labels).inc_by(traffic.connections);
             refused.with_label_values(&labels).inc_by(traffic.refused);
+            dropped.with_label_values(&labels).inc_by(traffic.dropped);
             for (direction, of_packets, of_bytes) in [
                 ("in", traffic.packets_in, traffic.bytes_in),
                 ("out", traffic.packets_out, traffic.bytes_out),
@@ -157,6 +163,7 @@ impl OverServices {
         [
             connections.collect(),
             refused.collect(),
+            dropped.collect(),
             packets.collect(),
             bytes.collect(),
         ]
@@ -173,6 +180,7 @@ fn since(now: Traffic, before: Traffic) -> Traffic {
         bytes_in,
         packets_out,
         bytes_out,
+        dropped,
     } = before;
     let more = || {
         Some(Traffic {
@@ -182,6 +190,7 @@ fn since(now: Traffic, before: Traffic) -> Traffic {
             bytes_in: now.bytes_in.checked_sub(bytes_in)?,
             packets_out: now.packets_out.checked_sub(packets_out)?,
             bytes_out: now.bytes_out.checked_sub(bytes_out)?,
+            dropped: now.dropped.checked_sub(dropped)?,
         })
     };
     more().unwrap_or(now)
@@ -199,6 +208,7 @@ pub(super) mod tests {
         Traffic {
             connections,
             refused: 1,
+            dropped: 3,
             bytes_in: connections * 64,
             ..Traffic::default()
         }
@@ -295,6 +305,7 @@ pub(super) mod tests {
         for line in [
             r#"dataplane_service_connections_total{service_name="b",service_namespace="shop"} 9"#,
             r#"dataplane_service_refused_connections_total{service_name="other",service_namespace=""} 2"#,
+            r#"dataplane_service_dropped_packets_total{service_name="other",service_namespace=""} 6"#,
             r#"dataplane_service_bytes_total{direction="in",service_name="b",service_namespace="shop"} 576"#,
             r#"dataplane_service_packets_total{direction="out",service_name="b",service_namespace="shop"} 0"#,
         ] {

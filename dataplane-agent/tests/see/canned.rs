@@ -10,6 +10,7 @@ use super::{EndpointLoad, Load, PodLoad, ServiceLoad, Timestamp, Traffic};
 struct Pace {
     connections: u64,
     refused: u64,
+    dropped: u64,
     packets: [u64; 2],
     bytes: [u64; 2],
 }
@@ -20,6 +21,7 @@ const fn pace(connections: u64, packets: u64, bytes_in: u64, bytes_out: u64) -> 
     Pace {
         connections,
         refused: 0,
+        dropped: 0,
         packets: [packets, packets],
         bytes: [bytes_in, bytes_out],
     }
@@ -34,6 +36,7 @@ impl Pace {
             bytes_in: self.bytes[0] * seconds,
             packets_out: self.packets[1] * seconds,
             bytes_out: self.bytes[1] * seconds,
+            dropped: self.dropped * seconds,
         }
     }
 }
@@ -97,7 +100,10 @@ pub fn load(seconds: u64) -> Load {
             ),
             service(
                 "Service billing/export",
-                pace(1, 64, 5_000, 5_000),
+                Pace {
+                    dropped: 2,
+                    ..pace(1, 64, 5_000, 5_000)
+                },
                 vec![endpoint(
                     "192.0.2.77:443",
                     None,
@@ -119,6 +125,7 @@ pub fn load(seconds: u64) -> Load {
         drops: BTreeMap::from([
             ("source-range".to_owned(), 17),
             ("policy-denied".to_owned(), 3 * age),
+            ("no-local-endpoints".to_owned(), 2 * age),
         ]),
     }
 }

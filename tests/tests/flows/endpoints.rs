@@ -1,7 +1,5 @@
 //! `endpoints`: which of a Service's endpoints refuses is seen at a glance, with an agent and without; and the metrics of the Service.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail, ensure};
 use dataplane_tests::agent;
 use serde_json::{Value, json};
@@ -40,7 +38,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         stage.apply(&object)?;
     }
     stage.settle()?;
-    let before = metrics(&stage)?;
+    let before = stage.metrics(NODE)?;
     ensure!(
         before.contains("{service_name=\"other\"") && !before.contains("\"half\""),
         "{before}"
@@ -79,7 +77,7 @@ fn the_endpoint_that_refuses_is_seen() -> Result<()> {
         count(open, "connections") + count(closed, "connections") == u64::from(CONNECTIONS),
         "{rows:#?}"
     );
-    let after = metrics(&stage)?;
+    let after = stage.metrics(NODE)?;
     for (name, count) in [
         ("connections", u64::from(CONNECTIONS)),
         ("refused_connections", count(closed, "refused")),
@@ -198,13 +196,6 @@ fn of(rows: &[Value], port: u16) -> Result<&Value> {
 fn shown(stage: &Stage, arguments: &[&str]) -> Result<Vec<Value>> {
     let (stdout, stderr) = asked(stage, &[&["endpoints", "-o", "json"], arguments].concat())?;
     serde_json::from_str(&stdout).with_context(|| format!("no rows: {stdout}{stderr}"))
-}
-
-/// The page of the first node's agent.
-fn metrics(stage: &Stage) -> Result<String> {
-    stage
-        .cluster
-        .page(NODE, 10249, "/metrics", Duration::from_secs(30))
 }
 
 fn asked(stage: &Stage, arguments: &[&str]) -> Result<(String, String)> {

@@ -15,6 +15,7 @@ use crate::stage::{self, BALANCER, Mode, PORT, Stage, State};
 const NODE: &str = "node1";
 const CLUSTER_IP: &str = "10.96.0.41:80";
 const NODE_PORT: &str = "192.168.77.11:30080";
+const DROPPED: &str = "dataplane_service_dropped_packets_total{";
 /// Nothing listens there.
 const CLOSED: u16 = 8181;
 /// Where bulk transfers are taken.
@@ -28,7 +29,10 @@ fn one_command_names_the_cause_of_a_fault() -> Result<()> {
         return Ok(());
     };
     // An uplink that is a veth has no XDP unless it is asked for.
-    let mode = Mode::without_sockets("auto");
+    let mode = Mode {
+        more: &["--service-metrics", "1"],
+        ..Mode::without_sockets("auto")
+    };
     let mut stage = Stage::set("faults", mode, &[("be1", 1), ("be2", 2)], &["be1", "be2"], agent)?;
     endpoints_are_not_ready(&mut stage)?;
     a_policy_denies(&mut stage)?;
@@ -40,6 +44,32 @@ fn one_command_names_the_cause_of_a_fault() -> Result<()> {
     a_device_has_no_xdp(&stage)?;
     a_table_is_full(&mut stage)?;
     the_api_server_is_gone(&mut stage)
+}
+
+/// What a process is refused before it sends a packet is counted too.
+#[test]
+fn what_socket_hooks_refuse_is_counted() -> Result<()> {
+    const REFUSED: &str = r#"dataplane_packets_total{outcome="refused",reason="no-endpoints"}"#;
+    let Some(agent) = agent::built() else {
+        return Ok(());
+    };
+    let mode = Mode {
+        socket_lb: "all",
+        datapath: "tc",
+        more: &["--service-metrics", "1"],
+    };
+    let stage = Stage::set("refused", mode, &[("be1", 1)], &[], agent)?;
+    for client in ["client1", "node1"] {
+        let before = [at_services(&stage, DROPPED)?, at_services(&stage, REFUSED)?];
+        let refused = stage.begin(client, "herd", CLUSTER_IP)?;
+        ensure!(stage::alive(&refused) == 0, "{refused:?}");
+        let counted = [at_services(&stage, DROPPED)?, at_services(&stage, REFUSED)?];
+        ensure!(
+            counted == before.map(|count| count + 1),
+            "{client}: {counted:?} after {before:?}"
+        );
+    }
+    Ok(())
 }
 
 fn endpoints_are_not_ready(stage: &mut Stage) -> Result<()> {
@@ -61,7 +91,7 @@ fn a_policy_denies(stage: &mut Stage) -> Result<()> {
     stage.apply(&policy)?;
     stage.settle()?;
     explained(stage, false, "NetworkPolicy ns1/closed")?;
-    let seen = watched(stage, ("client1", CLUSTER_IP), &["--verdict", "drop"])?;
+    let seen = dropped(stage, ("client1", CLUSTER_IP), &["--verdict", "drop"])?;
     ensure!(
         seen["reason"] == "policy-denied" && seen["by"]["policies"] == json!(["NetworkPolicy ns1/closed"]),
         "{seen}"
@@ -96,7 +126,7 @@ fn no_endpoint_is_local(stage: &mut Stage) -> Result<()> {
     stage.apply(&local)?;
     stage.put(&[("be1", None)])?;
     stage.settle()?;
-    let seen = watched(stage, ("ext1", NODE_PORT), &["--from", "203.0.113.10"])?;
+    let seen = dropped(stage, ("ext1", NODE_PORT), &["--from", "203.0.113.10"])?;
     ensure!(
         seen["verdict"] == "drop"
             && seen["reason"] == "no-local-endpoints"
@@ -126,7 +156,7 @@ fn the_client_is_in_no_source_range(stage: &mut Stage) -> Result<()> {
     ranges["spec"]["loadBalancerSourceRanges"] = json!(["10.0.0.0/8"]);
     stage.apply(&ranges)?;
     stage.settle()?;
-    let seen = watched(stage, ("ext1", BALANCER), &["--from", "203.0.113.10"])?;
+    let seen = dropped(stage, ("ext1", BALANCER), &["--from", "203.0.113.10"])?;
     ensure!(
         seen["verdict"] == "drop" && seen["reason"] == "source-range",
         "{seen}"
@@ -287,6 +317,27 @@ fn explains(stage: &Stage, query: &[&str], is_allowed: bool, cause: &str) -> Res
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
+}
+
+/// The same of a packet that is dropped, which is counted at its Service.
+fn dropped(stage: &Stage, client: (&str, &str), filter: &[&str]) -> Result<Value> {
+    let before = at_services(stage, DROPPED)?;
+    let seen = watched(stage, client, filter)?;
+    let counted = at_services(stage, DROPPED)?;
+    ensure!(counted > before, "{counted} as before: {seen}");
+    Ok(seen)
+}
+
+/// What a metric says of all Services together.
+fn at_services(stage: &Stage, metric: &str) -> Result<u64> {
+    let page = stage.metrics(NODE)?;
+    let values = page
+        .lines()
+        .filter(|line| line.starts_with(metric))
+        .map(|line| line.rsplit(' ').next().unwrap_or_default().parse::<u64>());
+    let values: Vec<u64> = values.collect::<Result<_, _>>()?;
+    ensure!(!values.is_empty(), "no {metric} in {page}");
+    Ok(values.iter().sum())
 }
 
 /// What `monitor` says first while a client tries to connect.

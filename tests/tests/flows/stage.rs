@@ -284,6 +284,12 @@ impl Stage {
         }
     }
 
+    /// The page of a node's agent.
+    pub fn metrics(&self, node: &str) -> Result<String> {
+        self.cluster
+            .page(node, 10249, "/metrics", Duration::from_secs(30))
+    }
+
     /// How often something has happened to flows at a node.
     pub fn flow_events(&self, node: &str, event: &str) -> Result<u64> {
         let status = self.agents.status(node)?;

@@ -124,6 +124,7 @@ pub fn header(top: &Top) -> &'static [&'static str] {
             "PKTS/s",
             "IN B/s",
             "OUT B/s",
+            "DROPS/s",
             "STATE",
             "POD",
         ];
@@ -140,6 +141,7 @@ pub const fn header_of(view: View) -> &'static [&'static str] {
             "PKTS/s",
             "IN B/s",
             "OUT B/s",
+            "DROPS/s",
             "ENDPOINTS",
         ],
         View::Pods => &[
@@ -158,8 +160,8 @@ pub const fn header_of(view: View) -> &'static [&'static str] {
 
 fn widths(top: &Top) -> Vec<Constraint> {
     let rest: &[u16] = match (top.opened(), top.view()) {
-        (Some(_), _) => &[7, 9, 7, 7, 7, 8, 14],
-        (None, View::Services) => &[7, 9, 7, 7, 7, 9],
+        (Some(_), _) => &[6, 9, 6, 6, 7, 7, 8, 14],
+        (None, View::Services) => &[6, 9, 6, 6, 7, 7, 9],
         (None, View::Pods) => &[7, 9, 7, 7, 7, 7, 4],
         (None, View::Drops) => &[9, 12],
     };
@@ -169,11 +171,11 @@ fn widths(top: &Top) -> Vec<Constraint> {
 
 fn is_number(top: &Top, column: usize) -> bool {
     let of_rates = match top.view() {
-        View::Services | View::Pods => 1..6,
+        View::Services | View::Pods => 1..7,
         View::Drops => 1..3,
     };
     let of_counts = match (top.opened(), top.view()) {
-        (None, View::Services | View::Pods) => 6..7,
+        (None, View::Services) => 7..8,
         _ => 0..0,
     };
     of_rates.contains(&column) || of_counts.contains(&column)
@@ -188,9 +190,14 @@ pub fn cells(row: &Row) -> Vec<String> {
         rate(of.map(|of| of.packets)),
         rate(of.map(|of| of.bytes_in)),
         rate(of.map(|of| of.bytes_out)),
+        rate(of.map(|of| of.drops)),
     ];
-    let drops = rate(of.map(|of| of.drops));
-    let mut cells = vec![row.name.clone()];
+    let name = match &row.about {
+        // What is not said is one.
+        About::Service { .. } => row.name.trim_start_matches("Service "),
+        _ => &row.name,
+    };
+    let mut cells = vec![name.to_owned()];
     match &row.about {
         About::Service { endpoints } => {
             cells.extend(traffic);
@@ -202,9 +209,9 @@ pub fn cells(row: &Row) -> Vec<String> {
         }
         About::Pod { here } => {
             cells.extend(traffic);
-            cells.extend([drops, if *here { "here" } else { "" }.to_owned()]);
+            cells.push(if *here { "here" } else { "" }.to_owned());
         }
-        About::Drops { since_start } => cells.extend([drops, size(*since_start)]),
+        About::Drops { since_start } => cells.extend([rate(of.map(|of| of.drops)), size(*since_start)]),
     }
     cells
 }

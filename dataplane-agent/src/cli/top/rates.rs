@@ -14,6 +14,7 @@ pub struct Rate {
     pub packets: f64,
     pub bytes_in: f64,
     pub bytes_out: f64,
+    /// Of Services and endpoints: what began nothing. Of Pods: at their interface.
     pub drops: f64,
 }
 
@@ -72,6 +73,7 @@ impl Interval {
             bytes_in,
             packets_out,
             bytes_out,
+            dropped,
         } = *now;
         Some(Rate {
             connections: self.each_second(before.connections, connections)?,
@@ -80,7 +82,7 @@ impl Interval {
                 + self.each_second(before.packets_out, packets_out)?,
             bytes_in: self.each_second(before.bytes_in, bytes_in)?,
             bytes_out: self.each_second(before.bytes_out, bytes_out)?,
-            drops: 0.0,
+            drops: self.each_second(before.dropped, dropped)?,
         })
     }
 
@@ -145,7 +147,11 @@ impl Rates {
             })
             .collect();
         let mut total = Rate::default();
-        for rate in services.values().chain(drops.values()) {
+        for rate in services.values() {
+            // What was dropped is among the reasons too.
+            total.add(&Rate { drops: 0.0, ..*rate });
+        }
+        for rate in drops.values() {
             total.add(rate);
         }
         Self {
@@ -204,9 +210,10 @@ mod tests {
             (db.connections, 12),
             (db.refused, 2),
             (db.packets, 960),
+            (rates.services["Service billing/export"].drops, 2),
             (rates.pods["shop/db-0"].drops, 3),
             (rates.drops["policy-denied"].drops, 3),
-            (rates.total.drops, 3),
+            (rates.total.drops, 5),
         ];
         for (rate, number) in expected {
             assert_eq!(rate.to_string(), number.to_string());

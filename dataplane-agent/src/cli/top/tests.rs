@@ -179,12 +179,14 @@ fn the_picture_of_the_documentation_is_what_is_drawn() {
             let by = |now: u64, before: u64| (now - before) * wave / 8;
             service.traffic.connections += by(base.traffic.connections, before.connections);
             service.traffic.refused += base.traffic.refused - before.refused;
+            service.traffic.dropped += base.traffic.dropped - before.dropped;
             service.traffic.packets_in += by(base.traffic.packets_in, before.packets_in);
             service.traffic.packets_out += by(base.traffic.packets_out, before.packets_out);
             service.traffic.bytes_in += by(base.traffic.bytes_in, before.bytes_in);
             service.traffic.bytes_out += by(base.traffic.bytes_out, before.bytes_out);
         }
         *load.drops.get_mut("policy-denied").unwrap() += 3;
+        *load.drops.get_mut("no-local-endpoints").unwrap() += 2;
         top.update(load.clone());
     }
     is_golden("../docs/images/top.svg", &svg(&screen(&mut top, 90, 20)));
@@ -230,7 +232,7 @@ fn a_script_gets_plain_tables() {
     assert_eq!(words[0][..2], ["SERVICE", "CONN/s"], "{text}");
     assert_eq!(
         words[1],
-        ["Service", "shop/web", "210", "0", "19.2k", "1.8M", "33.0M", "3"]
+        ["shop/web", "210", "0", "19.2k", "1.8M", "33.0M", "0", "3"]
     );
     let db = ["shop/db-0", "6.0", "0", "480", "20.0k", "155k", "3.0", "here"];
     assert!(words.iter().any(|line| *line == db), "{text}");

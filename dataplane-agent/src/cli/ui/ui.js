@@ -51,7 +51,7 @@ function rate(before, now) {
   const time = seconds();
   if (!before || time <= 0) return null;
   const made = {};
-  for (const key of ["connections", "packets_in", "bytes_in", "packets_out", "bytes_out"]) {
+  for (const key of ["connections", "packets_in", "bytes_in", "packets_out", "bytes_out", "dropped"]) {
     if (now[key] < before[key]) return null;
     made[key] = (now[key] - before[key]) / time;
   }
@@ -172,6 +172,10 @@ function drawMap() {
     parts.push(drawn("text", { x: LEFT + 8, y: y(place) + 13 }, cut(service.object.replace(/^Service /, ""), 40)));
     const rates = inWords(service.rate) || "";
     parts.push(drawn("text", { class: "rate", x: LEFT + 8, y: y(place) + 26 }, rates));
+    const dropped = service.rate ? service.rate.dropped : 0;
+    if (dropped > 0) {
+      parts.push(drawn("text", { class: "count", x: LEFT + BOX - 8, y: y(place) + 26, "text-anchor": "end" }, short(dropped) + " drops/s"));
+    }
   });
   for (const { name, note, place, gone } of nodes.values()) {
     parts.push(drawn("rect", { class: gone ? "box gone" : "box", x: RIGHT, y: y(place), width: WIDE, height: HIGH, rx: 4 }));

@@ -39,6 +39,11 @@ pub const PROGRAMS: &[Need] = &[
         why: "the demo's examples",
     },
     Need {
+        program: "tcpdump",
+        package: "tcpdump",
+        why: "tests that captures of `monitor` can be read by other tools",
+    },
+    Need {
         program: "nft",
         package: "nftables",
         why: "bench net: kube-proxy's nftables rules as a peer",

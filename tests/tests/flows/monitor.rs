@@ -1,7 +1,7 @@
 //! What `monitor` shows of packets as things happen to them, and what is counted of Services and endpoints; with an agent and without.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::Output;
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -86,6 +86,7 @@ fn what_happens_to_packets_is_shown_and_counted() -> Result<()> {
         String::from_utf8_lossy(&packets).contains("no-endpoints"),
         "the packet's comment is missing"
     );
+    tcpdump_reads(&packets)?;
     let unknown = run(&stage, "json", &["--reason", "none-such"])?;
     let text = String::from_utf8_lossy(&unknown.stderr).into_owned();
     ensure!(
@@ -194,6 +195,40 @@ fn watched(stage: &Stage, arguments: &[&str]) -> Result<Output> {
 fn captured(stage: &Stage) -> Result<Vec<u8>> {
     let arguments = ["--verdict", "refuse", "--count", "1"];
     Ok(while_connecting(stage, ("client1", AT), || run(stage, "pcapng", &arguments))?.stdout)
+}
+
+/// By what did not write it: `client1` asks `AT`.
+fn tcpdump_reads(packets: &[u8]) -> Result<()> {
+    let started = Command::new("tcpdump")
+        .args(["-n", "-r", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut tcpdump = match started {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            println!("skipped: there is no tcpdump to read the capture");
+            return Ok(());
+        }
+        started => started.context("failed to start tcpdump")?,
+    };
+    // Less than a pipe holds; it ends where nobody can write any longer.
+    tcpdump
+        .stdin
+        .take()
+        .context("tcpdump has no stdin")?
+        .write_all(packets)?;
+    let output = tcpdump.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success()
+            && said.lines().count() == 1
+            && said.contains("IP 10.244.1.10.")
+            && said.contains(" > 10.96.0.41.80: Flags [S]"),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
 }
 
 /// What a command prints while a client connects again and again.

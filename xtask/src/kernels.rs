@@ -228,8 +228,13 @@ fn test(series: &Series, kernel: &Path, programs: &Programs, filters: &[String])
 }
 
 /// What runs without filters: every program through the verifier and over random packets, and uplinks that few machines
-/// have modules for.
-const DEFAULT_TESTS: [&str; 3] = ["host_and_kernel_build_agree", "uplinks", "super_packets"];
+/// have modules for, and packets that wait for a neighbour, about which kernels differ.
+const DEFAULT_TESTS: [&str; 4] = [
+    "host_and_kernel_build_agree",
+    "uplinks",
+    "super_packets",
+    "first_datagrams_arrive_tc",
+];
 
 /// In place of a test's name: [`SCENARIOS`].
 const OF_SCENARIOS: &str = "scenarios";

@@ -4,14 +4,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use dataplane_tests::agent;
+use dataplane_tests::agent::{self, patient};
 use dataplane_tests::shape::{Network, Uplink};
 use dataplane_tests::worker::protocol::{Attempt, Probe, Proto, Request, Response, any};
 
 use crate::bed::{Bed, Client, Way, ways};
 
-const TIMEOUT_MS: u64 = 3000;
-const CALL: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// One datagram, which nobody sends again, with all neighbours of the nodes forgotten.
 fn is_answered(bed: &mut Bed, way: Way, to: SocketAddr) -> Result<()> {
@@ -25,13 +24,13 @@ fn is_answered(bed: &mut Bed, way: Way, to: SocketAddr) -> Result<()> {
         connections: 1,
         parallel: false,
         interval_ms: 0,
-        timeout_ms: TIMEOUT_MS,
+        timeout_ms: patient(TIMEOUT).as_millis() as u64,
         stop_after_failures: 1,
         until_backend_changes: false,
         first_backend: None,
     };
     let worker = bed.cluster.worker(way.client())?;
-    let Response::Attempts(attempts) = worker.call(Request::Probe(probe), CALL)? else {
+    let Response::Attempts(attempts) = worker.call(Request::Probe(probe), patient(TIMEOUT) * 2)? else {
         bail!("no attempts");
     };
     let name = match attempts.as_slice() {

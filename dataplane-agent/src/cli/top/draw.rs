@@ -194,7 +194,7 @@ pub fn cells(row: &Row) -> Vec<String> {
     ];
     let name = match &row.about {
         // What is not said is one.
-        About::Service { .. } => row.name.trim_start_matches("Service "),
+        About::Service { .. } => row.name.strip_prefix("Service ").unwrap_or(&row.name),
         _ => &row.name,
     };
     let mut cells = vec![name.to_owned()];

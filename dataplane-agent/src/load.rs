@@ -15,7 +15,7 @@ pub struct Load {
     pub services: Vec<ServiceLoad>,
     /// Pods of this node with programs at their interface, and Pods elsewhere that are endpoints, by name.
     pub pods: Vec<PodLoad>,
-    /// Packets that were dropped, by reason as in `dataplane_packets_total`. Exact.
+    /// Packets that this node has dropped, or refused in an endpoint's place, by reason as in `dataplane_packets_total`. Exact.
     pub drops: BTreeMap<String, u64>,
 }
 

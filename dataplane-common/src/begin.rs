@@ -198,8 +198,11 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
         let flow = occupant.flow();
         if F::rewrite(flow) == F::rewrite(&work.reply) {
             // Ours: the request's entry was evicted, or the client begins anew. Enter both again.
-            begun::<F, W>(world, work);
-            return enter_both::<F, W>(world, work);
+            let verdict = enter_both::<F, W>(world, work);
+            if verdict == Verdict::TRANSLATE {
+                begun::<F, W>(world, work);
+            }
+            return verdict;
         }
         let meta = F::meta(flow);
         if !is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state)) {

@@ -303,11 +303,11 @@ pub fn decide<F: RewriteIp, P: Packet, W: World<F>>(
         }
         if verdict.action() == Action::Next {
             verdict = begin::select::<F, W>(world, at, work);
+            if verdict.action() == Action::Next {
+                verdict = begin::plan::<F, P, W>(packet, world, at, work);
+            }
+            begin::count_dropped::<F, W>(world, work, verdict);
         }
-        if verdict.action() == Action::Next {
-            verdict = begin::plan::<F, P, W>(packet, world, at, work);
-        }
-        begin::count_dropped::<F, W>(world, work, verdict);
     } else if verdict.action() == Action::Icmp {
         verdict = icmp::echo::<F, P, W>(packet, world, at, work);
         if verdict.action() == Action::Next {

@@ -27,8 +27,9 @@ pub struct Traffic {
     /// Packets of backends, likewise.
     pub packets_out: u64,
     pub bytes_out: u64,
-    /// First packets of clients, and connects, that were dropped or refused here: there is no endpoint, the client is not in the source
-    /// ranges, a policy forbids it, or no port is left. Of a backend: those for which it had been chosen.
+    /// Packets of clients, and connects, that begin nothing, because they are dropped or refused here: there is no endpoint, the client
+    /// is in none of the source ranges, a policy forbids it before it begins, or no port is left, for example. Of a backend: those for
+    /// which it had been chosen.
     #[cfg_attr(feature = "serde", serde(default))]
     pub dropped: u64,
 }

@@ -24,7 +24,8 @@ use dataplane_common::{
 };
 
 use crate::{
-    maps::{SOCK_CHOSEN, SOCK_REVERSE_V4, SOCK_REVERSE_V6},
+    maps::{COUNTERS, SOCK_CHOSEN, SOCK_REVERSE_V4, SOCK_REVERSE_V6},
+    traffic,
     world::{Aligned, World, config},
 };
 
@@ -216,8 +217,6 @@ fn forward(ctx: *mut bpf_sock_addr, v6: bool, connects: bool) -> i32 {
             set_destination(ctx, v6, backend, backend_port);
             PROCEED
         }
-        // The packet path can.
-        Err(_) if config(|c| &c.flags) & config_flags::SET_RETVAL == 0 => PROCEED,
         Err(error) => {
             // SAFETY: a helper that stores an error number.
             unsafe { bpf_set_retval(error) };
@@ -279,17 +278,11 @@ where
         return Ok(None);
     }
     if head.size_class == 0 {
-        let (reason, error) = if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
-            (Reason::NoLocalEndpoints, NOT_PERMITTED)
+        return if head.flags & service_flags::DROP_WHEN_EMPTY != 0 {
+            refuse(index, Reason::NoLocalEndpoints, NOT_PERMITTED)
         } else {
-            (Reason::NoEndpoints, REFUSED)
+            refuse(index, Reason::NoEndpoints, REFUSED)
         };
-        // Without an error number, the packet path says and counts it.
-        if config(|c| &c.flags) & config_flags::SET_RETVAL != 0 {
-            world.count(reason as u32);
-            world.count_dropped(index, NO_BACKEND);
-        }
-        return Err(error);
     }
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
@@ -305,10 +298,10 @@ where
         return Ok(Some(Picked::new::<F>(id, &backend, cookie)));
     }
     let Some(id) = choose(&world, head, cookie_hash(cookie)) else {
-        return Err(REFUSED);
+        return refuse(index, Reason::BadIndex, REFUSED);
     };
     let Some(backend) = world.backend(id) else {
-        return Err(REFUSED);
+        return refuse(index, Reason::BadIndex, REFUSED);
     };
     let picked = Picked::new::<F>(id, &backend, cookie);
     world.count_connection(index, id);
@@ -316,6 +309,20 @@ where
         remember(&SOCK_CHOSEN, &key, &picked.backend);
     }
     Ok(Some(picked))
+}
+
+/// Counts what has no backend. Without a way to hand over an error number it is left to the packet path, which counts it.
+#[inline(always)]
+fn refuse<T>(service: u32, reason: Reason, error: i32) -> Result<Option<T>, i32> {
+    if config(|c| &c.flags) & config_flags::SET_RETVAL == 0 {
+        return Ok(None);
+    }
+    if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+        // SAFETY: an element that exists. In a system call a packet's program may count in between, on this CPU.
+        unsafe { traffic::add(counter, 1) };
+    }
+    traffic::count_dropped(service, NO_BACKEND);
+    Err(error)
 }
 
 /// The backend that a UDP socket was given before, if it still serves.

@@ -161,7 +161,7 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         match verdict.action() {
             Action::Host => bpf_redirect(to, INGRESS) as i32,
-            Action::Resolve => resolve(skb, to),
+            Action::Resolve => resolve(skb, to, at_ingress),
             Action::Answer => bpf_redirect(own_ifindex, if at_ingress { 0 } else { INGRESS }) as i32,
             _ => bpf_redirect(to, 0) as i32,
         }
@@ -170,12 +170,12 @@ fn act(skb: *mut __sk_buff, hook: Hook, own_ifindex: u32, verdict: Verdict) -> i
 
 /// Sends a packet out to the next hop that the last query for a route has found, and whose link-layer address the kernel finds.
 ///
-/// A packet of this host has a route already (`dst_entry`), to where it was before. Told no next hop, `bpf_redirect_neigh` gives it
+/// At egress it has a route already (`dst_entry`), to where it was before. Told no next hop, `bpf_redirect_neigh` gives it
 /// another and, before 6.18, forgets to release that one, which keeps devices and network namespaces from being removed. Told one,
 /// it leaves the old route, and once the address is known, `neigh_update` sends what has waited for it to that route's neighbour.
 /// So the route goes first: a tunnel's key takes its place, which no device reads but tunnels that take their far end from it.
 #[inline(never)]
-fn resolve(skb: *mut __sk_buff, ifindex: u32) -> i32 {
+fn resolve(skb: *mut __sk_buff, ifindex: u32, at_ingress: bool) -> i32 {
     let Some(scratch) = WORK_SCRATCH.get_ptr(0) else {
         return SHOT;
     };
@@ -189,13 +189,15 @@ fn resolve(skb: *mut __sk_buff, ifindex: u32) -> i32 {
                 ipv6_nh: query.__bindgen_anon_4.ipv6_dst,
             },
         };
-        let mut no_tunnel = [0u32; 2];
-        bpf_skb_set_tunnel_key(
-            skb,
-            no_tunnel.as_mut_ptr().cast(),
-            size_of_val(&no_tunnel) as u32,
-            0,
-        );
+        if !at_ingress {
+            let mut no_tunnel = [0u32; 2];
+            bpf_skb_set_tunnel_key(
+                skb,
+                no_tunnel.as_mut_ptr().cast(),
+                size_of_val(&no_tunnel) as u32,
+                0,
+            );
+        }
         bpf_redirect_neigh(ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32
     }
 }
@@ -237,7 +239,7 @@ fn act_without_link_layer(
     unsafe {
         ptr::write_volatile(&raw mut (*skb).tc_index, TRANSLATED);
         if has_link_layer && flags == 0 {
-            resolve(skb, device)
+            resolve(skb, device, hook as u8 == Hook::FromNetdev as u8)
         } else {
             bpf_redirect(device, flags) as i32
         }

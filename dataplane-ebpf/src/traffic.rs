@@ -29,7 +29,7 @@ fn elements(service: u32, backend: u32) -> [Option<*mut Traffic>; 2] {
 /// # Safety
 /// The field of an element that exists.
 #[inline(always)]
-unsafe fn add(to: *mut u64, more: u64) {
+pub unsafe fn add(to: *mut u64, more: u64) {
     // SAFETY: the caller's; fields of elements are aligned.
     unsafe { asm!("lock *(u64 *)({to} + 0) += {more}", to = in(reg) to, more = in(reg) more) };
 }

@@ -407,9 +407,10 @@ impl Links {
                 neighbour.header.state,
                 NeighbourState::Permanent | NeighbourState::Noarp
             ) {
-                self.netlink
-                    .request(RouteNetlinkMessage::DelNeighbour(neighbour), 0)
-                    .context("failed to forget a neighbour")?;
+                // It may be gone already.
+                let _gone = self
+                    .netlink
+                    .request(RouteNetlinkMessage::DelNeighbour(neighbour), 0);
             }
         }
         Ok(())

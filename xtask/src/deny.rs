@@ -31,12 +31,12 @@ pub fn run() -> Result<()> {
     for manifest in MANIFESTS {
         let mut command = deny(manifest);
         command.arg("check").args(&checks);
-        if process::run(&mut command).is_err() {
-            failed.push(manifest);
+        if let Err(error) = process::run(&mut command) {
+            failed.push(format!("{manifest}: {error:#}"));
         }
     }
     if !failed.is_empty() {
-        bail!("cargo-deny refuses dependencies of {}", failed.join(" and "));
+        bail!("{}", failed.join("\n"));
     }
     Ok(())
 }

@@ -30,8 +30,10 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let toolchain = toolchain()?;
     lints(&toolchain)?;
-    cargo_deny()?;
     programs()?;
+    if let Err(error) = cargo_deny() {
+        progress::note(&format!("missing: cargo-deny (`cargo xtask lint`): {error:#}"));
+    }
     progress::note(&format!("set up: {}", toolchain.describe()));
     Ok(())
 }

@@ -66,8 +66,8 @@ struct Settings {
     /// Where /metrics is served, or `off` [default: 127.0.0.1:10249].
     #[arg(long, env = "DATAPLANE_METRICS_BIND_ADDRESS")]
     metrics_bind_address: Option<ListenAddr>,
-    /// Give so many Services metrics of their own, those over which most connections go first; each keeps them until it is gone, and all
-    /// others are counted together. 0 to 10000; six series each [default: 0, which means no metrics of Services].
+    /// Give so many Services metrics of their own, those to which most connections are tried first; each keeps them until it is gone, and
+    /// all others are counted together. 0 to 10000; seven series each [default: 0, which means no metrics of Services].
     #[arg(long, env = "DATAPLANE_SERVICE_METRICS", value_name = "SERVICES")]
     service_metrics: Option<u32>,
     /// The unix socket of `wait` [default: /run/dataplane/agent.sock].

@@ -46,8 +46,12 @@ pub fn purpose(table: &str) -> Option<&'static str> {
         names::SOCK_REVERSE_V4 | names::SOCK_REVERSE_V6 => {
             "socket and backend → the address that its process asked for"
         }
-        names::SERVICE_TRAFFIC => "service → connections, packets and bytes that went over it",
-        names::BACKEND_TRAFFIC => "backend → connections, packets and bytes that went over it",
+        names::SERVICE_TRAFFIC => {
+            "service → connections, packets and bytes that went over it, and what begins nothing"
+        }
+        names::BACKEND_TRAFFIC => {
+            "backend → connections, packets and bytes that went over it, and what begins nothing"
+        }
         names::EVENTS => "ring buffer of single packets for `monitor`",
         names::MONITOR => "whether anybody watches",
         names::COUNTERS => "packets by reason, for each CPU",

@@ -78,13 +78,17 @@ pub fn outcome(reason: Reason) -> (&'static str, &'static str) {
     (outcome, meaning)
 }
 
-/// Packets that were dropped, by their reasons' labels.
+/// Packets that this node has dropped, or refused in an endpoint's place, by their reasons' labels.
 pub fn drops(packets: &[(Reason, u64)]) -> BTreeMap<String, u64> {
-    let dropped = packets
+    let is_ours = |reason: Reason| match outcome(reason).0 {
+        "dropped" => true,
+        "refused" => reason != Reason::BackendRefused,
+        _ => false,
+    };
+    let ours = packets
         .iter()
-        .filter(|(reason, count)| *count > 0 && outcome(*reason).0 == "dropped");
-    dropped
-        .map(|(reason, count)| (reason.label().to_owned(), *count))
+        .filter(|(reason, count)| *count > 0 && is_ours(*reason));
+    ours.map(|(reason, count)| (reason.label().to_owned(), *count))
         .collect()
 }
 

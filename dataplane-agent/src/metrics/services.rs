@@ -89,10 +89,12 @@ impl Counting {
         if free == 0 {
             return;
         }
+        // Clients that are not let through are of no less interest.
+        let tries = |more: &Traffic| more.connections + more.dropped;
         let mut without: Vec<(u64, &Name)> = news
             .iter()
-            .filter(|(name, more)| more.connections > 0 && !own.contains_key(*name) && exists(name))
-            .map(|(name, more)| (more.connections, name))
+            .filter(|(name, more)| tries(more) > 0 && !own.contains_key(*name) && exists(name))
+            .map(|(name, more)| (tries(more), name))
             .collect();
         without.sort_by(|(many, one), (more, other)| more.cmp(many).then_with(|| one.cmp(other)));
         for (_, name) in without.into_iter().take(free) {
@@ -124,7 +126,7 @@ impl OverServices {
             ),
             counter(
                 "dataplane_service_dropped_packets_total",
-                "First packets for a Service, and connects, that were dropped or refused on this node: there is no endpoint, the client is not in the source ranges, a policy forbids it, or no port is left",
+                "Packets for a Service, and connects, that begin nothing, because this node drops or refuses them: there is no endpoint, the client is in none of the source ranges, a policy of the client's forbids it, or no port is left, for example. In `dataplane_packets_total` too, by reason",
                 &[],
             ),
             counter(
@@ -208,7 +210,7 @@ pub(super) mod tests {
         Traffic {
             connections,
             refused: 1,
-            dropped: 3,
+            dropped: connections * 2,
             bytes_in: connections * 64,
             ..Traffic::default()
         }
@@ -300,12 +302,24 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_service_that_lets_nobody_through_gets_a_place_too() {
+        let mut over = Counting::new(1);
+        take(&mut over, &[0], "");
+        let refused = Traffic {
+            dropped: 2,
+            ..traffic(0)
+        };
+        over.take(vec![refused], |_| Some(ObjectRef::service(&name("a"))), |_| true);
+        assert_eq!(over.over.own[&name("a")].dropped, 2);
+    }
+
+    #[test]
     fn packets_and_bytes_have_a_direction() {
         let page = crate::metrics::Metrics::new().page(None, Some(&over())).unwrap();
         for line in [
             r#"dataplane_service_connections_total{service_name="b",service_namespace="shop"} 9"#,
             r#"dataplane_service_refused_connections_total{service_name="other",service_namespace=""} 2"#,
-            r#"dataplane_service_dropped_packets_total{service_name="other",service_namespace=""} 6"#,
+            r#"dataplane_service_dropped_packets_total{service_name="other",service_namespace=""} 12"#,
             r#"dataplane_service_bytes_total{direction="in",service_name="b",service_namespace="shop"} 576"#,
             r#"dataplane_service_packets_total{direction="out",service_name="b",service_namespace="shop"} 0"#,
         ] {

@@ -144,7 +144,7 @@ fn of_tables(path: &str) -> Option<Canned> {
     let rule = json!({
         "direction": "ingress", "rule": 0, "action": "allow", "peers": "10.244.0.0/16", "ports": "5432/TCP", "verdicts": 12, "dry_run": 0,
     });
-    let traffic = json!({"connections": 5, "refused": 0, "packets_in": 9, "bytes_in": 900, "packets_out": 9, "bytes_out": 900});
+    let traffic = json!({"connections": 5, "refused": 0, "packets_in": 9, "bytes_in": 900, "packets_out": 9, "bytes_out": 900, "dropped": 0});
     let with_traffic = |mut value: Value| {
         let fields = traffic.as_object().unwrap().clone();
         value.as_object_mut().unwrap().extend(fields);

@@ -125,7 +125,7 @@ pub fn load(seconds: u64) -> Load {
         drops: BTreeMap::from([
             ("source-range".to_owned(), 17),
             ("policy-denied".to_owned(), 3 * age),
-            ("no-local-endpoints".to_owned(), 2 * age),
+            ("no-endpoints".to_owned(), 2 * age),
         ]),
     }
 }

@@ -124,7 +124,6 @@ pub fn header(top: &Top) -> &'static [&'static str] {
             "PKTS/s",
             "IN B/s",
             "OUT B/s",
-            "DROPS/s",
             "STATE",
             "POD",
         ];
@@ -160,7 +159,7 @@ pub const fn header_of(view: View) -> &'static [&'static str] {
 
 fn widths(top: &Top) -> Vec<Constraint> {
     let rest: &[u16] = match (top.opened(), top.view()) {
-        (Some(_), _) => &[6, 9, 6, 6, 7, 7, 8, 14],
+        (Some(_), _) => &[7, 9, 7, 7, 7, 8, 14],
         (None, View::Services) => &[6, 9, 6, 6, 7, 7, 9],
         (None, View::Pods) => &[7, 9, 7, 7, 7, 7, 4],
         (None, View::Drops) => &[9, 12],
@@ -170,9 +169,10 @@ fn widths(top: &Top) -> Vec<Constraint> {
 }
 
 fn is_number(top: &Top, column: usize) -> bool {
-    let of_rates = match top.view() {
-        View::Services | View::Pods => 1..7,
-        View::Drops => 1..3,
+    let of_rates = match (top.opened(), top.view()) {
+        (Some(_), _) => 1..6,
+        (None, View::Services | View::Pods) => 1..7,
+        (None, View::Drops) => 1..3,
     };
     let of_counts = match (top.opened(), top.view()) {
         (None, View::Services) => 7..8,
@@ -190,10 +190,10 @@ pub fn cells(row: &Row) -> Vec<String> {
         rate(of.map(|of| of.packets)),
         rate(of.map(|of| of.bytes_in)),
         rate(of.map(|of| of.bytes_out)),
-        rate(of.map(|of| of.drops)),
     ];
+    let drops = rate(of.map(|of| of.drops));
     let name = match &row.about {
-        // What is not said is one.
+        // A name without a kind is a Service's.
         About::Service { .. } => row.name.strip_prefix("Service ").unwrap_or(&row.name),
         _ => &row.name,
     };
@@ -201,7 +201,7 @@ pub fn cells(row: &Row) -> Vec<String> {
     match &row.about {
         About::Service { endpoints } => {
             cells.extend(traffic);
-            cells.push(endpoints.to_string());
+            cells.extend([drops, endpoints.to_string()]);
         }
         About::Endpoint { state, pod } => {
             cells.extend(traffic);
@@ -209,9 +209,9 @@ pub fn cells(row: &Row) -> Vec<String> {
         }
         About::Pod { here } => {
             cells.extend(traffic);
-            cells.push(if *here { "here" } else { "" }.to_owned());
+            cells.extend([drops, if *here { "here" } else { "" }.to_owned()]);
         }
-        About::Drops { since_start } => cells.extend([rate(of.map(|of| of.drops)), size(*since_start)]),
+        About::Drops { since_start } => cells.extend([drops, size(*since_start)]),
     }
     cells
 }

@@ -32,8 +32,7 @@ impl View {
     /// By what its rows can be sorted, what they are sorted by at first in front.
     const fn sorts(self) -> &'static [Sort] {
         match self {
-            View::Services => &[Sort::Connections, Sort::Packets, Sort::Bytes, Sort::Refused],
-            View::Pods => &[
+            View::Services | View::Pods => &[
                 Sort::Connections,
                 Sort::Packets,
                 Sort::Bytes,

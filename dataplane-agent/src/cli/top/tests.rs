@@ -186,7 +186,7 @@ fn the_picture_of_the_documentation_is_what_is_drawn() {
             service.traffic.bytes_out += by(base.traffic.bytes_out, before.bytes_out);
         }
         *load.drops.get_mut("policy-denied").unwrap() += 3;
-        *load.drops.get_mut("no-local-endpoints").unwrap() += 2;
+        *load.drops.get_mut("no-endpoints").unwrap() += 2;
         top.update(load.clone());
     }
     is_golden("../docs/images/top.svg", &svg(&screen(&mut top, 90, 20)));

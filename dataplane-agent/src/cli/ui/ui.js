@@ -121,7 +121,9 @@ function drawMap() {
   const svg = $("map");
   if (!state.load) return;
   const all = servicesOfLoad();
-  const busiest = [...all].sort((a, b) => (b.rate ? b.rate.bytes : -1) - (a.rate ? a.rate.bytes : -1));
+  const busy = service => service.rate ? service.rate.bytes : -1;
+  const dropped = service => service.rate ? service.rate.dropped : 0;
+  const busiest = [...all].sort((a, b) => busy(b) - busy(a) || dropped(b) - dropped(a));
   const shown = busiest.slice(0, SERVICES).sort((a, b) => a.object < b.object ? -1 : 1);
   $("map-note").textContent = all.length > shown.length
     ? "the " + shown.length + " busiest of " + all.length : "";
@@ -172,9 +174,8 @@ function drawMap() {
     parts.push(drawn("text", { x: LEFT + 8, y: y(place) + 13 }, cut(service.object.replace(/^Service /, ""), 40)));
     const rates = inWords(service.rate) || "";
     parts.push(drawn("text", { class: "rate", x: LEFT + 8, y: y(place) + 26 }, rates));
-    const dropped = service.rate ? service.rate.dropped : 0;
-    if (dropped > 0) {
-      parts.push(drawn("text", { class: "count", x: LEFT + BOX - 8, y: y(place) + 26, "text-anchor": "end" }, short(dropped) + " drops/s"));
+    if (dropped(service) > 0) {
+      parts.push(drawn("text", { class: "count", x: LEFT + BOX - 8, y: y(place) + 26, "text-anchor": "end" }, short(dropped(service)) + " drops/s"));
     }
   });
   for (const { name, note, place, gone } of nodes.values()) {

@@ -10,12 +10,15 @@ use dataplane_tests::links::Route;
 use serde_json::{Value, json};
 
 use crate::monitor::{self, lines, while_connecting};
+use crate::seen;
 use crate::stage::{self, BALANCER, Mode, PORT, Stage, State};
 
 const NODE: &str = "node1";
 const CLUSTER_IP: &str = "10.96.0.41:80";
 const NODE_PORT: &str = "192.168.77.11:30080";
 const DROPPED: &str = "dataplane_service_dropped_packets_total{";
+/// By which the agent would be known to the API server.
+const TOKEN: &str = "eyJhbGciOi.of-the-agent";
 /// Nothing listens there.
 const CLOSED: u16 = 8181;
 /// Where bulk transfers are taken.
@@ -263,7 +266,7 @@ fn the_api_server_is_gone(stage: &mut Stage) -> Result<()> {
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
         "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "users": [{"name": "u", "user": {}}],
+        "users": [{"name": "u", "user": {"token": TOKEN}}],
     });
     fs::write(&kubeconfig, config.to_string()).context("failed to write a kubeconfig")?;
     let flags = [
@@ -278,6 +281,19 @@ fn the_api_server_is_gone(stage: &mut Stage) -> Result<()> {
     status(stage, "onnection refused")?;
     let report = stage.open("client1", "served", CLUSTER_IP, 1)?;
     ensure!(stage::alive(&report) == 1, "{report:?}");
+    no_token_is_reported(stage)
+}
+
+/// What the agent knows of secrets is in no file of the archive.
+fn no_token_is_reported(stage: &Stage) -> Result<()> {
+    let report = seen::archive(stage, "secret")?;
+    ensure!(seen::text(&report, "status.json")?.contains("onnection refused"));
+    for (name, bytes) in &report {
+        let is_in = bytes
+            .windows(TOKEN.len())
+            .any(|window| window == TOKEN.as_bytes());
+        ensure!(!is_in, "{name} has the agent's token");
+    }
     Ok(())
 }
 

@@ -136,7 +136,7 @@ fn levels_of_the_log(stage: &Stage) -> Result<()> {
 }
 
 /// The files of a report, without their folder.
-fn archive(stage: &Stage, name: &str) -> Result<HashMap<String, Vec<u8>>> {
+pub fn archive(stage: &Stage, name: &str) -> Result<HashMap<String, Vec<u8>>> {
     let path = stage.cluster.places().work.join(format!("{name}.tar.gz"));
     let (bpffs, to) = (stage.agents.bpffs(NODE)?, path.display().to_string());
     let bpffs = bpffs.display().to_string();
@@ -159,7 +159,7 @@ fn archive(stage: &Stage, name: &str) -> Result<HashMap<String, Vec<u8>>> {
     Ok(files)
 }
 
-fn text(report: &HashMap<String, Vec<u8>>, name: &str) -> Result<String> {
+pub fn text(report: &HashMap<String, Vec<u8>>, name: &str) -> Result<String> {
     let bytes = report
         .get(name)
         .with_context(|| format!("no {name} among {:?}", report.keys()))?;

@@ -2,6 +2,7 @@
 
 extern crate std;
 
+mod affinity;
 mod datagrams;
 mod direct;
 mod endings;
@@ -10,7 +11,7 @@ mod policies;
 mod sources;
 mod unbound;
 
-use std::{cell::RefCell, collections::HashMap, vec, vec::Vec};
+use std::{vec, vec::Vec};
 
 use crate::{
     addr::{Family, V4, proto},
@@ -406,14 +407,23 @@ fn a_taken_port_leads_to_another_and_none_left_to_a_drop() {
     ports.sort_unstable();
     assert_eq!(ports, [61_000, 61_001]);
     assert_eq!(world.counted(Reason::SnatPortsExhausted), 18);
-    assert_eq!(dropped(&world), (18, 18));
+    assert_eq!(dropped(&world), [18, 18]);
+}
+
+/// All that is counted of services, and of backends.
+fn counted(world: &Memory) -> [Traffic; 2] {
+    [&world.traffic.services, &world.traffic.backends].map(|of| {
+        let mut sum = Traffic::default();
+        for one in of.borrow().values() {
+            sum += *one;
+        }
+        sum
+    })
 }
 
 /// What services have not begun, and backends that had been chosen for it.
-fn dropped(world: &Memory) -> (u64, u64) {
-    let [services, backends] = [&world.traffic.services, &world.traffic.backends];
-    let sum = |of: &RefCell<HashMap<u32, Traffic>>| of.borrow().values().map(|one| one.dropped).sum();
-    (sum(services), sum(backends))
+fn dropped(world: &Memory) -> [u64; 2] {
+    counted(world).map(|traffic| traffic.dropped)
 }
 
 #[test]
@@ -613,167 +623,6 @@ fn a_flow_may_begin_in_mid_stream() {
     assert_eq!(world.v4.flows.borrow().len(), 2);
 }
 
-/// The backend of a new connection of a client.
-fn chosen(world: &Memory, client: [u8; 4], sport: u16) -> u32 {
-    let (_, syn) = run(
-        world,
-        &FROM_POD,
-        &tcp_packet((client, sport), (SERVICE, 80), tcp::SYN),
-    );
-    let backend = ends(&syn).1.0;
-    let found = world
-        .backends
-        .iter()
-        .position(|b| b.addr_be[0] == u32::from_ne_bytes(backend));
-    found.expect("a backend") as u32
-}
-
-/// A service with affinity for 16 eighths of a tick, in front of so many backends.
-fn sticky(backends: u8) -> Memory {
-    let addrs: Vec<[u8; 4]> = (0..backends).map(|last| [10, 244, 1, last]).collect();
-    let mut world = world(&addrs);
-    world.services[0].head.flags = service_flags::AFFINITY;
-    world.services[0].affinity = 16;
-    world
-}
-
-#[test]
-fn a_client_keeps_its_backend_and_each_has_its_own() {
-    let world = sticky(7);
-    let mut used = Vec::new();
-    for last in 0..40 {
-        let client = [10, 244, 0, last];
-        let first = chosen(&world, client, 4000);
-        assert!((4001..4020).all(|sport| chosen(&world, client, sport) == first));
-        used.push(first);
-    }
-    used.sort_unstable();
-    used.dedup();
-    assert_eq!(used, [0, 1, 2, 3, 4, 5, 6]);
-}
-
-#[test]
-fn affinity_ends_after_its_timeout_and_each_connection_renews_it() {
-    let mut world = sticky(2);
-    let first = chosen(&world, POD, 4000);
-    // What its address alone would lead to is the other one from now on.
-    world.services[0].head.slots_offset = world.add_slice(&[0, 1]);
-    let slots_offset = world.services[0].head.slots_offset as usize;
-    for word in &mut world.maglev[slots_offset..] {
-        *word = u64::from(1 - first) * 0x0001_0001_0001_0001;
-    }
-    for sport in 4001..4010 {
-        world.now_ticks += 2;
-        assert_eq!(chosen(&world, POD, sport), first);
-    }
-    world.now_ticks += 3;
-    assert_eq!(chosen(&world, POD, 4010), 1 - first);
-}
-
-#[test]
-fn a_client_leaves_a_backend_that_is_not_chosen_from_any_more_and_no_other() {
-    for backends in 2..9 {
-        for gone in 0..u32::from(backends) {
-            let mut world = sticky(backends);
-            let clients: Vec<[u8; 4]> = (0..20).map(|last| [10, 244, 0, last]).collect();
-            let before: Vec<u32> = clients.iter().map(|c| chosen(&world, *c, 4000)).collect();
-            // It stays active: another service chooses it.
-            let left: Vec<u32> = (0..u32::from(backends)).filter(|id| *id != gone).collect();
-            world.services[0].head.slots_offset = world.add_slice(&left);
-            for (client, before) in clients.iter().zip(before) {
-                let after = chosen(&world, *client, 4001);
-                assert!(
-                    if before == gone {
-                        after != gone
-                    } else {
-                        after == before
-                    },
-                    "{before} -> {after} without {gone}"
-                );
-            }
-        }
-    }
-}
-
-#[test]
-fn affinity_does_not_outlive_the_backend_or_the_service_that_it_was_for() {
-    for of_service in [false, true] {
-        let mut world = sticky(2);
-        let first = chosen(&world, POD, 4000);
-        let slots_offset = world.services[0].head.slots_offset as usize;
-        for word in &mut world.maglev[slots_offset..] {
-            *word = u64::from(1 - first) * 0x0001_0001_0001_0001;
-        }
-        assert_eq!(chosen(&world, POD, 4001), first);
-        if of_service {
-            world.services[0].head.generation += 1;
-        } else {
-            world.backends[first as usize].head.generation += 1;
-        }
-        assert_eq!(chosen(&world, POD, 4002), 1 - first);
-    }
-}
-
-#[test]
-fn a_client_that_comes_too_late_may_meet_another_backend() {
-    let mut world = sticky(3);
-    let mut met: Vec<u32> = Vec::new();
-    for sport in 4000..4040 {
-        met.push(chosen(&world, POD, sport));
-        world.now_ticks += 3;
-    }
-    met.sort_unstable();
-    met.dedup();
-    assert_eq!(met, [0, 1, 2]);
-}
-
-/// Service 1, at the node port: another frontend of the same service port.
-fn shared(world: &mut Memory, flags: u8) {
-    let mut second = world.services[0];
-    second.head.flags |= flags;
-    second.head.generation = 7;
-    second.affinity = if flags == 0 { 16 } else { 0 };
-    world.services.push(second);
-    let key = V4::frontend_key(0, 30080u16.to_be(), proto::TCP, Scope::Internal);
-    world.v4.frontends.insert(key, 1);
-}
-
-#[test]
-fn a_client_is_known_by_every_frontend_of_its_service_port() {
-    for flags in [service_flags::AFFINITY_SHARED, 0] {
-        let mut world = sticky(9);
-        shared(&mut world, flags);
-        let at = |world: &Memory, sport: u16| {
-            let syn = tcp_packet((POD, sport), (NODE, 30080), tcp::SYN);
-            ends(&run(world, &FROM_POD, &syn).1).1.0
-        };
-        let first = chosen(&world, POD, 4000);
-        let addr = world.backends[first as usize].addr_be[0].to_ne_bytes();
-        // What its address alone would lead to is another one from now on, at both.
-        let offset = world.services[0].head.slots_offset as usize;
-        for word in &mut world.maglev[offset..] {
-            *word = u64::from((first + 1) % 9) * 0x0001_0001_0001_0001;
-        }
-        assert_eq!(at(&world, 4001) == addr, flags != 0);
-        // Each renews what the other remembers.
-        for sport in 4002..4010 {
-            world.now_ticks += 2;
-            let (verdict, _) = run(
-                &world,
-                &FROM_POD,
-                &tcp_packet((POD, sport), (NODE, 30080), tcp::SYN),
-            );
-            assert_eq!(verdict, Verdict::PASS);
-        }
-        if flags != 0 {
-            assert_eq!(chosen(&world, POD, 4011), first);
-            // Whoever gets the entry that they share does not inherit its clients.
-            world.services[0].head.generation += 1;
-            assert_ne!(at(&world, 4012), addr);
-        }
-    }
-}
-
 #[test]
 fn source_ranges_are_for_new_flows_and_come_before_everything_else() {
     for backends in [&BACKENDS[..], &[]] {
@@ -798,7 +647,7 @@ fn source_ranges_are_for_new_flows_and_come_before_everything_else() {
         assert_eq!(run(&world, &at(Hook::Xdp), &syn([203, 0, 113, 8], 4000)).0, drop);
         assert_eq!(world.counted(Reason::SourceRange), 3);
         let refused = u64::from(backends.is_empty());
-        assert_eq!(dropped(&world).0, 3 + refused);
+        assert_eq!(dropped(&world)[0], 3 + refused);
     }
     let mut world = world(&BACKENDS[..1]);
     let backend = connect(&world, 4000);

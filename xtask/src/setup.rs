@@ -74,21 +74,22 @@ pub fn lints(toolchain: &Toolchain) -> Result<()> {
 
 /// cargo-deny, of which nothing but `cargo xtask lint` makes use.
 pub fn cargo_deny() -> Result<PathBuf> {
-    let program = paths::tools().join(format!("cargo-deny-{DENY_VERSION}/bin/cargo-deny"));
-    let _lock = if program.is_file() { None } else { Some(lock()?) };
-    // Another clone's or terminal's set-up may have finished while we waited.
+    let root = paths::tools().join(format!("cargo-deny-{DENY_VERSION}"));
+    let program = root.join("bin/cargo-deny");
     if program.is_file() {
         return Ok(program);
     }
-    let mut command = install("cargo-deny", DENY_VERSION);
-    command
-        .arg("--root")
-        .arg(paths::tools().join(format!("cargo-deny-{DENY_VERSION}")))
-        // It is built more often than it has much to do.
-        .args(["--profile", "dev"])
-        .env("CARGO_PROFILE_DEV_DEBUG", "0");
-    let what = format!("building cargo-deny {DENY_VERSION} (about a minute, once)");
-    progress::step(&what, || process::run_captured(&mut command))?;
+    let _lock = lock()?;
+    // Another clone's or terminal's set-up may have finished while we waited.
+    if !program.is_file() {
+        let mut command = install("cargo-deny", DENY_VERSION, &root);
+        command
+            // It is built more often than it has much to do.
+            .args(["--profile", "dev"])
+            .env("CARGO_PROFILE_DEV_DEBUG", "0");
+        let what = format!("building cargo-deny {DENY_VERSION} (about a minute, once)");
+        progress::step(&what, || process::run_captured(&mut command))?;
+    }
     Ok(program)
 }
 
@@ -229,22 +230,21 @@ fn llvm_for(compiler: &Compiler) -> Option<PathBuf> {
 
 fn build_linker(compiler: &Compiler, llvm: &Path) -> Result<()> {
     let feature = format!("llvm-{}", compiler.llvm().unwrap_or_default());
-    let mut command = install("bpf-linker", LINKER_VERSION);
+    let mut command = install("bpf-linker", LINKER_VERSION, &paths::tools());
     command
         .args(["--no-default-features", "--features"])
         .arg(&feature)
-        .arg("--root")
-        .arg(paths::tools())
         .env("LLVM_PREFIX", llvm);
     let what = format!("building bpf-linker {LINKER_VERSION} with {feature} (about a minute, once)");
     progress::step(&what, || process::run_captured(&mut command))
 }
 
-/// `cargo install` of one version of a program.
-fn install(package: &str, version: &str) -> Command {
+/// `cargo install` of one version of a program, into `root`.
+fn install(package: &str, version: &str, root: &Path) -> Command {
     let mut command = process::cargo("install");
     command
-        .args([package, "--version", version, "--locked", "--force"])
+        .args([package, "--version", version, "--locked", "--force", "--root"])
+        .arg(root)
         .current_dir("/")
         // A temporary directory: its objects are of no use to anybody else.
         .env_remove("CARGO_TARGET_DIR");

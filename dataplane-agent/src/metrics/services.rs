@@ -90,11 +90,10 @@ impl Counting {
             return;
         }
         // Clients that are not let through are of no less interest.
-        let tries = |more: &Traffic| more.connections + more.dropped;
         let mut without: Vec<(u64, &Name)> = news
             .iter()
-            .filter(|(name, more)| tries(more) > 0 && !own.contains_key(*name) && exists(name))
-            .map(|(name, more)| (tries(more), name))
+            .map(|(name, more)| (more.connections + more.dropped, name))
+            .filter(|(tries, name)| *tries > 0 && !own.contains_key(*name) && exists(name))
             .collect();
         without.sort_by(|(many, one), (more, other)| more.cmp(many).then_with(|| one.cmp(other)));
         for (_, name) in without.into_iter().take(free) {

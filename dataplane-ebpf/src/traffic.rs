@@ -1,6 +1,6 @@
 //! What goes over services and backends: additions to elements that all CPUs share, which is why hardly any packet makes one.
 
-use core::arch::asm;
+use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{btf_maps::Array, helpers::generated::bpf_get_prandom_u32};
 use dataplane_common::{
@@ -34,28 +34,28 @@ pub unsafe fn add(to: *mut u64, more: u64) {
     unsafe { asm!("lock *(u64 *)({to} + 0) += {more}", to = in(reg) to, more = in(reg) more) };
 }
 
+/// Adds one at an offset in both.
+#[inline(always)]
+fn count(service: u32, backend: u32, field: usize) {
+    for traffic in elements(service, backend).into_iter().flatten() {
+        // SAFETY: a field of an element that exists.
+        unsafe { add(traffic.byte_add(field).cast(), 1) };
+    }
+}
+
 #[inline(always)]
 pub fn count_connection(service: u32, backend: u32) {
-    for traffic in elements(service, backend).into_iter().flatten() {
-        // SAFETY: an element that exists.
-        unsafe { add(&raw mut (*traffic).connections, 1) };
-    }
+    count(service, backend, offset_of!(Traffic, connections));
 }
 
 #[inline(always)]
 pub fn count_refused(service: u32, backend: u32) {
-    for traffic in elements(service, backend).into_iter().flatten() {
-        // SAFETY: an element that exists.
-        unsafe { add(&raw mut (*traffic).refused, 1) };
-    }
+    count(service, backend, offset_of!(Traffic, refused));
 }
 
 #[inline(always)]
 pub fn count_dropped(service: u32, backend: u32) {
-    for traffic in elements(service, backend).into_iter().flatten() {
-        // SAFETY: an element that exists.
-        unsafe { add(&raw mut (*traffic).dropped, 1) };
-    }
+    count(service, backend, offset_of!(Traffic, dropped));
 }
 
 /// See `Env::count_pod_drop`.

@@ -196,16 +196,19 @@ fn claim_port<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Verdict 
     work.key = F::flow_key(&F::rewrite(&work.forward).reversed(), work.headers.proto, side);
     if let Some(occupant) = world.flow(&work.key) {
         let flow = occupant.flow();
-        if F::rewrite(flow) == F::rewrite(&work.reply) {
-            // Ours: the request's entry was evicted, or the client begins anew. Enter both again.
-            let verdict = enter_both::<F, W>(world, work);
-            if verdict == Verdict::TRANSLATE {
-                begun::<F, W>(world, work);
-            }
-            return verdict;
-        }
         let meta = F::meta(flow);
-        if !is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state)) {
+        if F::rewrite(flow) == F::rewrite(&work.reply) {
+            if !work.headers.is_syn() {
+                // Ours: the request's entry was evicted. Enter both again.
+                let verdict = enter_both::<F, W>(world, work);
+                if verdict == Verdict::TRANSLATE {
+                    begun::<F, W>(world, work);
+                }
+                return verdict;
+            }
+            // The client begins anew, and whether this backend is the first to answer is yet to be seen.
+            occupant.touch(meta.seen_ticks, flow_state::CLOSING);
+        } else if !is_over(now, meta.seen_ticks, timeout_ticks(world, is_tcp, meta.state)) {
             return Verdict::NEXT;
         }
     }

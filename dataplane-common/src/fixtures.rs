@@ -321,6 +321,39 @@ fn a_client_stays_with_the_first_backend_that_answers_its_syn() {
 }
 
 #[test]
+fn a_client_that_begins_anew_from_its_port_hears_one_of_two_backends() {
+    let (client, service) = ((POD, 4000), (SERVICE, 80));
+    let send = |world: &Memory, flags| ends(&run(world, &FROM_POD, &tcp_packet(client, service, flags)).1).1;
+    let answer = |world: &Memory, backend, flags| run(world, &TO_POD, &tcp_packet(backend, client, flags)).0;
+    let superseded = Verdict::drop(Reason::FlowSuperseded);
+    for is_old_first in [true, false] {
+        let mut world = world(&BACKENDS);
+        world.services[0].head.slots_offset = world.add_slice(&[0]);
+        let old = send(&world, tcp::SYN);
+        assert_eq!(answer(&world, old, tcp::SYN | tcp::ACK), Verdict::PASS);
+        send(&world, tcp::ACK);
+        assert_eq!(
+            (world.v4.flows.borrow().len(), world.v4.half_open.borrow().len()),
+            (2, 0)
+        );
+        send(&world, tcp::FIN | tcp::ACK);
+        assert_eq!(send(&world, tcp::SYN), old);
+        // Its backend leaves before the SYN is sent again; then both answer.
+        world.backends[0].head.state = backend_state::DRAINING;
+        world.services[0].head.slots_offset = world.add_slice(&[1]);
+        let new = send(&world, tcp::SYN);
+        assert_ne!(new, old);
+        let [first, second] = if is_old_first { [old, new] } else { [new, old] };
+        assert_eq!(answer(&world, first, tcp::SYN | tcp::ACK), Verdict::PASS);
+        assert_eq!(answer(&world, second, tcp::SYN | tcp::ACK), superseded);
+        assert_eq!(send(&world, tcp::ACK), first);
+        assert_eq!(answer(&world, second, tcp::SYN | tcp::ACK), superseded);
+        assert_eq!(answer(&world, first, tcp::ACK), Verdict::PASS);
+        assert_eq!(world.flow_events.borrow()[..], [3, 2, 2]);
+    }
+}
+
+#[test]
 fn hairpin_shows_the_service_as_source() {
     let world = world(&[POD]);
     let (verdict, out) = run(

@@ -7,6 +7,9 @@
 //! acknowledging the backend's initial sequence number, in UDP by another datagram. A flood, answered or not, evicts
 //! entries of `HALF_OPEN` alone.
 //!
+//! A client whose SYN is sent again may be answered by two backends, and has to hear one of them alone: the other's answer
+//! would reset its connection. The first to enter the client's key into `HALF_OPEN` is that one, also of two CPUs.
+//!
 //! A TCP flow that begins in mid-stream is proved by the backend: only one that has the connection answers with
 //! anything but a RST.
 
@@ -23,7 +26,7 @@ use crate::{
     parse::{TcpHeader, tcp},
     pipeline::{Context, Liveness, Work, World, liveness, may_be_first_answer, timeout_ticks, xdp_finishes},
     reason::Reason,
-    tables::{Entry, Env},
+    tables::{Entry, Env, InsertError},
     verdict::{Hook, Verdict},
 };
 
@@ -147,17 +150,6 @@ fn half_open_ticks<W: Env>(world: &W, l4_proto: u8, meta: &FlowMeta) -> u32 {
 fn first_answer<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: &mut Work<F>) -> Verdict {
     let is_tcp = work.headers.proto == proto::TCP;
     make_other::<F>(work);
-    if is_tcp {
-        match earlier::<F, W>(world, work) {
-            Earlier::Goes => return Verdict::drop(Reason::FlowSuperseded),
-            Earlier::Ended => {
-                // Its entry speaks for the client's packets until it is replaced, and that makes none more.
-                world.count_flow(FlowEvent::Answered);
-                return enter_both::<F, W>(world, work);
-            }
-            Earlier::None => {}
-        }
-    }
     let meta = F::meta_mut(&mut work.reply);
     meta.state = flow_state::ANSWERED;
     if is_tcp {
@@ -166,8 +158,23 @@ fn first_answer<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: 
         };
         let [_, sequence @ ..] = (u32::from_be(seq_be) & SEQUENCE_MASK).to_be_bytes();
         meta.sequence = sequence;
+        if let Some(entry) = world.flow(&work.key) {
+            if goes::<F, W>(world, work, entry.flow()) {
+                return Verdict::drop(Reason::FlowSuperseded);
+            }
+            // It would speak for the client's packets before `HALF_OPEN` is asked.
+            world.remove_flow(&work.key);
+        }
     }
-    if world.put_half_open(&work.key, &work.reply, true).is_err() {
+    // Of two backends that answer at the same time, each on a CPU of its own, one finds the key taken.
+    let mut entered = world.put_half_open(&work.key, &work.reply, !is_tcp);
+    if entered == Err(InsertError::Exists) {
+        if half_open_goes::<F, W>(world, work) {
+            return Verdict::drop(Reason::FlowSuperseded);
+        }
+        entered = world.put_half_open(&work.key, &work.reply, true);
+    }
+    if entered.is_err() {
         return Verdict::drop(Reason::FlowInsertFailed);
     }
     world.count_flow(FlowEvent::Answered);
@@ -182,7 +189,11 @@ fn midstream_answer<F: Family, W: World<F>>(world: &W, work: &mut Work<F>) -> Ve
         return Verdict::drop(Reason::FlowInsertFailed);
     }
     make_other::<F>(work);
-    if earlier::<F, W>(world, work) == Earlier::Goes {
+    let superseded = match world.flow(&work.key) {
+        Some(entry) => goes::<F, W>(world, work, entry.flow()),
+        None => half_open_goes::<F, W>(world, work),
+    };
+    if superseded {
         return Verdict::drop(Reason::FlowSuperseded);
     }
     if world.put_flow(&work.key, &work.reply).is_err() {
@@ -224,7 +235,14 @@ fn confirmation<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: 
             return Verdict::NEXT;
         }
     }
-    enter_both::<F, W>(world, work)
+    let verdict = enter_both::<F, W>(world, work);
+    if verdict == Verdict::TRANSLATE {
+        // Nothing is left for the next connection from this port.
+        world.remove_half_open(&work.key);
+        work.key = other_key::<F>(work);
+        world.remove_half_open(&work.key);
+    }
+    verdict
 }
 
 /// Makes `work.reply` the entry for the packets against those of `work.forward`, and `work.key` its key.
@@ -232,33 +250,22 @@ fn confirmation<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: 
 fn make_other<F: Family>(work: &mut Work<F>) {
     F::set_rewrite(&mut work.reply, &work.headers.tuple.reversed());
     turn_around(F::meta(&work.forward), F::meta_mut(&mut work.reply));
-    let side = side_of(F::meta(&work.reply));
-    work.key = F::flow_key(&F::rewrite(&work.forward).reversed(), work.headers.proto, side);
+    work.key = other_key::<F>(work);
 }
 
-/// What else is known of an answer's client.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Earlier {
-    None,
-    /// Another backend has answered one of its SYNs before.
-    Goes,
-    /// A connection from the same port, by which it is in `FLOWS`.
-    Ended,
-}
-
-/// `work.key` is that of the client's packets, and `work.reply` would be their entry.
+/// The key of `work.reply`.
 #[inline(always)]
-fn earlier<F: Family, W: World<F>>(world: &W, work: &Work<F>) -> Earlier {
-    let (entry, ended) = match world.flow(&work.key) {
-        Some(entry) => (entry, Earlier::Ended),
-        None => match world.half_open(&work.key) {
-            Some(entry) => (entry, Earlier::None),
-            None => return Earlier::None,
-        },
-    };
-    let occupant = entry.flow();
+fn other_key<F: Family>(work: &Work<F>) -> F::FlowKey {
+    let side = side_of(F::meta(&work.reply));
+    F::flow_key(&F::rewrite(&work.forward).reversed(), work.headers.proto, side)
+}
+
+/// Whether what is known of an answer's client, by `work.key`, still speaks for it and for another backend than `work.reply`:
+/// that one has answered one of its SYNs before.
+#[inline(always)]
+fn goes<F: Family, W: World<F>>(world: &W, work: &Work<F>, occupant: &F::Flow) -> bool {
     let meta = F::meta(occupant);
-    let goes = F::rewrite(occupant) != F::rewrite(&work.reply)
+    F::rewrite(occupant) != F::rewrite(&work.reply)
         && meta.state != flow_state::CLOSING
         && !is_over(
             F::meta(&work.forward).seen_ticks,
@@ -267,8 +274,15 @@ fn earlier<F: Family, W: World<F>>(world: &W, work: &Work<F>) -> Earlier {
         )
         && world
             .backend_head(meta.backend)
-            .is_some_and(|b| b.generation == meta.backend_generation);
-    if goes { Earlier::Goes } else { ended }
+            .is_some_and(|b| b.generation == meta.backend_generation)
+}
+
+/// [`goes`], of what `HALF_OPEN` knows.
+#[inline(always)]
+fn half_open_goes<F: Family, W: World<F>>(world: &W, work: &Work<F>) -> bool {
+    world
+        .half_open(&work.key)
+        .is_some_and(|entry| goes::<F, W>(world, work, entry.flow()))
 }
 
 /// Enters both directions into `FLOWS`; `work.key` is that of `work.reply`, and `work.forward` is the packet's.

@@ -521,6 +521,14 @@ impl<F: MemoryFamily> Tables<F> for Memory {
         Ok(())
     }
 
+    fn remove_flow(&self, key: &F::FlowKey) {
+        F::tables(self).flows.borrow_mut().remove(key);
+    }
+
+    fn remove_half_open(&self, key: &F::FlowKey) {
+        F::tables(self).half_open.borrow_mut().remove(key);
+    }
+
     fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<MemoryPolicyEntry<'_, F>> {
         MemoryPolicyEntry::find(&F::tables(self).policy_flows, key)
     }

@@ -592,7 +592,12 @@ pub(crate) fn liveness<A, W: Env>(world: &W, meta: &FlowMeta, headers: &Headers<
         return Liveness::Dead;
     }
     if meta.flags & flow_flags::REPLY != 0 {
-        return Liveness::Live;
+        // A backend accepts a client that has begun anew: who speaks for it now, `HALF_OPEN` knows.
+        return if meta.state == flow_state::CLOSING && headers.has_flags(tcp::SYN) {
+            Liveness::Dead
+        } else {
+            Liveness::Live
+        };
     }
     if meta.flags & flow_flags::DIRECT != 0 {
         // One that begins anew asks for its port anew.

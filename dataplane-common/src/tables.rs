@@ -51,6 +51,10 @@ pub trait Tables<F: Family> {
     fn put_flow(&self, key: &F::FlowKey, flow: &F::Flow) -> Result<(), InsertError>;
     /// Inserts, or replaces when `replace`.
     fn put_half_open(&self, key: &F::FlowKey, flow: &F::Flow, replace: bool) -> Result<(), InsertError>;
+    /// Removes the entry, if it is still there.
+    fn remove_flow(&self, key: &F::FlowKey);
+    /// Removes the entry, if it is still there.
+    fn remove_half_open(&self, key: &F::FlowKey);
 
     fn policy_flow(&self, key: &F::PolicyFlowKey) -> Option<Self::PolicyEntry<'_>>;
     /// Inserts or replaces. A full table evicts; where even that fails, the flow is judged anew.

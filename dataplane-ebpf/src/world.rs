@@ -204,6 +204,14 @@ macro_rules! family_tables {
                 )
             }
             #[inline(always)]
+            fn remove_flow(&self, key: &$key) {
+                let _ = $flows.remove(Aligned(*key).in_place());
+            }
+            #[inline(always)]
+            fn remove_half_open(&self, key: &$key) {
+                let _ = $half_open.remove(Aligned(*key).in_place());
+            }
+            #[inline(always)]
             fn policy_flow(&self, key: &$policy_key) -> Option<MapEntry<PolicyFlow>> {
                 $policy_flows
                     .get_ptr_mut(Aligned(*key).in_place())

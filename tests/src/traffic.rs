@@ -78,14 +78,15 @@ impl Traffic {
 
     /// Lets the traffic run for a while, and tells what happened in that time.
     pub fn lap(&self, during: Duration, act: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Lap> {
-        self.take();
+        let _before = self.take();
         act()?;
         sleep(during);
         Ok(self.take())
     }
 
-    /// Kept connections stay in their places; everything else begins anew.
-    fn take(&self) -> Lap {
+    /// What has happened since the last look. Kept connections stay in their places; everything else begins anew.
+    #[must_use]
+    pub fn take(&self) -> Lap {
         let mut lap = self.lap.lock().unwrap_or_else(PoisonError::into_inner);
         let next = Lap {
             kept: lap.kept.clone(),

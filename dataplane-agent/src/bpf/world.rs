@@ -390,6 +390,10 @@ impl<F: MapFamily> Tables<F> for World {
         Ok(())
     }
 
+    fn remove_flow(&self, _key: &F::FlowKey) {}
+
+    fn remove_half_open(&self, _key: &F::FlowKey) {}
+
     fn policy_flow(&self, _key: &F::PolicyFlowKey) -> Option<NoEntry> {
         None
     }

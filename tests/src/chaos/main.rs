@@ -136,15 +136,15 @@ fn play(args: &Args, seed: u64, rate: u32, served: Option<Served>) -> Result<Vec
     while began.elapsed() < end && doubts.len() < 10 {
         faults.next(&mut stage, began, end)?;
         growth.look(&stage, began.elapsed())?;
-        let lap = traffic.lap(LOOK, || Ok(()))?;
-        doubts.extend(broken(&mut total, lap, began.elapsed()));
+        sleep(LOOK);
+        doubts.extend(broken(&mut total, traffic.take(), began.elapsed()));
         doubts.extend(forbidden.passed());
         doubts.extend(stage.agents.ended());
     }
     let (changes, refused) = churning.finish()?;
     stage.settle()?;
     sleep(LOOK);
-    doubts.extend(broken(&mut total, traffic.lap(LOOK, || Ok(()))?, began.elapsed()));
+    doubts.extend(broken(&mut total, traffic.take(), began.elapsed()));
     println!(
         "{changes} changes in {:.0} s ({:.0}/s), {refused} of them again because the server was away; {}",
         began.elapsed().as_secs_f64(),
@@ -180,7 +180,7 @@ fn play(args: &Args, seed: u64, rate: u32, served: Option<Served>) -> Result<Vec
     Ok(doubts)
 }
 
-/// Adds a lap to the total; what broke or failed in it.
+/// Adds what has happened since the last look to the total; what broke or failed in it.
 fn broken(total: &mut Lap, lap: Lap, at: Duration) -> Vec<String> {
     let at = at.as_secs();
     let mut doubts: Vec<String> = lap

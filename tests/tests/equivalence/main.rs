@@ -4,6 +4,7 @@
 //! `DATAPLANE_EQUIVALENCE_PACKETS` says how many, `DATAPLANE_EQUIVALENCE_SEED` which. Needs root and kernel 5.18
 //! (a test run of a program with a context of its own and fragments of XDP).
 
+mod answers;
 mod kernel;
 mod packets;
 mod policies;

@@ -153,8 +153,8 @@ pub struct Refusal {
 pub enum Policies {
     /// The one with this number in `RULES`.
     Numbered(u32),
-    /// Those that have a say about the Pod with this address.
-    Selecting(IpAddr, Direction),
+    /// Those that isolate the Pod with this address.
+    Isolating(IpAddr, Direction),
 }
 
 /// How far a pod is that a CNI plugin has told of.
@@ -354,7 +354,7 @@ impl Health {
             .find(|one| Some(one.as_str()) == direction);
         let policies = match (number, address, direction) {
             (Some(number), ..) => Policies::Numbered(number),
-            (None, Some(address), Some(direction)) => Policies::Selecting(address, direction),
+            (None, Some(address), Some(direction)) => Policies::Isolating(address, direction),
             _ => return Answer::not_found(),
         };
         match self.ask(|reply| Ask::PolicyNames(policies, reply)).await {

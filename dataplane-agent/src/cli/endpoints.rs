@@ -49,7 +49,8 @@ struct Shown {
     local: bool,
     /// Of new connections of Pods and processes of this node, from 0 to 1. The largest, where several ports of the Service lead there.
     share: f64,
-    /// Of those from outside; `None`: the Service takes none.
+    /// Of those from outside; `None`: the Service takes none. Where these are led apart (`externalTrafficPolicy: Local`), by what leads
+    /// them alone: a cluster IP follows another policy.
     external_share: Option<f64>,
     /// Flows that go there now, half-open ones left out; `None`: they could not be read.
     flows: Option<usize>,
@@ -186,11 +187,13 @@ impl Shown {
             let backend = frontend.backends.iter().find(|backend| backend.id == id)?;
             Some(backend.share())
         };
-        let share = |external| {
-            let of_scope = frontends.clone().filter(|frontend| frontend.external == external);
-            let shares = of_scope.map(|frontend| share_of(frontend).unwrap_or(0.0));
-            shares.reduce(f64::max)
-        };
+        let of_scope = |external| frontends.clone().filter(move |one| one.external == external);
+        let is_apart = |one: &&&TableFrontend| of_scope(false).all(|inside| inside.service != one.service);
+        let mut outside: Vec<&&TableFrontend> = of_scope(true).collect();
+        if outside.iter().any(is_apart) {
+            outside.retain(is_apart);
+        }
+        let share = |one: &&TableFrontend| share_of(one).unwrap_or(0.0);
         let first = frontends.clone().min_by_key(|frontend| {
             let FrontendAddr { addr, .. } = frontend.at;
             (share_of(frontend).is_none(), addr.is_unspecified())
@@ -209,8 +212,8 @@ impl Shown {
             node: known.names.node(addr.ip()).cloned(),
             state: state(endpoint.state),
             local: endpoint.local,
-            share: share(false).unwrap_or(0.0),
-            external_share: share(true),
+            share: of_scope(false).map(share).reduce(f64::max).unwrap_or(0.0),
+            external_share: outside.into_iter().map(share).reduce(f64::max),
             flows,
             traffic,
         }
@@ -351,6 +354,7 @@ mod tests {
                     id: 1,
                 }],
                 owner: of_service,
+                service: u32::from(at.port()),
             }
         };
         let flow = |last: u8, asked: &str, state| Flow {
@@ -426,6 +430,21 @@ mod tests {
             (&value["refused"], &value["endpoint"]),
             (&3.into(), &"10.244.1.1:8080".into())
         );
+    }
+
+    #[test]
+    fn clients_outside_that_are_led_apart_have_a_share_of_their_own() {
+        let external_share = |counted: &Counted| counted.shown(&Known::default())[0].external_share;
+        let mut counted = counted();
+        let mut cluster_ip = counted.tables.frontends[2].clone();
+        cluster_ip.external = true;
+        counted.tables.frontends.push(cluster_ip);
+        assert_eq!(external_share(&counted), Some(1.0));
+        // No endpoint is here, and the node port has a Service of its own for them.
+        let of_outside = &mut counted.tables.frontends[1];
+        of_outside.backends.clear();
+        of_outside.service += 1;
+        assert_eq!(external_share(&counted), Some(0.0));
     }
 
     #[test]

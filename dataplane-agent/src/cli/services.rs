@@ -446,6 +446,7 @@ mod tests {
             external,
             backends: vec![backend(1, 1), backend(2, 3)],
             owner: 7,
+            service: 3,
         };
         let flow = |last: u8, state| Flow {
             proto: 6,

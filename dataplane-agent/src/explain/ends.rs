@@ -229,7 +229,11 @@ fn behind<'a>(
         } else {
             Reason::NoEndpoints
         };
-        let why = unchosen::why(index, service, Some(service_port), reason);
+        let ipv4 = match families {
+            [true, true] => None,
+            [ipv4, _] => Some(ipv4),
+        };
+        let why = unchosen::why(index, service, Some(service_port), ipv4, reason);
         return Err(Error::NoEndpoint(service.name.clone(), port, why));
     }
     Ok(targets)

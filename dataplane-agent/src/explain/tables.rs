@@ -337,7 +337,8 @@ impl<'a> Here<'a> {
         };
         if let Some(service) = service {
             let port = ends::port_at(&service, flow.asked, flow.port.proto);
-            let why = unchosen::why(self.index, &service, port, reason);
+            let ipv4 = Some(flow.asked.is_ipv4());
+            let why = unchosen::why(self.index, &service, port, ipv4, reason);
             if !why.is_empty() {
                 step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
             }

@@ -216,6 +216,11 @@ pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Ex
     Ok(explained)
 }
 
+/// Why nothing is served for a Service, where nothing is meant to be, or there is no such Service.
+pub fn why_unserved(index: &Index, service: &Name) -> Option<String> {
+    ends::service(index, service).err().map(|error| error.to_string())
+}
+
 fn everything(index: &Index) -> PolicyDirty {
     PolicyDirty {
         policies: index.policies().keys().cloned().collect(),

@@ -130,6 +130,8 @@ pub enum Ask {
     Nodes(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// Which of these Pods there are.
     Pods(Vec<Name>, oneshot::Sender<Vec<String>>),
+    /// Why nothing is served for a Service, where nothing is meant to be.
+    Unserved(Name, oneshot::Sender<Option<String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
     /// What policies do here.
@@ -284,6 +286,7 @@ impl Health {
             "/names" => self.of_addresses(uri, Ask::Names).await,
             "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
             "/pods" => self.of_pods(uri).await,
+            "/unserved" => self.unserved(uri).await,
             "/policy-names" => self.policy_names(uri).await,
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
@@ -341,6 +344,17 @@ impl Health {
         match self.ask(|reply| Ask::Pods(pods, reply)).await {
             Some(known) => Answer::of_health(true, to_json(&known)),
             None => Answer::of_health(false, "[]\n".to_owned()),
+        }
+    }
+
+    /// Why nothing is served for the Service in a path.
+    async fn unserved(&self, uri: &Uri) -> Answer {
+        let Some(Ok(service)) = text(uri, "service").map(str::parse::<Name>) else {
+            return Answer::not_found();
+        };
+        match self.ask(|reply| Ask::Unserved(service, reply)).await {
+            Some(why) => Answer::of_health(true, to_json(&why)),
+            None => Answer::of_health(false, "null\n".to_owned()),
         }
     }
 

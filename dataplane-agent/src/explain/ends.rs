@@ -269,10 +269,13 @@ pub fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
     index
         .services()
         .filter(|service| service.proxied.is_here())
-        .find(|service| {
-            let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
-            ips.iter().any(|ips| ips.contains(&addr))
-        })
+        .find(|service| addresses(service).any(|own| own == addr))
+}
+
+/// Those of a Service itself.
+pub fn addresses(service: &Service) -> impl Iterator<Item = IpAddr> {
+    let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
+    ips.into_iter().flatten().copied()
 }
 
 /// The Service that answers at an address and port, a node port among them.
@@ -290,9 +293,7 @@ pub fn service_of_node_port(index: &Index, number: u16, proto: Option<Protocol>)
 /// The port of a Service that an address and port of it are for.
 pub fn port_at(service: &Service, at: SocketAddr, proto: Option<Protocol>) -> Option<&ServicePort> {
     let mut ports = service.ports.iter().filter(|port| Some(port.proto) == proto);
-    let is_own = [&service.cluster_ips, &service.external_ips, &service.ingress_ips]
-        .iter()
-        .any(|ips| ips.contains(&at.ip()));
+    let is_own = addresses(service).any(|own| own == at.ip());
     let by_port = |port: &&ServicePort| is_own && port.port == at.port();
     ports
         .clone()

@@ -223,7 +223,12 @@ mod tests {
                 }),
             ]);
             let end = |text: &str| text.parse().unwrap();
-            let flows = explain(&index, &end("203.0.113.10"), &end("shop/web"), "81".parse().unwrap());
+            let flows = explain(
+                &index,
+                &end("203.0.113.10"),
+                &end("shop/web"),
+                "81".parse().unwrap(),
+            );
             flows.unwrap().remove(0).steps.remove(0).reason
         };
         let isolated = super::ISOLATED;

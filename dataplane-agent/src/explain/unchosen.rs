@@ -8,9 +8,7 @@ use dataplane_common::reason::Reason;
 use super::ends::at;
 use crate::{
     compile::endpoints,
-    model::{
-        Endpoint, EndpointSlice, Index, Pod, Protocol, Service, ServicePort, SliceFamily, TargetPort,
-    },
+    model::{Endpoint, EndpointSlice, Index, Pod, Protocol, Service, ServicePort, SliceFamily, TargetPort},
 };
 
 /// A reason names so many endpoints.
@@ -246,13 +244,7 @@ mod tests {
         let index = samples::index(&[service]);
         let service = samples::known(&index, "web");
         assert_eq!(
-            why(
-                &index,
-                &service,
-                service.ports.first(),
-                None,
-                Reason::SourceRange
-            ),
+            why(&index, &service, service.ports.first(), None, Reason::SourceRange),
             "spec.loadBalancerSourceRanges of Service shop/web are 10.0.0.0/8; 198.51.100.0/24"
         );
     }

@@ -27,7 +27,10 @@ pub fn note(index: &Index, met: Met<'_>) -> Option<String> {
         return None;
     }
     let service = met.via.and_then(|name| index.service(name));
-    if let Some(gone) = service.as_ref().and_then(|service| node_gone(index, service, addr)) {
+    if let Some(gone) = service
+        .as_ref()
+        .and_then(|service| node_gone(index, service, addr))
+    {
         return Some(format!("no Pod has the address {addr}, and {gone}"));
     }
     if let Some((node, range)) = range_of(index, addr) {
@@ -38,8 +41,20 @@ pub fn note(index: &Index, met: Met<'_>) -> Option<String> {
             "no Pod has the address {addr}, though Service {}, which selects Pods, has it as an endpoint",
             service.name
         )),
-        None => is_asked.then(|| format!("no Pod has the address {addr}, and it is in no known Pod range")),
+        None => is_asked.then(|| nobodys(index, addr)),
     }
+}
+
+/// Of an address that may be outside.
+fn nobodys(index: &Index, addr: IpAddr) -> String {
+    // Some Services are left to another proxy.
+    let has = |service: Service| ends::addresses(&service).any(|own| own == addr);
+    let nobody = if index.services().any(has) {
+        "no Pod has"
+    } else {
+        "no Pod and no Service has"
+    };
+    format!("{nobody} the address {addr}, and it is in no known Pod range")
 }
 
 /// That an endpoint is on a node which is gone, if it is.
@@ -147,10 +162,9 @@ mod tests {
             }
         }
         assert_eq!(said("203.0.113.10", false), None);
-        assert!(
-            said("203.0.113.10", true)
-                .unwrap()
-                .contains("in no known Pod range")
+        assert_eq!(
+            said("10.96.77.77", true).unwrap(),
+            "no Pod and no Service has the address 10.96.77.77, and it is in no known Pod range"
         );
     }
 

@@ -118,6 +118,9 @@ pub struct Way {
     /// Bytes of the largest packet that goes there without being cut, as far as this node knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// That of packets of clients outside, which the datapath forwards, where it is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forwarded_mtu: Option<u32>,
     /// A router; absent where the address is on the link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<IpAddr>,

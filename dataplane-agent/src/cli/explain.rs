@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, path::Path, process::ExitCode, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 use super::{
     alone::{self, Places},
@@ -131,7 +131,10 @@ fn programs(pins: &Pins) -> Vec<u32> {
 fn by_manifests(folder: &Path, query: &Query) -> anyhow::Result<(Vec<Explained>, Vec<String>)> {
     let mut source = Folder::new(folder.to_owned());
     let batch = source.scan(true);
-    ensure!(source.is_readable(), "failed to read {}", folder.display());
+    if !source.is_readable() {
+        let why = batch.rejected.iter().map(ToString::to_string);
+        bail!(why.collect::<Vec<_>>().join("; "));
+    }
     let mut index = Index::new("");
     for change in batch.changes {
         if let Change::Apply { object, .. } = change {

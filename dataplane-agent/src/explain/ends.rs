@@ -27,8 +27,14 @@ impl FromStr for End {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(addr) = text.parse::<IpAddr>() {
+        let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+        if let Ok(addr) = bracketed.unwrap_or(text).parse::<IpAddr>() {
             return Ok(Self::Addr(addr.to_canonical()));
+        }
+        if text.parse::<SocketAddr>().is_ok() {
+            return Err(format!(
+                "`{text}` has a port: give the address alone, and with --port the port that is asked"
+            ));
         }
         if let Some((addr, length)) = text.split_once('/')
             && addr.parse::<IpAddr>().is_ok()
@@ -299,4 +305,25 @@ pub fn port_at(service: &Service, at: SocketAddr, proto: Option<Protocol>) -> Op
         .clone()
         .find(by_port)
         .or_else(|| ports.find(|port| port.node_port == Some(at.port())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_stand_in_brackets_and_its_port_is_asked_for_apart() {
+        let addr = |text: &str| Ok(End::Addr(text.parse().unwrap()));
+        assert_eq!("[fd00::21]".parse::<End>(), addr("fd00::21"));
+        assert_eq!("10.96.0.80".parse::<End>(), addr("10.96.0.80"));
+        let apart = "has a port: give the address alone, and with --port the port that is asked";
+        for (text, expected) in [
+            ("[fd00::21]:80", apart),
+            ("10.96.0.80:80", apart),
+            ("10.96.0.80:0x50", "nor an address"),
+        ] {
+            let error = text.parse::<End>().unwrap_err();
+            assert!(error.ends_with(expected), "{error}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
 //! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr};
+use std::{collections::BTreeMap, fmt, iter, net::SocketAddr};
 
 use dataplane_common::{
     policy::{NO_RULE_INDEX, VerdictEvent},
@@ -166,7 +166,9 @@ impl Known for Named<'_> {
                 let audit = audit.map(|event| (allows(event), decision(event)));
                 let mut step = selection.step(at, allows(event), decision(event), audit);
                 if !step.allowed {
-                    step.reason += &self.misunderstood(&step, &pod.name, direction);
+                    let problems = self.misunderstood(&step, &pod.name, direction);
+                    let parts = iter::once(step.reason).chain(problems);
+                    step.reason = parts.collect::<Vec<_>>().join("; ");
                 }
                 step
             }
@@ -192,8 +194,8 @@ impl Named<'_> {
     }
 
     /// What is not understood of the rule that denies, or where none does, of the policies that isolate the Pod.
-    fn misunderstood(&self, step: &Step, pod: &Name, direction: Direction) -> String {
-        let problems: Vec<String> = if let Some(rule) = &step.rule {
+    fn misunderstood(&self, step: &Step, pod: &Name, direction: Direction) -> Vec<String> {
+        if let Some(rule) = &step.rule {
             self.problems_of(&rule.policy, |at| concerns(at, &rule.field))
         } else {
             let list = format!("spec.{}", direction.as_str());
@@ -201,8 +203,7 @@ impl Named<'_> {
             policies
                 .flat_map(|policy| self.problems_of(&policy.to_string(), |at| concerns(at, &list)))
                 .collect()
-        };
-        problems.iter().map(|problem| format!("; {problem}")).collect()
+        }
     }
 }
 

@@ -39,6 +39,7 @@ use crate::{
     },
     config::{Config, NodePortAddresses, PolicyMode},
     events::Recorder,
+    explain::why_unserved,
     health::{Ask, Progress, node_ports},
     host::{HostState, WantedPods},
     metrics::{Metrics, services::Counting},
@@ -333,6 +334,9 @@ impl Agent {
             Ask::Pods(pods, reply) => {
                 let known = pods.iter().filter(|pod| self.index.pod(pod).is_some());
                 let _gone = reply.send(known.map(ToString::to_string).collect());
+            }
+            Ask::Unserved(service, reply) => {
+                let _gone = reply.send(why_unserved(&self.index, &service));
             }
             Ask::EnforcedOf(pod, reply) => {
                 let _gone = reply.send(self.enforced_of(&pod));

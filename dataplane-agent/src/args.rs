@@ -143,7 +143,7 @@ pub enum Command {
     /// Show each endpoint of each Service: where it is, its state and share of new connections, and how many connections have begun there
     /// and how many it has refused, because nothing listens at its port. Without a running agent: by addresses.
     Endpoints {
-        /// Only those of this Service: namespace/name.
+        /// Only those of this Service: namespace/name, or of the one that has an address; node ports are at this node's own.
         service: Option<Which>,
         #[command(flatten)]
         tables: Tables,

@@ -31,6 +31,7 @@ pub use verdict::Verdict;
 
 use ends::{Found, Target};
 use reasons::Selection;
+use unowned::Met;
 
 use crate::{
     compile::policy::{
@@ -38,7 +39,7 @@ use crate::{
         sets::SetId,
         tables::{Tables, judge},
     },
-    model::{Index, Pod, PolicyDirty, policy::Direction},
+    model::{Index, Name, Pod, PolicyDirty, policy::Direction},
 };
 
 /// What an agent answers when it is asked what its tables say.
@@ -117,6 +118,9 @@ pub struct Way {
     /// Bytes of the largest packet that goes there without being cut, as far as this node knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// That of packets of clients outside, which the datapath forwards, where it is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forwarded_mtu: Option<u32>,
     /// A router; absent where the address is on the link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<IpAddr>,
@@ -206,17 +210,18 @@ pub fn explain(index: &Index, from: &End, to: &End, port: Port) -> Result<Vec<Ex
     let pairs = pairs.filter(|((from, _), to)| from.is_ipv4() == to.found.0.is_ipv4());
     let mut explained: Vec<Explained> = pairs.map(|(from, to)| judge.flow(from, to)).collect();
     for flow in &mut explained {
-        let ends = [
-            (flow.from.ip, false),
-            (flow.to.ip, *asked == End::Addr(flow.to.ip)),
-        ];
-        let notes = ends.map(|(addr, is_asked)| unowned::note(index, addr, is_asked, None));
-        flow.notes.extend(notes.into_iter().flatten());
+        let is_asked = *asked == End::Addr(flow.to.ip);
+        flow.note_unowned(index, is_asked, None, |_| false);
     }
     if explained.is_empty() {
         return Err(Error::Families);
     }
     Ok(explained)
+}
+
+/// Why nothing is served for a Service, where nothing is meant to be, or there is no such Service.
+pub fn why_unserved(index: &Index, service: &Name) -> Option<String> {
+    ends::service(index, service).err().map(|error| error.to_string())
 }
 
 fn everything(index: &Index) -> PolicyDirty {
@@ -308,6 +313,35 @@ impl Judge<'_> {
             Decision::of(self.index, policy, direction, row.place)
         });
         (judgement.is_allowed(), rule)
+    }
+}
+
+impl Explained {
+    /// Says of its ends that nobody has them, where somebody should. `is_asked`: the target, by itself; `leaves_by`: the device by which
+    /// packets to it leave this node; `is_own`: of this node, as the tables have it.
+    fn note_unowned(
+        &mut self,
+        index: &Index,
+        is_asked: bool,
+        leaves_by: Option<&str>,
+        is_own: impl Fn(IpAddr) -> bool,
+    ) {
+        let via: Option<Name> = self.service.as_ref().and_then(|name| name.parse().ok());
+        let from = Met {
+            addr: self.from.ip,
+            is_asked: false,
+            via: None,
+            leaves_by: None,
+        };
+        let to = Met {
+            addr: self.to.ip,
+            is_asked,
+            via: via.as_ref(),
+            leaves_by,
+        };
+        let ends = [from, to].into_iter().filter(|end| !is_own(end.addr));
+        let notes = ends.filter_map(|end| unowned::note(index, end));
+        self.notes.extend(notes);
     }
 }
 

@@ -130,6 +130,8 @@ pub enum Ask {
     Nodes(Vec<IpAddr>, oneshot::Sender<BTreeMap<IpAddr, String>>),
     /// Which of these Pods there are.
     Pods(Vec<Name>, oneshot::Sender<Vec<String>>),
+    /// Why nothing is served for a Service, where nothing is meant to be.
+    Unserved(Name, oneshot::Sender<Option<String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
     /// What policies do here.
@@ -153,8 +155,8 @@ pub struct Refusal {
 pub enum Policies {
     /// The one with this number in `RULES`.
     Numbered(u32),
-    /// Those that have a say about the Pod with this address.
-    Selecting(IpAddr, Direction),
+    /// Those that isolate the Pod with this address.
+    Isolating(IpAddr, Direction),
 }
 
 /// How far a pod is that a CNI plugin has told of.
@@ -284,6 +286,7 @@ impl Health {
             "/names" => self.of_addresses(uri, Ask::Names).await,
             "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
             "/pods" => self.of_pods(uri).await,
+            "/unserved" => self.unserved(uri).await,
             "/policy-names" => self.policy_names(uri).await,
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
@@ -344,6 +347,17 @@ impl Health {
         }
     }
 
+    /// Why nothing is served for the Service in a path.
+    async fn unserved(&self, uri: &Uri) -> Answer {
+        let Some(Ok(service)) = text(uri, "service").map(str::parse::<Name>) else {
+            return Answer::not_found();
+        };
+        match self.ask(|reply| Ask::Unserved(service, reply)).await {
+            Some(why) => Answer::of_health(true, to_json(&why)),
+            None => Answer::of_health(false, "null\n".to_owned()),
+        }
+    }
+
     /// The names of the policies in a path.
     async fn policy_names(&self, uri: &Uri) -> Answer {
         let number = text(uri, "number").and_then(|number| number.parse().ok());
@@ -354,7 +368,7 @@ impl Health {
             .find(|one| Some(one.as_str()) == direction);
         let policies = match (number, address, direction) {
             (Some(number), ..) => Policies::Numbered(number),
-            (None, Some(address), Some(direction)) => Policies::Selecting(address, direction),
+            (None, Some(address), Some(direction)) => Policies::Isolating(address, direction),
             _ => return Answer::not_found(),
         };
         match self.ask(|reply| Ask::PolicyNames(policies, reply)).await {

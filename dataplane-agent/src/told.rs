@@ -51,7 +51,7 @@ pub struct Told {
     pub to: String,
     /// The destination's.
     pub port: String,
-    /// The policy whose rule decided; where none did, those that select the pod in this direction.
+    /// The policy whose rule decided; where none did, those that isolate the pod in this direction.
     pub policy: Option<String>,
     /// The rule's place in the policy's list for the direction, from 0.
     pub rule: Option<u32>,

@@ -238,5 +238,8 @@ fn policy_questions_without_an_answer_are_errors() {
     }
     let (code, _, errors) = explain(&dir.path().join("missing"), "shop/front", "shop/back", "80", &[]);
     assert_eq!(code, 1);
-    assert!(errors.contains("failed to read"), "{errors}");
+    assert!(
+        errors.contains("failed to read: No such file or directory"),
+        "{errors}"
+    );
 }

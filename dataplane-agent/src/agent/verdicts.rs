@@ -53,7 +53,7 @@ impl Agent {
             if let Some(rule) = rule {
                 told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
             } else if event.reason != Reason::SourceNotOwn as u32 {
-                told.policy = self.selected_by(&event);
+                told.policy = self.isolated_by(&event);
             }
             tracing::debug!(
                 target: "dataplane_agent::verdicts",
@@ -87,23 +87,23 @@ impl Agent {
         }
     }
 
-    /// The policies that select the pod of an event that no rule has decided.
-    fn selected_by(&self, event: &VerdictEvent) -> Option<String> {
+    /// The policies that isolate the pod of an event that no rule has decided; where a dry run would, with these.
+    fn isolated_by(&self, event: &VerdictEvent) -> Option<String> {
         let own = if event.outward != 0 {
             event.src_be
         } else {
             event.dst_be
         };
-        let names = self.selecting(address(event, own), direction(event));
+        let audit = event.reason == Reason::DryRunDenied as u32;
+        let names = self.isolating(address(event, own), direction(event), audit);
         (!names.is_empty()).then(|| names.join(", "))
     }
 
-    /// The policies that have a say about the pod with an address.
-    fn selecting(&self, addr: IpAddr, direction: Direction) -> Vec<String> {
-        let name = self.policies.pod_at(addr);
-        let pod = name.and_then(|name| self.policies.pods().get(name));
-        let policies = pod.iter().flat_map(|pod| &pod.policies[direction as usize]);
-        policies.map(ToString::to_string).collect()
+    /// The policies that isolate the pod with an address.
+    fn isolating(&self, addr: IpAddr, direction: Direction, audit: bool) -> Vec<String> {
+        let pod = self.policies.pod_at(addr);
+        let policies = pod.map_or(&[][..], |pod| self.policies.isolating(pod, direction, audit));
+        policies.iter().map(ToString::to_string).collect()
     }
 
     pub(super) fn policy_names(&self, of: Policies) -> Vec<String> {
@@ -112,7 +112,7 @@ impl Agent {
                 let policy = self.policy_syncer.policy(number);
                 policy.map(ToString::to_string).into_iter().collect()
             }
-            Policies::Selecting(addr, direction) => self.selecting(addr, direction),
+            Policies::Isolating(addr, direction) => self.isolating(addr, direction, false),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! running agent knows.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::Path,
 };
@@ -16,7 +16,7 @@ use super::{
     names::Names,
     output::{Output, note, number, percent, table},
     pinned,
-    services::{FlowsOf, Listing, Tables, Which, began_at, unknown},
+    services::{FlowsOf, Listing, Tables, Which, began_at, node_ports_answer, unknown},
     top::numbers::size,
 };
 use crate::{
@@ -49,7 +49,8 @@ struct Shown {
     local: bool,
     /// Of new connections of Pods and processes of this node, from 0 to 1. The largest, where several ports of the Service lead there.
     share: f64,
-    /// Of those from outside; `None`: the Service takes none.
+    /// Of those from outside; `None`: the Service takes none. Where these are led apart (`externalTrafficPolicy: Local`), by what leads
+    /// them alone: a cluster IP follows another policy.
     external_share: Option<f64>,
     /// Flows that go there now, half-open ones left out; `None`: they could not be read.
     flows: Option<usize>,
@@ -65,17 +66,8 @@ struct Known {
     names: Names,
 }
 
-/// Prints the endpoints of all Services, or of the one that is called `service`.
+/// Prints the endpoints of all Services, or of one.
 pub fn run(service: Option<&Which>, places: Places<'_>, output: Listing) -> anyhow::Result<()> {
-    let service = match service {
-        None => None,
-        Some(Which::Named(service)) => Some(service.as_str()),
-        Some(Which::At(addr)) => {
-            anyhow::bail!(
-                "endpoints are listed by Service: `services {addr}` says which one has that address"
-            )
-        }
-    };
     let Places { bpffs, socket } = places;
     let mut known = Known::default();
     let counted = match ask::value::<Served>(socket, "/services") {
@@ -83,7 +75,7 @@ pub fn run(service: Option<&Which>, places: Places<'_>, output: Listing) -> anyh
             known.objects = owners(&served);
             let mut counted = Counted::read(bpffs)?;
             if let Some(service) = service {
-                counted.narrow(service, &served)?;
+                counted.narrow(service, &served, places)?;
             }
             let addrs: Vec<IpAddr> = counted.endpoints.iter().map(|(one, _)| one.addr.ip()).collect();
             let mut named = known.names.learn_pods(socket, addrs.iter().copied(), ask::WITHIN);
@@ -95,11 +87,17 @@ pub fn run(service: Option<&Which>, places: Places<'_>, output: Listing) -> anyh
             }
             counted
         }
-        Err(error) if service.is_some() => {
+        Err(error) if matches!(service, Some(Which::Named(_))) => {
             let way_out = "without a name, the endpoints of all Services are shown, by address";
             return Err(alone::only_an_agent(&error, "names", way_out));
         }
-        Err(error) => alone::instead(error, || Counted::read(bpffs))?.noted(),
+        Err(error) => {
+            let mut counted = alone::instead(error, || Counted::read(bpffs))?.noted();
+            if let Some(Which::At(addr)) = service {
+                counted.narrow_to(*addr, node_ports_answer(bpffs, *addr))?;
+            }
+            counted
+        }
     };
     let shown = counted.shown(&known);
     match output {
@@ -140,17 +138,42 @@ impl Counted {
     }
 
     /// Leaves the endpoints of one Service. Says so on stderr where it has none.
-    fn narrow(&mut self, service: &str, served: &Served) -> anyhow::Result<()> {
-        let object = format!("Service {service}");
-        let is_known = served.objects.iter().any(|one| one.object == object)
-            || served.problems.iter().any(|one| one.object == object);
-        anyhow::ensure!(is_known, "{}", unknown(service));
-        let owner = object.parse().ok().map(|object| encode::owner(&object));
-        self.endpoints.retain(|(one, _)| Some(one.owner) == owner);
+    fn narrow(&mut self, service: &Which, served: &Served, places: Places<'_>) -> anyhow::Result<()> {
+        let Places { bpffs, socket } = places;
+        let service = match service {
+            Which::Named(service) => service,
+            Which::At(addr) => return self.narrow_to(*addr, node_ports_answer(bpffs, *addr)),
+        };
+        anyhow::ensure!(self.is_narrowed(service, served), "{}", unknown(socket, service));
         if self.endpoints.is_empty() {
             note(format_args!(
                 "Service {service} has no endpoint: `explain` with `--to svc/{service}` says why"
             ));
+        }
+        Ok(())
+    }
+
+    /// Leaves the endpoints of one Service; whether there is one.
+    fn is_narrowed(&mut self, service: &str, served: &Served) -> bool {
+        let object = format!("Service {service}");
+        let owner = object.parse().ok().map(|object| encode::owner(&object));
+        self.endpoints.retain(|(one, _)| Some(one.owner) == owner);
+        served.objects.iter().any(|one| one.object == object)
+            || served.problems.iter().any(|one| one.object == object)
+    }
+
+    /// Leaves the endpoints of those Services that have an address, by what the tables say. `node_ports`: they answer there.
+    fn narrow_to(&mut self, addr: IpAddr, node_ports: bool) -> anyhow::Result<()> {
+        let is_there = |frontend: &&TableFrontend| match frontend.at.addr {
+            of_all if of_all.is_unspecified() => node_ports && of_all.is_ipv4() == addr.is_ipv4(),
+            own => own == addr,
+        };
+        let there = self.tables.frontends.iter().filter(is_there);
+        let owners: HashSet<u32> = there.map(|frontend| frontend.owner).collect();
+        anyhow::ensure!(!owners.is_empty(), "no Service has {addr} here");
+        self.endpoints.retain(|(one, _)| owners.contains(&one.owner));
+        if self.endpoints.is_empty() {
+            note(format_args!("no endpoint is behind {addr}"));
         }
         Ok(())
     }
@@ -186,11 +209,13 @@ impl Shown {
             let backend = frontend.backends.iter().find(|backend| backend.id == id)?;
             Some(backend.share())
         };
-        let share = |external| {
-            let of_scope = frontends.clone().filter(|frontend| frontend.external == external);
-            let shares = of_scope.map(|frontend| share_of(frontend).unwrap_or(0.0));
-            shares.reduce(f64::max)
-        };
+        let of_scope = |external| frontends.clone().filter(move |one| one.external == external);
+        let is_apart = |one: &&&TableFrontend| of_scope(false).all(|inside| inside.service != one.service);
+        let mut outside: Vec<&&TableFrontend> = of_scope(true).collect();
+        if outside.iter().any(is_apart) {
+            outside.retain(is_apart);
+        }
+        let share = |one: &&TableFrontend| share_of(one).unwrap_or(0.0);
         let first = frontends.clone().min_by_key(|frontend| {
             let FrontendAddr { addr, .. } = frontend.at;
             (share_of(frontend).is_none(), addr.is_unspecified())
@@ -209,8 +234,8 @@ impl Shown {
             node: known.names.node(addr.ip()).cloned(),
             state: state(endpoint.state),
             local: endpoint.local,
-            share: share(false).unwrap_or(0.0),
-            external_share: share(true),
+            share: of_scope(false).map(share).reduce(f64::max).unwrap_or(0.0),
+            external_share: outside.into_iter().map(share).reduce(f64::max),
             flows,
             traffic,
         }
@@ -351,6 +376,7 @@ mod tests {
                     id: 1,
                 }],
                 owner: of_service,
+                service: u32::from(at.port()),
             }
         };
         let flow = |last: u8, asked: &str, state| Flow {
@@ -429,6 +455,21 @@ mod tests {
     }
 
     #[test]
+    fn clients_outside_that_are_led_apart_have_a_share_of_their_own() {
+        let external_share = |counted: &Counted| counted.shown(&Known::default())[0].external_share;
+        let mut counted = counted();
+        let mut cluster_ip = counted.tables.frontends[2].clone();
+        cluster_ip.external = true;
+        counted.tables.frontends.push(cluster_ip);
+        assert_eq!(external_share(&counted), Some(1.0));
+        // No endpoint is here, and the node port has a Service of its own for them.
+        let of_outside = &mut counted.tables.frontends[1];
+        of_outside.backends.clear();
+        of_outside.service += 1;
+        assert_eq!(external_share(&counted), Some(0.0));
+    }
+
+    #[test]
     fn one_service_alone_is_shown_and_one_that_nobody_knows_is_an_error() {
         let served = Served {
             objects: vec![served::ServedObject {
@@ -439,9 +480,22 @@ mod tests {
         };
         assert_eq!(owners(&served)[&owner(SERVICE)], SERVICE);
         let mut narrowed = counted();
-        narrowed.narrow("shop/web", &served).unwrap();
+        assert!(narrowed.is_narrowed("shop/web", &served));
         assert_eq!(narrowed.endpoints.len(), 2);
-        let error = counted().narrow("shop/none", &served).unwrap_err();
-        assert!(error.to_string().contains("no Service shop/none"), "{error}");
+        assert!(!counted().is_narrowed("shop/none", &served));
+    }
+
+    #[test]
+    fn the_service_that_has_an_address_is_shown() {
+        let narrowed = |addr: &str, node_ports| {
+            let mut counted = counted();
+            let narrowed = counted.narrow_to(addr.parse().unwrap(), node_ports);
+            narrowed.map(|()| counted.endpoints.len()).ok()
+        };
+        assert_eq!(narrowed("10.96.0.1", false), Some(2));
+        assert_eq!(narrowed("192.0.2.1", true), Some(2), "its node port");
+        for (addr, node_ports) in [("192.0.2.1", false), ("10.96.0.2", false), ("fd00::1", true)] {
+            assert_eq!(narrowed(addr, node_ports), None, "{addr}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, path::Path, process::ExitCode, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 
 use super::{
     alone::{self, Places},
@@ -131,7 +131,10 @@ fn programs(pins: &Pins) -> Vec<u32> {
 fn by_manifests(folder: &Path, query: &Query) -> anyhow::Result<(Vec<Explained>, Vec<String>)> {
     let mut source = Folder::new(folder.to_owned());
     let batch = source.scan(true);
-    ensure!(source.is_readable(), "failed to read {}", folder.display());
+    if !source.is_readable() {
+        let why = batch.rejected.iter().map(ToString::to_string);
+        bail!(why.collect::<Vec<_>>().join("; "));
+    }
     let mut index = Index::new("");
     for change in batch.changes {
         if let Change::Apply { object, .. } = change {
@@ -226,6 +229,7 @@ fn of_way(way: &Way) -> String {
         node,
         device,
         mtu,
+        forwarded_mtu,
         next_hop,
         neighbour,
         is_silent,
@@ -250,7 +254,10 @@ fn of_way(way: &Way) -> String {
         ""
     };
     let mtu = mtu.map_or_else(String::new, |mtu| format!(" with MTU {mtu}"));
-    format!("{to} is reached by {device}{mtu}{hop}{known}{silent}")
+    let unlocked = forwarded_mtu.map_or_else(String::new, |mtu| {
+        format!("; packets of clients outside are held to {mtu}, that of the device: the route does not say `mtu lock`")
+    });
+    format!("{to} is reached by {device}{mtu}{hop}{known}{silent}{unlocked}")
 }
 
 fn describe(place: &Place) -> String {
@@ -280,6 +287,22 @@ mod tests {
         .unwrap();
         flow.verdict = Verdict::of(&flow);
         flow
+    }
+
+    #[test]
+    fn a_routes_mtu_that_counts_for_some_is_said_to_be_so() {
+        let said = |forwarded: Option<u32>| {
+            let way = json!({"to": "10.244.2.21", "device": "eth0", "mtu": 1300, "forwarded_mtu": forwarded});
+            of_way(&serde_json::from_value(way).unwrap())
+        };
+        let plain = "10.244.2.21 is reached by eth0 with MTU 1300";
+        assert_eq!(said(None), plain);
+        assert_eq!(
+            said(Some(1500)),
+            format!(
+                "{plain}; packets of clients outside are held to 1500, that of the device: the route does not say `mtu lock`"
+            )
+        );
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl std::str::FromStr for Who {
         match text.parse() {
             Ok(End::Addr(addr)) => Ok(Self::Within(addr.into())),
             Ok(named) if !is_range => Ok(Self::Named(named.to_string())),
+            Err(error) if text.parse::<SocketAddr>().is_ok() => Err(error),
             _ => Err(format!(
                 "`{text}` is neither namespace/pod, svc/namespace/service, an address nor a range of addresses"
             )),
@@ -166,7 +167,7 @@ fn print_once(places: Places<'_>, filter: &Filter, output: Output) -> anyhow::Re
             Err(error) => alone::unnamed(&error),
         }
     }
-    output.print(&shown, |shown| render(shown, found))
+    output.print_or_note(&shown, |shown| render(shown, found), "there is no such flow now")
 }
 
 /// Asks an agent for the names of what is in these flows, each time `within`.

@@ -240,8 +240,7 @@ impl Monitor<'_> {
             if seen.hook == FROM_POD
                 && let Some(sender) = self.who.pod_at(event.ifindex)
             {
-                // Whatever address it says that it has.
-                seen.from_pod = Some(sender);
+                seen.sent_by(event, sender);
             }
             seen.device.clone_from(&self.who.device(event.ifindex));
             if event.reason == Reason::PolicyDenied as u32 && event.kind == EventKind::Dropped as u8 {

@@ -30,6 +30,23 @@ impl Output {
             Output::Table => print(&render(value)),
         }
     }
+
+    /// The same; where there is nothing to make a table of, that is said on stderr.
+    pub fn print_or_note<T: Serialize>(
+        self,
+        value: &T,
+        render: impl FnOnce(&T) -> String,
+        nothing: &str,
+    ) -> anyhow::Result<()> {
+        let render = |value: &T| {
+            let text = render(value);
+            if text.is_empty() {
+                note(nothing);
+            }
+            text
+        };
+        self.print(value, render)
+    }
 }
 
 /// Prints a text at once.

@@ -58,10 +58,12 @@ pub enum NoPod {
 
 /// Prints what an agent says, or what its tables do.
 pub fn run(places: Places<'_>, output: Output) -> anyhow::Result<()> {
-    output.print(&of_node(places, ask::WITHIN)?.noted(), |shown| match shown {
+    let of_node = of_node(places, ask::WITHIN)?.noted();
+    let render = |shown: &OfNode| match shown {
         OfNode::Enforced(enforced) => render(enforced),
         OfNode::Pods(pods) => render_tables(pods),
-    })
+    };
+    output.print_or_note(&of_node, render, "no policy selects a Pod of this node")
 }
 
 /// Prints what an agent, or its tables, say about a Pod, which has a name or an address.

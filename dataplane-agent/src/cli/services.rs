@@ -113,7 +113,7 @@ struct ShownBackend {
 
 /// Prints the Services of an agent and its tables, or only what is wrong with them.
 pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
-    let Places { bpffs, socket } = asked.places;
+    let Places { socket, .. } = asked.places;
     let format = if output == Listing::Json {
         Output::Json
     } else {
@@ -126,13 +126,13 @@ pub fn run(asked: &Asked<'_>, output: Listing) -> anyhow::Result<()> {
         })?;
         let mut shown = Shown::of_agent(served, None);
         if let Some(service) = asked.service {
-            shown.narrow(service, |addr| node_ports_answer(bpffs, addr))?;
+            shown.narrow(service, asked.places)?;
         }
         return format.print(&shown.problems, |problems| of_problems(problems));
     }
     let mut shown = answer(asked, output, ask::WITHIN)?.noted();
     if let Some(service) = asked.service {
-        shown.narrow(service, |addr| node_ports_answer(bpffs, addr))?;
+        shown.narrow(service, asked.places)?;
     }
     let is_wide = output == Listing::Wide;
     format.print(&shown, |shown| render(shown, is_wide))
@@ -184,11 +184,15 @@ pub(super) fn began_at(flow: &Flow, at: &FrontendAddr) -> bool {
         && (addr.is_unspecified() || flow.asked.ip() == addr)
 }
 
-/// What is said of a Service that nobody knows.
-pub(super) fn unknown(service: &str) -> String {
-    format!(
-        "no Service {service} is served here, and none is refused: `kubectl get service` says whether there is one"
-    )
+/// What is said of a Service of which nothing is served and nothing is refused: why, where the agent knows it.
+pub(super) fn unknown(socket: &Path, service: &str) -> String {
+    let why: anyhow::Result<Option<String>> = ask::value(socket, &format!("/unserved?service={service}"));
+    // An agent that is older does not say.
+    why.ok().flatten().unwrap_or_else(|| {
+        format!(
+            "no Service {service} is served here, and none is refused: `kubectl get service` says whether there is one"
+        )
+    })
 }
 
 impl Tables {
@@ -314,21 +318,24 @@ impl Shown {
         }
     }
 
-    /// Leaves what is about one Service. `answers`: whether node ports do at an address.
-    fn narrow(&mut self, service: &Which, answers: impl Fn(IpAddr) -> bool) -> anyhow::Result<()> {
-        let service = match service {
-            Which::Named(service) => service,
-            Which::At(addr) => return self.narrow_to(*addr, answers(*addr)),
-        };
+    /// Leaves what is about one Service.
+    fn narrow(&mut self, service: &Which, places: Places<'_>) -> anyhow::Result<()> {
+        let Places { bpffs, socket } = places;
+        match service {
+            Which::At(addr) => self.narrow_to(*addr, node_ports_answer(bpffs, *addr)),
+            Which::Named(service) => {
+                anyhow::ensure!(self.is_narrowed(service), "{}", unknown(socket, service));
+                Ok(())
+            }
+        }
+    }
+
+    /// Leaves what is about one Service; whether anything is.
+    fn is_narrowed(&mut self, service: &str) -> bool {
         let object = format!("Service {service}");
         self.objects.retain(|one| one.object == object);
         self.problems.retain(|one| one.object == object);
-        anyhow::ensure!(
-            !self.objects.is_empty() || !self.problems.is_empty(),
-            "{}",
-            unknown(service)
-        );
-        Ok(())
+        !self.objects.is_empty() || !self.problems.is_empty()
     }
 
     /// Leaves what leads from one address.
@@ -346,7 +353,7 @@ impl Shown {
 }
 
 /// Whether node ports answer at an address of this node; false where its table cannot be read.
-fn node_ports_answer(bpffs: &Path, addr: IpAddr) -> bool {
+pub(super) fn node_ports_answer(bpffs: &Path, addr: IpAddr) -> bool {
     let read =
         || -> anyhow::Result<Vec<(IpAddr, u32)>> { Ok(BpfStore::open(&pinned(bpffs)?)?.own_addresses()?) };
     let mut own = read().unwrap_or_default().into_iter();
@@ -446,6 +453,7 @@ mod tests {
             external,
             backends: vec![backend(1, 1), backend(2, 3)],
             owner: 7,
+            service: 3,
         };
         let flow = |last: u8, state| Flow {
             proto: 6,
@@ -507,27 +515,29 @@ mod tests {
     fn one_service_alone_is_shown() {
         let narrowed = |service: &str| {
             let mut shown = Shown::of_agent(served(), None);
-            shown
-                .narrow(&service.parse().unwrap(), |addr| {
-                    addr == IpAddr::from([192, 0, 2, 11])
-                })
-                .map(|()| (shown.objects.len(), shown.problems.len()))
+            let is_own = |addr: IpAddr| addr == IpAddr::from([192, 0, 2, 11]);
+            let is_there = match service.parse().unwrap() {
+                Which::Named(service) => shown.is_narrowed(&service),
+                Which::At(addr) => shown.narrow_to(addr, is_own(addr)).is_ok(),
+            };
+            is_there.then_some((shown.objects.len(), shown.problems.len()))
         };
-        assert_eq!(narrowed("ns/a").unwrap(), (1, 0));
-        assert_eq!(narrowed("svc/ns/a").unwrap(), (1, 0));
-        assert_eq!(narrowed("10.96.0.1").unwrap(), (1, 0));
-        assert!(narrowed("10.96.0.11").is_err() && narrowed("192.0.2.12").is_err());
-        assert_eq!(narrowed("192.0.2.11").unwrap(), (1, 0), "a node port");
-        assert!(narrowed("fd00::1").is_err());
-        assert_eq!(narrowed("ns/b").unwrap(), (0, 1));
-        assert!(
-            narrowed("ns/c")
-                .unwrap_err()
-                .to_string()
-                .contains("no Service ns/c")
-        );
+        assert_eq!(narrowed("ns/a"), Some((1, 0)));
+        assert_eq!(narrowed("svc/ns/a"), Some((1, 0)));
+        assert_eq!(narrowed("10.96.0.1"), Some((1, 0)));
+        assert_eq!(narrowed("10.96.0.11").or(narrowed("192.0.2.12")), None);
+        assert_eq!(narrowed("192.0.2.11"), Some((1, 0)), "a node port");
+        assert_eq!(narrowed("fd00::1"), None);
+        assert_eq!(narrowed("ns/b"), Some((0, 1)));
+        assert_eq!(narrowed("ns/c"), None);
         for wrong in ["", "shop", "shop/", "/web", "a/b/c"] {
             assert!(wrong.parse::<Which>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn without_a_word_of_the_agent_whether_there_is_a_service_others_know() {
+        let said = unknown(Path::new("/nonexistent/agent.sock"), "ns/c");
+        assert!(said.starts_with("no Service ns/c is served here"), "{said}");
     }
 }

@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     alone::{self, Places, Said},
     ask,
-    output::{Output, print, table},
+    output::{Output, note, print, table},
     pinned,
 };
 use crate::{bpf::verdicts::Untaken, store::enforced::policy_called, told::Told};
@@ -31,7 +31,13 @@ const JITTER: Duration = Duration::from_millis(5);
 /// stop.
 pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
     if !follow {
-        return show(&after(0, places, ask::WITHIN)?.noted(), output);
+        let told = after(0, places, ask::WITHIN)?.noted();
+        if told.is_empty() && output == Output::Table {
+            note(
+                "no verdict was told lately: policies have denied nothing since the agent began, or nothing waits for one",
+            );
+        }
+        return show(&told, output);
     }
     let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -1,6 +1,7 @@
 //! `wait`: asks a running agent over its socket.
 
 use std::{
+    io,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -29,14 +30,20 @@ pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
                 "not programmed within {} s: the agent is silent",
                 timeout.as_secs_f32()
             ),
-            // Not there yet, or replaced while we asked.
-            Err(error) if Instant::now() + RETRY >= deadline => {
+            // Not there yet, or replaced while we asked; who may not ask need not wait.
+            Err(error) if is_forbidden(&error) || Instant::now() + RETRY >= deadline => {
                 return Err(error)
                     .with_context(|| format!("failed to reach an agent at {}", socket.display()));
             }
             Err(_) => thread::sleep(RETRY),
         }
     }
+}
+
+/// Whether this user may not ask an agent.
+fn is_forbidden(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<io::Error>();
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// How far an agent says that it is.
@@ -77,6 +84,14 @@ fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_ask_does_not_wait() {
+        let error = |kind: io::ErrorKind| anyhow::Error::from(io::Error::from(kind)).context("run as root");
+        assert!(is_forbidden(&error(io::ErrorKind::PermissionDenied)));
+        assert!(!is_forbidden(&error(io::ErrorKind::NotFound)));
+        assert!(!is_forbidden(&error(io::ErrorKind::ConnectionRefused)));
+    }
 
     #[test]
     fn what_is_waited_for_is_told_in_a_line() {

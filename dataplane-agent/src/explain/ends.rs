@@ -27,8 +27,14 @@ impl FromStr for End {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(addr) = text.parse::<IpAddr>() {
+        let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+        if let Ok(addr) = bracketed.unwrap_or(text).parse::<IpAddr>() {
             return Ok(Self::Addr(addr.to_canonical()));
+        }
+        if text.parse::<SocketAddr>().is_ok() {
+            return Err(format!(
+                "`{text}` has a port: give the address alone, and with --port the port that is asked"
+            ));
         }
         if let Some((addr, length)) = text.split_once('/')
             && addr.parse::<IpAddr>().is_ok()
@@ -229,7 +235,11 @@ fn behind<'a>(
         } else {
             Reason::NoEndpoints
         };
-        let why = unchosen::why(index, service, Some(service_port), reason);
+        let ipv4 = match families {
+            [true, true] => None,
+            [ipv4, _] => Some(ipv4),
+        };
+        let why = unchosen::why(index, service, Some(service_port), ipv4, reason);
         return Err(Error::NoEndpoint(service.name.clone(), port, why));
     }
     Ok(targets)
@@ -265,10 +275,13 @@ pub fn service_at(index: &Index, addr: IpAddr) -> Option<Service> {
     index
         .services()
         .filter(|service| service.proxied.is_here())
-        .find(|service| {
-            let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
-            ips.iter().any(|ips| ips.contains(&addr))
-        })
+        .find(|service| addresses(service).any(|own| own == addr))
+}
+
+/// Those of a Service itself.
+pub fn addresses(service: &Service) -> impl Iterator<Item = IpAddr> {
+    let ips = [&service.cluster_ips, &service.external_ips, &service.ingress_ips];
+    ips.into_iter().flatten().copied()
 }
 
 /// The Service that answers at an address and port, a node port among them.
@@ -286,12 +299,31 @@ pub fn service_of_node_port(index: &Index, number: u16, proto: Option<Protocol>)
 /// The port of a Service that an address and port of it are for.
 pub fn port_at(service: &Service, at: SocketAddr, proto: Option<Protocol>) -> Option<&ServicePort> {
     let mut ports = service.ports.iter().filter(|port| Some(port.proto) == proto);
-    let is_own = [&service.cluster_ips, &service.external_ips, &service.ingress_ips]
-        .iter()
-        .any(|ips| ips.contains(&at.ip()));
+    let is_own = addresses(service).any(|own| own == at.ip());
     let by_port = |port: &&ServicePort| is_own && port.port == at.port();
     ports
         .clone()
         .find(by_port)
         .or_else(|| ports.find(|port| port.node_port == Some(at.port())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_stand_in_brackets_and_its_port_is_asked_for_apart() {
+        let addr = |text: &str| Ok(End::Addr(text.parse().unwrap()));
+        assert_eq!("[fd00::21]".parse::<End>(), addr("fd00::21"));
+        assert_eq!("10.96.0.80".parse::<End>(), addr("10.96.0.80"));
+        let apart = "has a port: give the address alone, and with --port the port that is asked";
+        for (text, expected) in [
+            ("[fd00::21]:80", apart),
+            ("10.96.0.80:80", apart),
+            ("10.96.0.80:0x50", "nor an address"),
+        ] {
+            let error = text.parse::<End>().unwrap_err();
+            assert!(error.ends_with(expected), "{error}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! What is known beside the tables: who is behind which interface, and whose rules these are. An agent knows names; without one,
 //! the tables are all there is ([`Unnamed`](super::unnamed::Unnamed)).
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr};
+use std::{collections::BTreeMap, fmt, iter, net::SocketAddr};
 
 use dataplane_common::{
     policy::{NO_RULE_INDEX, VerdictEvent},
@@ -121,13 +121,7 @@ impl Known for Named<'_> {
     }
 
     fn problems(&self, service: &Name) -> Vec<String> {
-        let object = ObjectRef::service(service).to_string();
-        let problems = self.problems.iter().filter(|one| one.object == object);
-        let text = |one: &served::Problem| match &*one.field {
-            "" => one.reason.clone(),
-            field => format!("{field}: {}", one.reason),
-        };
-        problems.map(text).collect()
+        self.problems_of(&ObjectRef::service(service).to_string(), |_| true)
     }
 
     fn decided(
@@ -170,7 +164,13 @@ impl Known for Named<'_> {
             Some(event) => {
                 let audit = told.dry_run(ifindex, direction);
                 let audit = audit.map(|event| (allows(event), decision(event)));
-                selection.step(at, allows(event), decision(event), audit)
+                let mut step = selection.step(at, allows(event), decision(event), audit);
+                if !step.allowed {
+                    let problems = self.misunderstood(&step, &pod.name, direction);
+                    let parts = iter::once(step.reason).chain(problems);
+                    step.reason = parts.collect::<Vec<_>>().join("; ");
+                }
+                step
             }
             None if world.is_unknown(ifindex) => Step {
                 reason: unknown(),
@@ -178,5 +178,60 @@ impl Known for Named<'_> {
             },
             None => selection.step(at, true, None, None),
         })
+    }
+}
+
+impl Named<'_> {
+    /// What is known to be wrong with an object, in fields that count.
+    fn problems_of(&self, object: &str, counts: impl Fn(&str) -> bool) -> Vec<String> {
+        let problems = self.problems.iter();
+        let problems = problems.filter(|one| one.object == object && counts(&one.field));
+        let text = |one: &served::Problem| match &*one.field {
+            "" => one.reason.clone(),
+            field => format!("{field}: {}", one.reason),
+        };
+        problems.map(text).collect()
+    }
+
+    /// What is not understood of the rule that denies, or where none does, of the policies that isolate the Pod.
+    fn misunderstood(&self, step: &Step, pod: &Name, direction: Direction) -> Vec<String> {
+        if let Some(rule) = &step.rule {
+            self.problems_of(&rule.policy, |at| concerns(at, &rule.field))
+        } else {
+            let list = format!("spec.{}", direction.as_str());
+            let policies = self.compiler.isolating(pod, direction, false).iter();
+            policies
+                .flat_map(|policy| self.problems_of(&policy.to_string(), |at| concerns(at, &list)))
+                .collect()
+        }
+    }
+}
+
+/// Whether a field is within this one, or about the policy as a whole.
+fn concerns(field: &str, within: &str) -> bool {
+    let is_of_a_rule = ["spec.ingress[", "spec.egress["]
+        .iter()
+        .any(|list| field.starts_with(list));
+    field.starts_with(within) || !is_of_a_rule
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_concerns_its_rule_or_the_whole_policy() {
+        let rule = "spec.egress[1]";
+        for (field, expected) in [
+            ("spec.egress[1]", true),
+            ("spec.egress[1].to[0].domainNames", true),
+            ("spec.egress[10]", false),
+            ("spec.ingress[1]", false),
+            ("spec.when", true),
+            ("", true),
+        ] {
+            assert_eq!(concerns(field, rule), expected, "{field}");
+        }
+        assert!(concerns("spec.ingress[1].ports[0]", "spec.ingress"));
     }
 }

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use super::{Decision, Place, Step};
 use crate::{
     compile::policy::PolicyCompiler,
-    model::{Index, Kind, Name, ObjectRef, Pod, Problem, policy::Direction},
+    model::{
+        Index, Kind, Name, ObjectRef, Pod, Policy, Problem, Protocol,
+        policy::{Direction, PortMatch},
+    },
 };
 
 pub const NOT_SELECTED: &str = "no policy selects it in this direction";
@@ -39,7 +42,7 @@ impl Decision {
         Some(Self {
             policy: policy.key.to_string(),
             tier: policy.tier.to_string(),
-            field: format!("spec.{}[{}]", direction.as_str(), rule.place),
+            field: field(direction, rule.place),
             name: rule.name.to_string(),
             action: rule.action.label().into(),
         })
@@ -48,6 +51,11 @@ impl Decision {
     pub(super) fn reason(&self) -> String {
         format!("{} {} of {}: {}", self.tier, self.field, self.policy, self.action)
     }
+}
+
+/// Where a rule stands in its policy.
+pub fn field(direction: Direction, place: u32) -> String {
+    format!("spec.{}[{place}]", direction.as_str())
 }
 
 /// Why no policy is about what goes between a Pod and a peer, if so.
@@ -76,9 +84,23 @@ pub fn exempt(
 #[derive(Debug)]
 pub struct Selection<'a> {
     direction: Direction,
-    /// With whether it is a dry run.
-    policies: Vec<(&'a ObjectRef, bool)>,
+    policies: Vec<Selecting<'a>>,
     problem: Option<&'a Problem>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Selecting<'a> {
+    policy: &'a ObjectRef,
+    is_dry_run: bool,
+    /// Why one of its rules allows nothing at the Pod, if so.
+    portless: Option<String>,
+}
+
+impl Selecting<'_> {
+    fn isolates(&self) -> bool {
+        self.policy.kind == Kind::NetworkPolicy
+    }
 }
 
 impl<'a> Selection<'a> {
@@ -86,13 +108,20 @@ impl<'a> Selection<'a> {
         let of_pod = compiler.pods().get(pod);
         let policies = of_pod.map_or(&[][..], |of_pod| &of_pod.policies[direction as usize]);
         let namespace = index.namespace(pod.namespace());
-        let is_dry_run = |key: &ObjectRef| {
+        let pod = index.pod(pod);
+        let selecting = |key| {
             let policy = index.policies().get(key);
-            policy.is_some_and(|policy| policy.is_dry_run(namespace))
+            Selecting {
+                policy: key,
+                is_dry_run: policy.is_some_and(|policy| policy.is_dry_run(namespace)),
+                portless: policy
+                    .zip(pod)
+                    .and_then(|(policy, pod)| portless(policy, pod, direction)),
+            }
         };
         Self {
             direction,
-            policies: policies.iter().map(|key| (key, is_dry_run(key))).collect(),
+            policies: policies.iter().map(selecting).collect(),
             problem: of_pod.and_then(|of_pod| of_pod.problems.first()),
         }
     }
@@ -105,9 +134,9 @@ impl<'a> Selection<'a> {
         rule: Option<Decision>,
         dry_run: Option<(bool, Option<Decision>)>,
     ) -> Step {
-        let describe = |(key, is_dry_run): &(&ObjectRef, bool)| {
-            let suffix = if *is_dry_run { " (dry run)" } else { "" };
-            format!("{key}{suffix}")
+        let describe = |one: &Selecting<'_>| {
+            let suffix = if one.is_dry_run { " (dry run)" } else { "" };
+            format!("{}{suffix}", one.policy)
         };
         Step {
             direction: self.direction.as_str().into(),
@@ -125,18 +154,90 @@ impl<'a> Selection<'a> {
 
     /// `all`: as if no policy were a dry run.
     fn reason(&self, allowed: bool, rule: Option<&Decision>, all: bool) -> String {
-        let mut policies = self.policies.iter().filter(|(_, is_dry_run)| all || !is_dry_run);
-        let is_selected = policies.clone().next().is_some();
-        let isolated = policies.any(|(policy, _)| policy.kind == Kind::NetworkPolicy);
+        let in_force = || self.policies.iter().filter(|one| all || !one.is_dry_run);
+        let isolated = in_force().any(Selecting::isolates);
         match (rule, allowed) {
             (Some(rule), _) => rule.reason(),
-            (None, true) if !is_selected => NOT_SELECTED.to_owned(),
+            (None, true) if in_force().next().is_none() => NOT_SELECTED.to_owned(),
             (None, true) => NO_RULE.to_owned(),
             (None, false) => match self.problem {
                 Some(problem) => problem.reason.clone(),
-                None if isolated => ISOLATED.to_owned(),
+                None if isolated => {
+                    let portless = in_force().filter_map(|one| one.portless.as_deref());
+                    let parts: Vec<&str> = [ISOLATED].into_iter().chain(portless).collect();
+                    parts.join("; ")
+                }
                 None => CLOSED.to_owned(),
             },
         }
+    }
+}
+
+/// That a rule for ingress of a `NetworkPolicy` names a port which no container of the Pod has, so that it allows nothing there.
+fn portless(policy: &Policy, pod: &Pod, direction: Direction) -> Option<String> {
+    if direction != Direction::Ingress || policy.key.kind != Kind::NetworkPolicy {
+        return None;
+    }
+    let has = |proto: Option<Protocol>, name: &str| {
+        let mut ports = pod.ports.iter();
+        ports.any(|port| *port.name == *name && proto.is_none_or(|proto| proto == port.proto))
+    };
+    policy.rules(direction)?.iter().find_map(|rule| {
+        let mut ports = rule.ports.iter().flatten();
+        let missing = ports.find_map(|port| match port {
+            PortMatch::Named(proto, name) if !has(*proto, name) => Some((proto, name)),
+            _ => None,
+        });
+        let (proto, name) = missing?;
+        let proto = proto.map_or_else(String::new, |proto| format!(" ({})", proto.as_str()));
+        Some(format!(
+            "no container port of {} is called `{name}`{proto}, as {} of {} has it",
+            pod.name,
+            field(direction, rule.place),
+            policy.key,
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::{explain, samples};
+
+    #[test]
+    fn a_policys_port_that_no_container_has_is_the_reason() {
+        let said = |port: &str| {
+            let index = samples::index(&[
+                json!({
+                    "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "shop", "name": "web"},
+                    "spec": {"nodeName": "n1", "containers": [
+                        {"name": "c", "ports": [{"name": "http", "containerPort": 80}]},
+                    ]},
+                    "status": {"phase": "Running", "podIPs": [{"ip": "10.244.1.21"}]},
+                }),
+                json!({
+                    "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                    "metadata": {"namespace": "shop", "name": "web"},
+                    "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": port}]}]},
+                }),
+            ]);
+            let end = |text: &str| text.parse().unwrap();
+            let flows = explain(
+                &index,
+                &end("203.0.113.10"),
+                &end("shop/web"),
+                "81".parse().unwrap(),
+            );
+            flows.unwrap().remove(0).steps.remove(0).reason
+        };
+        let isolated = super::ISOLATED;
+        assert_eq!(said("http"), isolated);
+        assert_eq!(
+            said("htpp"),
+            format!(
+                "{isolated}; no container port of shop/web is called `htpp` (TCP), as spec.ingress[0] of NetworkPolicy shop/web has it"
+            )
+        );
     }
 }

@@ -17,7 +17,7 @@ use super::{
     asked::{self, Asked, Client},
     ends::{self, Error, Found},
     known::{Decided, Known, Told},
-    packet, place, unchosen, unowned, unserved, ways,
+    packet, place, unchosen, unserved, ways,
 };
 use crate::{
     bpf::world::{Outcome, World},
@@ -124,19 +124,14 @@ impl<'a> Here<'a> {
         if self.index.node_name().is_empty() {
             return;
         }
-        let Place { ip: to, .. } = explained.to;
-        let leaves_by = explained.ways.iter().find(|way| way.to == to);
-        let leaves_by =
-            leaves_by.and_then(|way| way.device.as_deref().filter(|device| self.is_outward(device)));
-        let ends = [
-            (explained.from.ip, false, None),
-            (to, query.to == End::Addr(to), leaves_by),
-        ];
-        let ends = ends.into_iter().filter(|(addr, ..)| !self.world.is_own(*addr));
-        let notes =
-            ends.map(|(addr, is_asked, leaves_by)| unowned::note(self.index, addr, is_asked, leaves_by));
-        let notes: Vec<String> = notes.flatten().collect();
-        explained.notes.extend(notes);
+        let to = explained.to.ip;
+        let way = explained.ways.iter().find(|way| way.to == to);
+        let device = way.and_then(|way| way.device.clone());
+        let leaves_by = device.filter(|device| self.is_outward(device));
+        let is_asked = query.to == End::Addr(to);
+        explained.note_unowned(self.index, is_asked, leaves_by.as_deref(), |addr| {
+            self.world.is_own(addr)
+        });
     }
 
     /// Whether packets leave this node by a device.
@@ -342,7 +337,8 @@ impl<'a> Here<'a> {
         };
         if let Some(service) = service {
             let port = ends::port_at(&service, flow.asked, flow.port.proto);
-            let why = unchosen::why(self.index, &service, port, reason);
+            let ipv4 = Some(flow.asked.is_ipv4());
+            let why = unchosen::why(self.index, &service, port, ipv4, reason);
             if !why.is_empty() {
                 step.reason = format!("{}: {why}", step.reason.trim_end_matches('.'));
             }

@@ -1,14 +1,14 @@
 //! Why a Service has no endpoint for a flow: what its slices, or the Pods that it selects, say of those that are in them, or
 //! who may use it.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use dataplane_common::reason::Reason;
 
 use super::ends::at;
 use crate::{
     compile::endpoints,
-    model::{Endpoint, EndpointSlice, Index, Pod, Protocol, Service, ServicePort, TargetPort},
+    model::{Endpoint, EndpointSlice, Index, Pod, Protocol, Service, ServicePort, SliceFamily, TargetPort},
 };
 
 /// A reason names so many endpoints.
@@ -16,8 +16,15 @@ const NAMED_AT_MOST: usize = 5;
 
 const NOBODY: &str = "no EndpointSlice of it has an endpoint: does a ready Pod match the selector?";
 
-/// In words; empty where the objects have no more to say than the datapath has. `port`: the one that is asked for, if it is known.
-pub fn why(index: &Index, service: &Service, port: Option<&ServicePort>, reason: Reason) -> String {
+/// In words; empty where the objects have no more to say than the datapath has. `port`: the one that is asked for, if it is known;
+/// `ipv4`: the family of the flow, if it has only one.
+pub fn why(
+    index: &Index,
+    service: &Service,
+    port: Option<&ServicePort>,
+    ipv4: Option<bool>,
+    reason: Reason,
+) -> String {
     match reason {
         Reason::NoEndpoints | Reason::NoLocalEndpoints => {}
         Reason::SourceRange => return of_ranges(service),
@@ -25,12 +32,16 @@ pub fn why(index: &Index, service: &Service, port: Option<&ServicePort>, reason:
     }
     let is_local = reason == Reason::NoLocalEndpoints;
     if endpoints::are_of_pods(index, service) {
-        return of_pods(index, service, port);
+        return of_pods(index, service, port, ipv4);
     }
     let has_endpoints = |slice: &&EndpointSlice| slice.endpoints.iter().next().is_some();
-    let slices: Vec<_> = index.slices(&service.name).filter(has_endpoints).collect();
+    let mut slices: Vec<_> = index.slices(&service.name).filter(has_endpoints).collect();
     if slices.is_empty() {
         return NOBODY.to_owned();
+    }
+    slices.retain(|slice| ipv4.is_none_or(|ipv4| slice.family == family(ipv4)));
+    if slices.is_empty() {
+        return nobody_of(ipv4);
     }
     let has_port = |slice: &&EndpointSlice, port: &ServicePort| {
         let mut ports = slice.ports.iter();
@@ -71,6 +82,16 @@ fn listed(all: impl ExactSizeIterator<Item = String>) -> String {
     parts.join("; ")
 }
 
+const fn family(ipv4: bool) -> SliceFamily {
+    if ipv4 { SliceFamily::V4 } else { SliceFamily::V6 }
+}
+
+/// There are endpoints, and none has an address of the flow's family.
+fn nobody_of(ipv4: Option<bool>) -> String {
+    let family = if ipv4 == Some(false) { "IPv6" } else { "IPv4" };
+    format!("no endpoint of it has an {family} address")
+}
+
 /// Slices tell ports by name, and none is of the Service's.
 fn no_port(slices: &[&EndpointSlice], port: &ServicePort) -> String {
     let called = |name: &str, proto: Protocol| match name {
@@ -93,10 +114,16 @@ fn no_port(slices: &[&EndpointSlice], port: &ServicePort) -> String {
 }
 
 /// Without slices endpoints are the Pods that the Service selects.
-fn of_pods(index: &Index, service: &Service, port: Option<&ServicePort>) -> String {
+fn of_pods(index: &Index, service: &Service, port: Option<&ServicePort>, ipv4: Option<bool>) -> String {
     let mut pods: Vec<&Pod> = index.selected_pods(service).filter(|pod| !pod.finished).collect();
     if pods.is_empty() {
         return NOBODY.to_owned();
+    }
+    let of_family = |addr: &&IpAddr| ipv4.is_none_or(|ipv4| addr.is_ipv4() == ipv4);
+    // Who has no address yet has none of any family.
+    pods.retain(|pod| pod.ips.is_empty() || pod.ips.iter().any(|addr| of_family(&addr)));
+    if pods.is_empty() {
+        return nobody_of(ipv4);
     }
     pods.sort_by(|one, other| one.name.cmp(&other.name));
     let named = port.and_then(|port| match &port.target {
@@ -106,7 +133,8 @@ fn of_pods(index: &Index, service: &Service, port: Option<&ServicePort>) -> Stri
     listed(pods.into_iter().map(|pod| {
         let addr = pod
             .ips
-            .first()
+            .iter()
+            .find(of_family)
             .map_or_else(|| "no address".to_owned(), ToString::to_string);
         let has_port = named.is_none_or(|(name, proto)| {
             let mut ports = pod.ports.iter();
@@ -185,7 +213,8 @@ mod tests {
         );
         let index = samples::index(&[&[service], others].concat());
         let service = samples::known(&index, "web");
-        why(&index, &service, service.ports.first(), Reason::NoEndpoints)
+        let port = service.ports.first();
+        why(&index, &service, port, Some(true), Reason::NoEndpoints)
     }
 
     #[test]
@@ -215,7 +244,7 @@ mod tests {
         let index = samples::index(&[service]);
         let service = samples::known(&index, "web");
         assert_eq!(
-            why(&index, &service, service.ports.first(), Reason::SourceRange),
+            why(&index, &service, service.ports.first(), None, Reason::SourceRange),
             "spec.loadBalancerSourceRanges of Service shop/web are 10.0.0.0/8; 198.51.100.0/24"
         );
     }
@@ -229,5 +258,25 @@ mod tests {
         );
         assert_eq!(said(&name, &[pod("htpp")]), "shop/web-1 (10.244.1.21) is ready");
         assert_eq!(said(&name, &[]), NOBODY);
+    }
+
+    #[test]
+    fn endpoints_of_the_other_family_are_left_out() {
+        let (number, ports) = (json!(80), json!([{"name": "http", "port": 8080}]));
+        let mut other = slice(&ports);
+        other["metadata"]["name"] = json!("web-2");
+        other["addressType"] = json!("IPv6");
+        other["endpoints"][0]["addresses"] = json!(["fd00::21"]);
+        assert_eq!(
+            said(&number, &[slice(&ports), other.clone()]),
+            "10.244.1.21 is ready"
+        );
+        let none = "no endpoint of it has an IPv4 address";
+        assert_eq!(said(&number, &[other]), none);
+        let mut pod = pod("http");
+        pod["status"]["podIPs"] = json!([{"ip": "fd00::21"}, {"ip": "10.244.1.21"}]);
+        assert_eq!(said(&number, &[pod.clone()]), "shop/web-1 (10.244.1.21) is ready");
+        pod["status"]["podIPs"] = json!([{"ip": "fd00::21"}]);
+        assert_eq!(said(&number, &[pod]), none);
     }
 }

@@ -100,7 +100,7 @@ fn decision(world: &World, set: u32, direction: Direction, event: &VerdictEvent)
     Some(Decision {
         policy: policy_called(rule.policy),
         tier: tier_of(&set, event.rule.wrapping_sub(set.rules)).to_string(),
-        field: format!("spec.{}[{}]", direction.as_str(), rule.place),
+        field: reasons::field(direction, rule.place),
         name: String::new(),
         action: action.label().into(),
     })

@@ -25,6 +25,9 @@ pub fn to(
             node: node.map(str::to_owned),
             device: found.map(|found| device_name(names, found.ifindex)),
             mtu: found.map(|found| found.mtu),
+            forwarded_mtu: found
+                .filter(|found| found.forwarded_mtu != found.mtu)
+                .map(|found| found.forwarded_mtu),
             next_hop: found.map(|found| found.next_hop).filter(|hop| *hop != to),
             neighbour: neighbour.as_ref().map(ToString::to_string),
             is_silent: neighbour.is_some_and(Neighbour::is_silent),

@@ -1,7 +1,7 @@
 //! Where this host's own routing sends packets now, and whether the next hop answers. The kernel is asked as it would be for a
 //! packet; nothing is sent.
 
-use std::{cell::RefCell, fmt, io, net::IpAddr};
+use std::{cell::RefCell, fmt, fs, io, net::IpAddr};
 
 use super::{
     socket::{RequestSocket, attributes, push_attribute, read_u16, read_u32},
@@ -16,6 +16,8 @@ pub struct Way {
     pub next_hop: IpAddr,
     /// Bytes of the largest packet: what the route says or has learned, else the device's.
     pub mtu: u32,
+    /// The same of packets that the datapath forwards (`bpf_fib_lookup`): what the route says does not count there, unless it is locked.
+    pub forwarded_mtu: u32,
     /// `None`: nobody has asked for its link-layer address yet, or the device has none.
     pub neighbour: Option<Neighbour>,
 }
@@ -87,7 +89,7 @@ impl Routing {
         const RTA_OIF: u16 = 4;
         const RTA_GATEWAY: u16 = 5;
         const RTA_METRICS: u16 = 8;
-        const RTAX_MTU: u16 = 2;
+        const RTA_CACHEINFO: u16 = 12;
         const RTA_VIA: u16 = 18;
         let octets = octets(to);
         let mut body = vec![0; RTMSG_LEN];
@@ -99,15 +101,13 @@ impl Routing {
             Err(error) if is_no_route(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let (mut ifindex, mut next_hop, mut of_route) = (None, to, None);
+        let (mut ifindex, mut next_hop, mut of_route, mut is_learned) = (None, to, OfRoute::default(), false);
         for (kind, value) in attributes(message.body.get(RTMSG_LEN..).unwrap_or_default()) {
             match kind {
                 RTA_OIF => ifindex = read_u32(value, 0),
-                RTA_METRICS => {
-                    let mut metrics = attributes(value);
-                    of_route =
-                        metrics.find_map(|(kind, value)| (kind == RTAX_MTU).then(|| read_u32(value, 0))?);
-                }
+                RTA_METRICS => of_route = OfRoute::read(value),
+                // `struct rta_cacheinfo`: what routers have told expires.
+                RTA_CACHEINFO => is_learned = read_u32(value, 8).is_some_and(|expires| expires != 0),
                 RTA_GATEWAY => next_hop = parse_ip(value).unwrap_or(to),
                 // `struct rtvia`: the family, and an address of it.
                 RTA_VIA => next_hop = value.get(2..).and_then(parse_ip).unwrap_or(to),
@@ -117,14 +117,13 @@ impl Routing {
         let Some(ifindex) = ifindex else {
             return Ok(None);
         };
-        let mtu = match of_route {
-            Some(mtu) => mtu,
-            None => get_link(&mut self.0.borrow_mut(), None, ifindex)?.mtu,
-        };
+        let of_device = get_link(&mut self.0.borrow_mut(), None, ifindex)?.mtu;
+        let is_followed = of_route.is_locked || is_learned || to.is_ipv4() && forwards_by_routes();
         Ok(Some(Way {
             ifindex,
             next_hop,
-            mtu,
+            mtu: of_route.mtu.unwrap_or(of_device),
+            forwarded_mtu: of_route.mtu.filter(|_| is_followed).unwrap_or(of_device),
             neighbour: self.neighbour(ifindex, next_hop)?,
         }))
     }
@@ -148,6 +147,36 @@ impl Routing {
             Err(error) => Err(error),
         }
     }
+}
+
+/// What a route says of the MTU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct OfRoute {
+    mtu: Option<u32>,
+    is_locked: bool,
+}
+
+impl OfRoute {
+    /// Of its metrics.
+    fn read(metrics: &[u8]) -> Self {
+        const RTAX_LOCK: u16 = 1;
+        const RTAX_MTU: u16 = 2;
+        let metric = |wanted| {
+            let mut all = attributes(metrics);
+            all.find_map(|(kind, value)| (kind == wanted).then(|| read_u32(value, 0))?)
+        };
+        let locks = metric(RTAX_LOCK).unwrap_or(0);
+        Self {
+            mtu: metric(RTAX_MTU),
+            is_locked: locks & 1 << RTAX_MTU != 0,
+        }
+    }
+}
+
+/// Whether the kernel follows the MTU of IPv4 routes where it forwards too; for IPv6 there is no such parameter.
+fn forwards_by_routes() -> bool {
+    let value = fs::read_to_string("/proc/sys/net/ipv4/ip_forward_use_pmtu");
+    value.is_ok_and(|value| value.trim() != "0")
 }
 
 fn family(addr: IpAddr) -> u8 {
@@ -182,5 +211,22 @@ mod tests {
         assert_eq!(names[&way.ifindex], "lo");
         assert_eq!(way.next_hop, IpAddr::from([127, 0, 0, 1]));
         assert!(!way.neighbour.is_some_and(Neighbour::is_silent));
+    }
+
+    #[test]
+    fn a_routes_mtu_is_read_with_its_lock() {
+        let metrics = |all: &[(u16, u32)]| {
+            let mut bytes = Vec::new();
+            for (kind, value) in all {
+                push_attribute(&mut bytes, *kind, &value.to_ne_bytes());
+            }
+            let OfRoute { mtu, is_locked } = OfRoute::read(&bytes);
+            (mtu, is_locked)
+        };
+        assert_eq!(metrics(&[]), (None, false));
+        assert_eq!(metrics(&[(2, 1300)]), (Some(1300), false));
+        assert_eq!(metrics(&[(1, 4), (2, 1300)]), (Some(1300), true));
+        // Another metric is locked.
+        assert_eq!(metrics(&[(1, 8), (2, 1300), (3, 9)]), (Some(1300), false));
     }
 }

@@ -26,6 +26,8 @@ pub struct TableFrontend {
     pub backends: Vec<TableBackend>,
     /// Whose it is, as [`encode::owner`] has it.
     pub owner: u32,
+    /// Index into `SERVICES`.
+    pub service: u32,
 }
 
 /// A backend of a frontend.
@@ -124,6 +126,7 @@ pub fn read(store: &dyn Store) -> Result<Vec<TableFrontend>, StoreError> {
             external: scope == Scope::External,
             backends,
             owner: value.owner,
+            service: value.service,
         });
     }
     frontends.sort();

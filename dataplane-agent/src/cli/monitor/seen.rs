@@ -282,6 +282,16 @@ impl Seen {
         }
     }
 
+    /// Names the Pod that has sent the packet, whatever address it says that it has.
+    pub fn sent_by(&mut self, event: &Event, sender: String) {
+        // Where an endpoint refuses, its answer is what is seen, and the client is at the other end.
+        if event.kind == EventKind::RefusedByBackend as u8 {
+            self.endpoint_pod = Some(sender);
+        } else {
+            self.from_pod = Some(sender);
+        }
+    }
+
     /// A verdict that the agent has told, with the names that it has put into it.
     pub fn of_verdict(told: Told) -> Self {
         let end = |text: &str| -> (Option<IpAddr>, Option<String>) {
@@ -421,5 +431,67 @@ impl fmt::Display for Seen {
             why if why.is_empty() => Ok(()),
             why => write!(f, ": {why}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dataplane_common::monitor::CAPTURED;
+
+    use super::*;
+    use crate::explain::packet;
+
+    const CLIENT: &str = "10.244.1.10:40000";
+    const ENDPOINT: &str = "10.244.1.21:8080";
+    const SERVICE: &str = "10.96.0.80:80";
+
+    /// What is told of a packet that a Pod sends, and what the packet becomes.
+    fn from_pod(kind: EventKind, (from, to): (&str, &str), becomes: (&str, &str)) -> Event {
+        let at = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        let of = |text: &str| (at(text).ip(), at(text).port());
+        let first = packet::first(of(from), of(to), "80/TCP".parse().unwrap());
+        let mut bytes = [0; CAPTURED];
+        bytes[..first.len()].copy_from_slice(&first);
+        let word = |text: &str| encode::any_addr(at(text).ip());
+        Event {
+            kind: kind as u8,
+            hook: 4,
+            l3: 14,
+            family: 4,
+            captured: first.len() as u16,
+            src_be: word(becomes.0),
+            dst_be: word(becomes.1),
+            sport_be: at(becomes.0).port().to_be(),
+            dport_be: at(becomes.1).port().to_be(),
+            bytes,
+            ..bytemuck::Zeroable::zeroed()
+        }
+    }
+
+    fn named() -> Names {
+        let mut names = Names::default();
+        names.name_pod("10.244.1.10".parse().unwrap(), "shop/client");
+        names.name_pod("10.244.1.21".parse().unwrap(), "shop/web");
+        names
+    }
+
+    #[test]
+    fn the_client_of_an_endpoint_that_refuses_is_not_who_sends_the_answer() {
+        let event = from_pod(EventKind::RefusedByBackend, (ENDPOINT, CLIENT), (SERVICE, CLIENT));
+        let mut seen = Seen::of(&event, &named());
+        seen.sent_by(&event, "shop/web".to_owned());
+        assert_eq!(seen.from, Some("10.244.1.10".parse().unwrap()));
+        assert_eq!(seen.from_pod.as_deref(), Some("shop/client"));
+        assert_eq!(seen.to, Some("10.96.0.80".parse().unwrap()));
+        assert_eq!(seen.endpoint_pod.as_deref(), Some("shop/web"));
+    }
+
+    #[test]
+    fn who_sends_from_an_address_of_another_is_named() {
+        let event = from_pod(EventKind::Dropped, (CLIENT, SERVICE), (CLIENT, SERVICE));
+        let mut seen = Seen::of(&event, &named());
+        seen.sent_by(&event, "shop/forger".to_owned());
+        assert_eq!(seen.from_pod.as_deref(), Some("shop/forger"));
+        assert_eq!(seen.endpoint_pod, None);
     }
 }

@@ -238,6 +238,14 @@ impl PolicyCompiler {
         self.owners.pod_at(addr)
     }
 
+    /// The policies that isolate a Pod in a direction, to whom it is put down what no rule decides. `audit`: as if none were a dry run.
+    pub fn isolating(&self, pod: &Name, direction: Direction, audit: bool) -> &[ObjectRef] {
+        let of_pod = self.pods.get(pod);
+        let sets = of_pod.map(|of_pod| if audit { of_pod.audit } else { of_pod.sets });
+        let set = sets.and_then(|sets| self.sets.get(sets[direction as usize]));
+        set.map_or(&[], |set| &set.key.isolated_by)
+    }
+
     pub fn classes(&self) -> &Classes {
         &self.classes
     }

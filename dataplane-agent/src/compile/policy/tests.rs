@@ -9,7 +9,7 @@ use std::{
 };
 
 use dataplane_common::policy::{RuleBits, SET_NONE};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     PolicyCompiler, Subjects,
@@ -168,6 +168,58 @@ fn compare(world: &World, cluster: &Cluster, is_audit: bool, context: &str) -> u
         }
     }
     judged
+}
+
+/// A policy that selects all Pods of `x` for ingress, and has no rule.
+fn closing(name: &str, annotations: &Value) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"namespace": "x", "name": name, "annotations": annotations},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    })
+}
+
+#[test]
+fn only_what_isolates_a_pod_answers_for_what_no_rule_decides() {
+    let pod = Name::new("x", "p1");
+    let mut cluster = Cluster::about(Subjects::These([pod.clone()].into()));
+    let cluster_policy = json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": "no-metrics"},
+        "spec": {
+            "tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
+            "ingress": [{"action": "Deny", "from": [{"namespaces": {}}], "protocols": [{"tcp": {"destinationPort": {"number": 9}}}]}],
+        },
+    });
+    let objects = [
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "x"}}),
+        json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "x", "name": "p1"},
+            "spec": {"nodeName": "n1", "containers": [{"name": "c"}]},
+            "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}]},
+        }),
+        cluster_policy,
+        closing("in-force", &json!({})),
+        closing("tried", &json!({"dataplane/dry-run": "true"})),
+    ];
+    let mut dirty = Dirty::default();
+    for object in &objects {
+        dirty.merge(cluster.index.apply(object_of(object).1));
+    }
+    cluster.compiler.update(&cluster.index, &dirty.policy);
+    let isolating = |direction, audit| {
+        let policies = cluster.compiler.isolating(&pod, direction, audit).iter();
+        policies.map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let in_force = "NetworkPolicy x/in-force";
+    assert_eq!(isolating(Direction::Ingress, false), [in_force]);
+    assert_eq!(
+        isolating(Direction::Ingress, true),
+        [in_force, "NetworkPolicy x/tried"]
+    );
+    assert!(isolating(Direction::Egress, true).is_empty());
+    let of_pod = &cluster.compiler.pods()[&pod];
+    assert_eq!(of_pod.policies[Direction::Ingress as usize].len(), 3);
 }
 
 #[test]

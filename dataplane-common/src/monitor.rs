@@ -81,11 +81,15 @@ pub struct Event {
     pub l3: u8,
     /// 4 or 6.
     pub family: u8,
-    pub unused: [u8; 4],
+    /// Of what policies have denied: the host-side interface of the pod whose policies these are, and [`OUTWARD`].
+    pub pod: u32,
     pub bytes: [u8; CAPTURED],
 }
 
 const _: () = assert!(size_of::<Event>() == 80 + CAPTURED);
+
+/// In [`Event::pod`]: they are about what the pod sends, not about what reaches it.
+pub const OUTWARD: u32 = 1 << 31;
 
 /// What is to be told, in one number: functions that are verified apart have no other arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

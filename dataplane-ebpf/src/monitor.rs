@@ -10,7 +10,7 @@ use aya_ebpf::{
 use dataplane_common::{
     addr::{Family, V4, V6, ethertype},
     config::config_flags,
-    monitor::{CAPTURED, Event, EventKind, What, monitor_state},
+    monitor::{CAPTURED, Event, EventKind, OUTWARD, What, monitor_state},
     packet::Packet,
     pipeline::Work,
     policy::{Judgement, NO_RULE_INDEX},
@@ -142,7 +142,7 @@ unsafe fn describe(event: *mut Event, what: What, ifindex: u32, protocol_be: u16
         (*event).hook = what.hook;
         (*event).l3 = what.l3;
         (*event).family = if is_v4 { 4 } else { 6 };
-        (*event).unused = [0; 4];
+        (*event).pod = 0;
     }
     if is_v4 {
         if let Some(work) = work(&WORK_V4) {
@@ -184,6 +184,8 @@ unsafe fn describe_work<F: Family>(event: *mut Event, work: &Work<F>, what: What
         } else if what.kind == EventKind::Dropped as u8 && what.value == Reason::PolicyDenied as u32 {
             let judgement = Judgement::from_raw(work.judged.judgement);
             (*event).rule = judgement.rule().unwrap_or(NO_RULE_INDEX);
+            let outward = if work.judged.outward == 0 { 0 } else { OUTWARD };
+            (*event).pod = work.judged.ifindex | outward;
         }
     }
 }

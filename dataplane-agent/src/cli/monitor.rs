@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::Context;
 use dataplane_common::{
-    monitor::{Event, EventKind},
+    monitor::{Event, EventKind, OUTWARD},
     policy::NO_RULE_INDEX,
     reason::Reason,
 };
@@ -244,7 +244,7 @@ impl Monitor<'_> {
             }
             seen.device.clone_from(&self.who.device(event.ifindex));
             if event.reason == Reason::PolicyDenied as u32 && event.kind == EventKind::Dropped as u8 {
-                seen.by = self.decided_by(event, &seen);
+                seen.by = self.decided_by(event);
             }
             if !self.show(&seen, Some(event))? {
                 return Ok(false);
@@ -268,12 +268,13 @@ impl Monitor<'_> {
     }
 
     /// The policy and the rule that denied a packet; where no rule did, the policies that isolate the pod.
-    fn decided_by(&mut self, event: &Event, seen: &Seen) -> Option<By> {
+    fn decided_by(&mut self, event: &Event) -> Option<By> {
         if event.rule == NO_RULE_INDEX {
-            let (own, direction) = if seen.hook == FROM_POD {
-                (seen.from?, Direction::Egress)
+            let own = self.who.address(event.pod & !OUTWARD)?;
+            let direction = if event.pod & OUTWARD == 0 {
+                Direction::Ingress
             } else {
-                (seen.to?, Direction::Ingress)
+                Direction::Egress
             };
             let direction = direction.as_str();
             let policies = self.who.policies(format!("address={own}&direction={direction}"));
@@ -400,7 +401,12 @@ impl<'a> Known<'a> {
 
     /// The Pod of an interface.
     fn pod_at(&self, ifindex: u32) -> Option<String> {
-        self.names.pod(*self.bound.get(&ifindex)?).cloned()
+        self.names.pod(self.address(ifindex)?).cloned()
+    }
+
+    /// An address of the Pod behind an interface.
+    fn address(&self, ifindex: u32) -> Option<IpAddr> {
+        self.bound.get(&ifindex).copied()
     }
 
     fn device(&self, ifindex: u32) -> String {

@@ -86,20 +86,41 @@ fn endpoints_are_not_ready(stage: &mut Stage) -> Result<()> {
 }
 
 fn a_policy_denies(stage: &mut Stage) -> Result<()> {
-    let policy = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"name": "closed", "namespace": "ns1"},
-        "spec": {"podSelector": {}, "policyTypes": ["Egress"]},
-    });
-    stage.apply(&policy)?;
+    let policy = |name: &str, direction: &str, rules: Value| {
+        let mut policy = json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": name, "namespace": "ns1"},
+            "spec": {"podSelector": {}, "policyTypes": [direction]},
+        });
+        policy["spec"][direction.to_lowercase()] = rules;
+        policy
+    };
+    let egress = policy("closed", "Egress", json!([]));
+    stage.apply(&egress)?;
     stage.settle()?;
-    explained(stage, false, "NetworkPolicy ns1/closed")?;
+    denied_by(stage, "NetworkPolicy ns1/closed")?;
+    stage.delete(&egress)?;
+    // By the endpoint's on the client's node: where the client sends, both are asked.
+    let policies = [
+        policy("open", "Egress", json!([{}])),
+        policy("shut", "Ingress", json!([])),
+    ];
+    stage.put(&[("be1", Some(State::Ready)), ("be2", None)])?;
+    policies.iter().try_for_each(|policy| stage.apply(policy))?;
+    stage.settle()?;
+    denied_by(stage, "NetworkPolicy ns1/shut")?;
+    policies.iter().try_for_each(|policy| stage.delete(policy))?;
+    stage.put(&[("be1", Some(State::Ready)), ("be2", Some(State::Ready))])
+}
+
+fn denied_by(stage: &Stage, policy: &str) -> Result<()> {
+    explained(stage, false, policy)?;
     let seen = dropped(stage, ("client1", CLUSTER_IP), &["--verdict", "drop"])?;
     ensure!(
-        seen["reason"] == "policy-denied" && seen["by"]["policies"] == json!(["NetworkPolicy ns1/closed"]),
+        seen["reason"] == "policy-denied" && seen["by"]["policies"] == json!([policy]),
         "{seen}"
     );
-    stage.delete(&policy)
+    Ok(())
 }
 
 fn the_target_port_is_wrong(stage: &mut Stage) -> Result<()> {

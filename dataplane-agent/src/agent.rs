@@ -299,8 +299,11 @@ impl Agent {
         self.write(Instant::now());
     }
 
-    /// Whoever asked may have gone.
+    /// Whoever asked may have gone. What cannot be known yet is not answered.
     fn answer(&mut self, ask: Ask) {
+        if !self.complete && ask.is_about_objects() {
+            return;
+        }
         match ask {
             Ask::LookAgain(reply) => {
                 self.publish_wanted(true);
@@ -344,6 +347,8 @@ impl Agent {
                 let _gone = reply.send(self.enforced());
             }
             Ask::Bind(pod, claim, binding) => self.take_claim(pod, claim, binding),
+            // Before any are taken they wait in the kernel's ring, where those who get no answer find them.
+            Ask::Verdicts(..) if !self.tells() => {}
             Ask::Verdicts(after, reply) => {
                 let _gone = reply.send(self.verdicts.after(after));
             }
@@ -543,11 +548,13 @@ fn has_problems_later(kind: Kind) -> bool {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tokio::sync::oneshot;
 
     use super::*;
     use crate::{
         args::Cli,
         decode::{Decoded, decode},
+        model::Name,
         store::{Limits, memory::Memory, policy::PolicyLimits},
     };
 
@@ -633,6 +640,32 @@ mod tests {
             "shop/web"
         );
         assert_eq!(wanted.node_addresses.len(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_not_read_yet_is_not_said_to_be_nothing() {
+        let (mut agent, _wanted) = agent();
+        let mut pods = |batch: Batch| {
+            agent.take_batch(batch);
+            let (reply, mut said) = oneshot::channel();
+            agent.answer(Ask::Pods(vec![Name::new("shop", "web")], reply));
+            said.try_recv().ok()
+        };
+        let batch = |revision, complete, changes| Batch {
+            revision,
+            complete,
+            changes,
+            ..Batch::default()
+        };
+        assert_eq!(pods(batch(1, false, vec![node()])), None, "perhaps there is one");
+        let known = pods(batch(2, true, vec![pod()]));
+        assert_eq!(known.as_deref(), Some(&["shop/web".to_owned()][..]));
+        let known = pods(batch(
+            3,
+            true,
+            vec![Change::Delete("Pod shop/web".parse().unwrap())],
+        ));
+        assert_eq!(known, Some(Vec::new()), "there is none");
     }
 
     #[tokio::test(flavor = "multi_thread")]

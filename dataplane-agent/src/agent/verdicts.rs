@@ -9,6 +9,7 @@ use crate::{
     bpf::verdicts::Verdicts,
     health::Policies,
     model::policy::Direction,
+    store::enforced::policy_called,
     told::{Told, address, direction},
 };
 
@@ -51,7 +52,8 @@ impl Agent {
                 told.from = format!("{pod} as {}", told.from);
             }
             if let Some(rule) = rule {
-                told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
+                let policy = self.policy_syncer.policy(rule.policy);
+                told.policy = Some(policy.map_or_else(|| policy_called(rule.policy), ToString::to_string));
             } else if event.reason != Reason::SourceNotOwn as u32 {
                 told.policy = self.selected_by(&event);
             }

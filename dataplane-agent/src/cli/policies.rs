@@ -104,14 +104,15 @@ fn of_name(pod: &str, socket: &Path, within: Duration) -> anyhow::Result<OfPod> 
         .filter(|name: &Name| !name.namespace().is_empty());
     let name = name.ok_or(NoPod::Misnamed)?;
     let path = format!("/policies?pod={name}");
-    let answer = ask::reach_within(socket, &path, within).map_err(|error| {
+    let unknown = |error| {
         let way_out = "give an address of the Pod; `policies` alone shows all of them";
         alone::only_an_agent(&error, "names", way_out)
-    })?;
+    };
+    let answer = ask::reach_within(socket, &path, within).map_err(unknown)?;
     if answer.status == 404 {
         bail!(NoPod::Name(name));
     }
-    answer.value()
+    answer.value().map_err(unknown)
 }
 
 fn of_addr(addr: IpAddr, places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfPod>> {

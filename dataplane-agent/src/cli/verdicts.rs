@@ -1,7 +1,7 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, time::Duration};
 
 use anyhow::Context;
 use dataplane_common::{
@@ -31,7 +31,9 @@ const JITTER: Duration = Duration::from_millis(5);
 /// stop.
 pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
     if !follow {
-        return show(&after(0, places, ask::WITHIN)?.noted(), output);
+        let said = after(0, places, ask::WITHIN)?;
+        note_unnamed(&said, places.socket);
+        return show(&said.noted(), output);
     }
     let mut teller = Teller::agent(Timestamp::UNIX_EPOCH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -47,6 +49,16 @@ pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<(
             }
         }
     })
+}
+
+/// An agent that has waited for names long enough tells without: says why.
+fn note_unnamed(said: &Said<Vec<Told>>, socket: &Path) {
+    let names = || ask::value::<BTreeMap<IpAddr, String>>(socket, "/names?of=");
+    if said.alone.is_none()
+        && let Err(error) = names()
+    {
+        alone::unnamed(&error);
+    }
 }
 
 fn show(told: &[Told], output: Output) -> anyhow::Result<()> {

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     bpf::world::World,
     compile::{Compiler, FrontendAddr, policy::PolicyCompiler},
-    model::{Index, Name, ObjectRef, Protocol, policy::Direction},
+    model::{Cause, Index, Name, ObjectRef, Protocol, policy::Direction},
     served,
     sync::policy::PolicySyncer,
 };
@@ -30,8 +30,11 @@ pub trait Known: fmt::Debug {
     /// Who is served at an address and port of the tables.
     fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef>;
 
-    /// What keeps a Service from being served, wholly or in part.
-    fn problems(&self, service: &Name) -> Vec<String>;
+    /// What keeps a Service from being served, wholly or in part; first what is about an address and port, if that is asked for.
+    fn problems(&self, service: &Name, asked: Option<(SocketAddr, Protocol)>) -> Vec<String>;
+
+    /// What of a frontend of the tables has found no room in them.
+    fn unwritten(&self, at: SocketAddr, proto: Protocol) -> Option<String>;
 
     /// What was decided at the first of these ends, of what goes between them.
     fn decided(
@@ -94,6 +97,12 @@ pub fn unknown() -> String {
     Reason::PolicyUnknownPod.text().trim().to_owned()
 }
 
+/// Whether a problem is about the frontend that serves an address and port.
+fn is_about(problem: &served::Problem, at: SocketAddr, proto: Protocol) -> bool {
+    let serving = FrontendAddr::serving(at, proto);
+    serving.iter().any(|at| problem.is_about(&served::at(at)))
+}
+
 /// What an agent knows.
 #[derive(Debug)]
 pub struct Named<'a> {
@@ -120,14 +129,26 @@ impl Known for Named<'_> {
         serving.find_map(|at| self.services.owner(&at)).cloned()
     }
 
-    fn problems(&self, service: &Name) -> Vec<String> {
+    fn problems(&self, service: &Name, asked: Option<(SocketAddr, Protocol)>) -> Vec<String> {
         let object = ObjectRef::service(service).to_string();
-        let problems = self.problems.iter().filter(|one| one.object == object);
+        let of_service = self.problems.iter().filter(|one| one.object == object);
+        let mut problems: Vec<&served::Problem> = of_service.collect();
+        if let Some((at, proto)) = asked {
+            problems.sort_by_key(|one| !is_about(one, at, proto));
+        }
         let text = |one: &served::Problem| match &*one.field {
             "" => one.reason.clone(),
             field => format!("{field}: {}", one.reason),
         };
-        problems.map(text).collect()
+        problems.into_iter().map(text).collect()
+    }
+
+    fn unwritten(&self, at: SocketAddr, proto: Protocol) -> Option<String> {
+        let holder = self.holder(at, proto)?.to_string();
+        let is_it = |one: &&served::Problem| {
+            one.object == holder && one.cause == Cause::TableFull && is_about(one, at, proto)
+        };
+        self.problems.iter().find(is_it).map(|one| one.reason.clone())
     }
 
     fn decided(

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use dataplane_common::service::{Service, ServiceHead, service_flags, size_class};
 
 use super::{
-    NoRoom, Report, Subject, Syncer,
+    Inactive, NoRoom, Report, Subject, Syncer,
     arena::Slice,
     backends,
     desired::Desired,
@@ -110,8 +110,15 @@ impl Syncer {
         let incomplete = NoRoom::Inactive {
             missing,
             wanted: backends.len(),
+            why: if missing > 0 && is_refused(report, backends) {
+                Inactive::Refused
+            } else {
+                Inactive::NoId {
+                    limit: self.limits.backends,
+                }
+            },
         };
-        if missing > 0 && !self.serves_in_part(store, report, key, backends, &ids) {
+        if missing > 0 && !self.serves_in_part(store, &incomplete, key, &ids) {
             return Err(incomplete.into());
         }
         let backends = if missing > 0 { &active.into() } else { backends };
@@ -210,15 +217,17 @@ impl Syncer {
     fn serves_in_part(
         &mut self,
         store: &dyn Store,
-        report: &Report,
+        incomplete: &NoRoom,
         key: &BalancerKey,
-        backends: &[BackendKey],
         ids: &[u32],
     ) -> bool {
-        if backends
-            .iter()
-            .any(|backend| report.is_refused(backends::describe(backend)))
-        {
+        if matches!(
+            incomplete,
+            NoRoom::Inactive {
+                why: Inactive::Refused,
+                ..
+            }
+        ) {
             return false;
         }
         self.programmed.adopt(key, &self.desired);
@@ -370,6 +379,12 @@ impl Syncer {
         self.programmed.discard(id.clone());
         true
     }
+}
+
+/// Whether the kernel refused to write one of these.
+fn is_refused(report: &Report, backends: &[BackendKey]) -> bool {
+    let mut described = backends.iter().map(backends::describe);
+    described.any(|backend| report.is_refused(backend))
 }
 
 /// Whether a slice has this content.

@@ -99,6 +99,9 @@ pub struct Seen {
     pub length: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub by: Option<By>,
+    /// What has no room in the tables, where that is why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unwritten: Option<String>,
     /// The words of a verdict that the agent told.
     #[serde(skip)]
     told: Option<String>,
@@ -250,6 +253,10 @@ impl Seen {
             Some(EventKind::Begun) => Word::Translate,
             Some(EventKind::Dropped) | None => Word::Drop,
         };
+        // Also counted where traffic policies are the reason.
+        let may_lack_room = event.reason == Reason::NoLocalEndpoints as u32;
+        let asked = ends.asked();
+        let unwritten = asked.filter(|_| may_lack_room);
         Self {
             time: wall_clock(event.at_ns),
             verdict,
@@ -266,10 +273,7 @@ impl Seen {
             to,
             to_port: ports.map(|(_, to)| to),
             to_pod: pod(to),
-            service: ends
-                .asked()
-                .and_then(|asked| names.service(proto, asked))
-                .cloned(),
+            service: asked.and_then(|asked| names.service(proto, asked)).cloned(),
             endpoint: behind.map(|(_, to)| to),
             endpoint_pod: pod(behind.map(|(_, to)| to.ip())),
             client_as: behind
@@ -278,6 +282,7 @@ impl Seen {
             mtu: (verdict == Word::TooBig).then_some(event.mtu),
             length: event.length,
             by: None,
+            unwritten: unwritten.and_then(|asked| names.unwritten(proto, asked)).cloned(),
             told: None,
         }
     }
@@ -330,6 +335,7 @@ impl Seen {
                 rule: told.rule,
                 action: told.action,
             }),
+            unwritten: None,
             told: None,
         }
     }
@@ -347,6 +353,9 @@ impl Seen {
         }
         if let (Word::Refuse, Some(endpoint)) = (self.verdict, self.endpoint) {
             let _infallible = write!(text, ": nothing listens at port {}", endpoint.port());
+        }
+        if let Some(unwritten) = &self.unwritten {
+            let _infallible = write!(text, ": {unwritten}");
         }
         match &self.by {
             Some(By {

@@ -200,7 +200,7 @@ fn a_service_goes_on_with_the_endpoints_that_fit() {
         .collect();
     let expected = [
         "backend 10.244.0.3:80/TCP: no backend id is free (3 backends, --max-backends)",
-        "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written",
+        "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written: no backend id is free (3 backends, --max-backends)",
     ];
     assert_eq!(texts, expected);
     let dump = memory.dump();

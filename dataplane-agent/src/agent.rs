@@ -343,6 +343,9 @@ impl Agent {
             Ask::PolicyNames(policies, reply) => {
                 let _gone = reply.send(self.policy_names(policies));
             }
+            Ask::Closed(addr, direction, reply) => {
+                let _gone = reply.send(self.closed(addr, direction));
+            }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());
             }

@@ -138,6 +138,8 @@ pub enum Ask {
     Pods(Vec<Name>, oneshot::Sender<Vec<String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
+    /// Why the Pod with an address is closed in a direction, if something of its policies cannot be written.
+    Closed(IpAddr, Direction, oneshot::Sender<Option<String>>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
     /// What policies say about a Pod of this node.
@@ -159,6 +161,7 @@ impl Ask {
             | Self::Nodes(..)
             | Self::Pods(..)
             | Self::PolicyNames(..)
+            | Self::Closed(..)
             | Self::Enforced(_)
             | Self::EnforcedOf(..) => true,
             Self::LookAgain(_) | Self::OverServices(_) | Self::Bind(..) | Self::Verdicts(..) => false,
@@ -308,6 +311,12 @@ impl Health {
             "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
             "/pods" => self.of_pods(uri).await,
             "/policy-names" => self.policy_names(uri).await,
+            "/closed" => match end(uri) {
+                Some((addr, direction)) => {
+                    self.told(self.ask(|reply| Ask::Closed(addr, direction, reply)).await)
+                }
+                None => Answer::not_found(),
+            },
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
             "/explain" => self.explain(uri).await,
@@ -355,15 +364,10 @@ impl Health {
     /// The names of the policies in a path.
     async fn policy_names(&self, uri: &Uri) -> Answer {
         let number = text(uri, "number").and_then(|number| number.parse().ok());
-        let address = text(uri, "address").and_then(|addr| addr.parse().ok());
-        let direction = text(uri, "direction");
-        let direction = Direction::ALL
-            .into_iter()
-            .find(|one| Some(one.as_str()) == direction);
-        let policies = match (number, address, direction) {
-            (Some(number), ..) => Policies::Numbered(number),
-            (None, Some(address), Some(direction)) => Policies::Selecting(address, direction),
-            _ => return Answer::not_found(),
+        let policies = match (number, end(uri)) {
+            (Some(number), _) => Policies::Numbered(number),
+            (None, Some((address, direction))) => Policies::Selecting(address, direction),
+            (None, None) => return Answer::not_found(),
         };
         self.told(self.ask(|reply| Ask::PolicyNames(policies, reply)).await)
     }
@@ -506,6 +510,14 @@ fn query(uri: &Uri, name: &str) -> Option<u64> {
 fn text<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
     Some(pairs.find(|(key, _)| *key == name)?.1)
+}
+
+/// The end of flows that a path asks about.
+fn end(uri: &Uri) -> Option<(IpAddr, Direction)> {
+    let address = text(uri, "address")?.parse().ok()?;
+    let direction = text(uri, "direction")?;
+    let mut directions = Direction::ALL.into_iter();
+    Some((address, directions.find(|one| one.as_str() == direction)?))
 }
 
 /// The flow that a path asks about. Names and addresses have no character that would have to be escaped.

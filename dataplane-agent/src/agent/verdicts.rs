@@ -10,6 +10,7 @@ use crate::{
     health::Policies,
     model::policy::Direction,
     store::enforced::policy_called,
+    sync::policy,
     told::{Told, address, direction},
 };
 
@@ -55,7 +56,10 @@ impl Agent {
                 let policy = self.policy_syncer.policy(rule.policy);
                 told.policy = Some(policy.map_or_else(|| policy_called(rule.policy), ToString::to_string));
             } else if event.reason != Reason::SourceNotOwn as u32 {
-                told.policy = self.selected_by(&event);
+                let (own, direction) = own_end(&event);
+                let names = self.selecting(own, direction);
+                told.policy = (!names.is_empty()).then(|| names.join(", "));
+                told.closed = self.closed(own, direction).filter(|_| told.is_denial());
             }
             tracing::debug!(
                 target: "dataplane_agent::verdicts",
@@ -89,15 +93,10 @@ impl Agent {
         }
     }
 
-    /// The policies that select the pod of an event that no rule has decided.
-    fn selected_by(&self, event: &VerdictEvent) -> Option<String> {
-        let own = if event.outward != 0 {
-            event.src_be
-        } else {
-            event.dst_be
-        };
-        let names = self.selecting(address(event, own), direction(event));
-        (!names.is_empty()).then(|| names.join(", "))
+    /// Why the pod with an address is closed in a direction, if something of its policies cannot be written.
+    pub(super) fn closed(&self, addr: IpAddr, direction: Direction) -> Option<String> {
+        let pod = self.policies.pod_at(addr)?;
+        policy::closed(&self.failed, pod, direction).map(str::to_owned)
     }
 
     /// The policies that have a say about the pod with an address.
@@ -117,6 +116,16 @@ impl Agent {
             Policies::Selecting(addr, direction) => self.selecting(addr, direction),
         }
     }
+}
+
+/// The address of the pod whose policies have decided, and in which direction.
+fn own_end(event: &VerdictEvent) -> (IpAddr, Direction) {
+    let direction = direction(event);
+    let own = match direction {
+        Direction::Egress => event.src_be,
+        Direction::Ingress => event.dst_be,
+    };
+    (address(event, own), direction)
 }
 
 #[cfg(test)]

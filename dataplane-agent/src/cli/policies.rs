@@ -203,6 +203,20 @@ fn rows_of(name: &str, direction: &OfDirection) -> Vec<Vec<String>> {
             rule.dry_run.to_string(),
         ]
     };
+    if direction.closed.is_some() {
+        let texts = [
+            name,
+            "",
+            "closed, see below",
+            "none",
+            "deny",
+            "any",
+            "any",
+            "",
+            "",
+        ];
+        return vec![texts.map(str::to_owned).into()];
+    }
     let (mut rows, mut last) = (Vec::new(), Vec::new());
     for policy in &direction.policies {
         for rule in &policy.rules {
@@ -384,6 +398,16 @@ mod tests {
                     ),
                     policy("b", "NetworkPolicy", vec![rule("ingress", Some(0), "allow")]),
                 ],
+                ..OfDirection::default()
+            },
+            egress: OfDirection {
+                isolated: true,
+                closed: Some("table RULES is full".to_owned()),
+                policies: vec![policy(
+                    "c",
+                    "NetworkPolicy",
+                    vec![rule("egress", Some(0), "allow")],
+                )],
             },
             ..OfPod::default()
         });
@@ -399,7 +423,7 @@ mod tests {
                 "ingress NetworkPolicy a 0 allow",
                 "ingress NetworkPolicy b 0 allow",
                 "ingress NetworkPolicy a none deny",
-                "egress none isolates it none",
+                "egress closed, see below none",
             ],
             "{text}"
         );

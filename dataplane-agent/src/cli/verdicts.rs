@@ -208,10 +208,11 @@ fn render(told: &[Told]) -> String {
 
 /// What gave the verdict.
 fn by(told: &Told) -> String {
-    let text = match (&told.policy, told.rule) {
-        (Some(policy), Some(rule)) => format!("{policy}, rule {rule}"),
-        (Some(policies), None) => format!("no rule of {policies}"),
-        (None, _) => told.reason.clone(),
+    let text = match (&told.policy, told.rule, &told.closed) {
+        (Some(policy), Some(rule), _) => format!("{policy}, rule {rule}"),
+        (Some(policies), None, Some(closed)) => format!("{policies} cannot be honoured: {closed}"),
+        (Some(policies), None, None) => format!("no rule of {policies}"),
+        (None, ..) => told.reason.clone(),
     };
     match told.untold {
         0 => text,
@@ -269,8 +270,15 @@ mod tests {
             by(&told),
             "NetworkPolicy shop/db, rule 2 (7 more before this were not told)"
         );
-        told.policy = None;
+        told.rule = None;
         told.untold = 0;
+        told.closed =
+            Some("table RULES is full (2 entries, --max-policy-rules): nothing is allowed".to_owned());
+        assert_eq!(
+            by(&told),
+            "NetworkPolicy shop/db cannot be honoured: table RULES is full (2 entries, --max-policy-rules): nothing is allowed"
+        );
+        told.policy = None;
         assert_eq!(by(&told), "policy-denied");
     }
 }

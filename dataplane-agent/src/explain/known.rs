@@ -19,7 +19,10 @@ use crate::{
     compile::{Compiler, FrontendAddr, policy::PolicyCompiler},
     model::{Cause, Index, Name, ObjectRef, Protocol, policy::Direction},
     served,
-    sync::policy::PolicySyncer,
+    sync::{
+        Failure, Subject,
+        policy::{self, PolicySyncer},
+    },
 };
 
 /// Who knows.
@@ -117,6 +120,8 @@ pub struct Named<'a> {
     pub services: &'a Compiler,
     /// Of all objects.
     pub problems: Vec<served::Problem>,
+    /// What is not in the tables.
+    pub failed: &'a BTreeMap<Subject, Failure>,
 }
 
 impl Known for Named<'_> {
@@ -186,7 +191,8 @@ impl Known for Named<'_> {
             let policy: &ObjectRef = self.syncer.policy(rule.policy)?;
             Decision::of(self.index, policy, direction, rule.place)
         };
-        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
+        let closed = policy::closed(self.failed, &pod.name, direction);
+        let selection = Selection::of(self.index, self.compiler, &pod.name, direction).closed(closed);
         Decided::here(match told.verdict(ifindex, direction) {
             Some(event) => {
                 let audit = told.dry_run(ifindex, direction);

@@ -79,6 +79,8 @@ pub struct Selection<'a> {
     /// With whether it is a dry run.
     policies: Vec<(&'a ObjectRef, bool)>,
     problem: Option<&'a Problem>,
+    /// Why nothing is allowed, if something of the policies cannot be written.
+    closed: Option<&'a str>,
 }
 
 impl<'a> Selection<'a> {
@@ -94,7 +96,13 @@ impl<'a> Selection<'a> {
             direction,
             policies: policies.iter().map(|key| (key, is_dry_run(key))).collect(),
             problem: of_pod.and_then(|of_pod| of_pod.problems.first()),
+            closed: None,
         }
+    }
+
+    /// The same of tables that lack something of these policies.
+    pub fn closed(self, closed: Option<&'a str>) -> Self {
+        Self { closed, ..self }
     }
 
     /// A verdict and the rule that gave it; `dry_run`: what it would be if no policy were one, where that is something else.
@@ -132,10 +140,11 @@ impl<'a> Selection<'a> {
             (Some(rule), _) => rule.reason(),
             (None, true) if !is_selected => NOT_SELECTED.to_owned(),
             (None, true) => NO_RULE.to_owned(),
-            (None, false) => match self.problem {
-                Some(problem) => problem.reason.clone(),
-                None if isolated => ISOLATED.to_owned(),
-                None => CLOSED.to_owned(),
+            (None, false) => match (self.problem, self.closed) {
+                (Some(problem), _) => problem.reason.clone(),
+                (None, Some(closed)) if !all => format!("{CLOSED}: {closed}"),
+                (None, _) if isolated => ISOLATED.to_owned(),
+                (None, _) => CLOSED.to_owned(),
             },
         }
     }

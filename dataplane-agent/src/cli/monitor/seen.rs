@@ -63,6 +63,9 @@ pub struct By {
     pub policies: Vec<String>,
     pub rule: Option<u32>,
     pub action: Option<String>,
+    /// Why nothing is allowed there, if something of the policies cannot be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
 }
 
 /// What is shown of an event.
@@ -334,6 +337,7 @@ impl Seen {
                 policies: told.policy.into_iter().collect(),
                 rule: told.rule,
                 action: told.action,
+                closed: told.closed,
             }),
             unwritten: None,
             told: None,
@@ -371,6 +375,15 @@ impl Seen {
                 ..
             }) => {
                 let _infallible = write!(text, ": {}, rule {rule}", policies.join(", "));
+            }
+            Some(By {
+                policies,
+                rule: None,
+                closed: Some(closed),
+                ..
+            }) => {
+                let policies = policies.join(", ");
+                let _infallible = write!(text, ": {policies} cannot be honoured: {closed}");
             }
             Some(By {
                 policies, rule: None, ..

@@ -250,7 +250,7 @@ fn ranges_that_do_not_fit_let_nobody_in() {
         .collect();
     assert_eq!(
         texts,
-        ["Service ns/s2: 198.18.0.2:80/TCP: table RANGES_V4 is full (3 entries)"]
+        ["Service ns/s2: 198.18.0.2:80/TCP: table RANGES_V4 is full (3 entries, --max-source-ranges)"]
     );
     assert!(!agent.syncer.is_settled());
     shows(&memory, 1, "from 203.0.113.0/24 203.0.113.0/25: ");

@@ -176,8 +176,8 @@ enum NoRoom {
     Backends { limit: u32 },
     #[error("no service index is free ({limit} services, --max-services)")]
     Services { limit: u32 },
-    #[error("no room for a table of {wanted} elements ({limit} elements in all, --max-maglev)")]
-    Maglev { wanted: u32, limit: u32 },
+    #[error("no room for a table of {wanted} elements ({free} of {limit} are free, --max-maglev)")]
+    Maglev { wanted: u32, free: u32, limit: u32 },
     #[error("{backends} endpoints are more than a table can number")]
     TooMany { backends: usize },
     #[error("{missing} of {wanted} endpoints are not written: {why}")]

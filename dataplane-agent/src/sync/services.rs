@@ -107,17 +107,7 @@ impl Syncer {
         let missing = backends.len() - ids.len();
         let mut listed = ids.clone();
         listed.sort_unstable();
-        let incomplete = NoRoom::Inactive {
-            missing,
-            wanted: backends.len(),
-            why: if missing > 0 && is_refused(report, backends) {
-                Inactive::Refused
-            } else {
-                Inactive::NoId {
-                    limit: self.limits.backends,
-                }
-            },
-        };
+        let incomplete = self.incomplete(report, backends, missing);
         if missing > 0 && !self.serves_in_part(store, &incomplete, key, &ids) {
             return Err(incomplete.into());
         }
@@ -144,8 +134,7 @@ impl Syncer {
             let len = encode::slice_len(ids.len(), class);
             let Some(slice) = self.programmed.arena.allocate(len) else {
                 undo(self, None);
-                let limit = self.limits.maglev;
-                return Err(NoRoom::Maglev { wanted: len, limit }.into());
+                return Err(self.no_slice(len).into());
             };
             let words = last.words(backends, class, &ids);
             if let Err(error) = store.write_maglev(slice.start, words) {
@@ -193,6 +182,29 @@ impl Syncer {
             return Err(incomplete.into());
         }
         Ok(())
+    }
+
+    /// That so many endpoints are missing, and why.
+    fn incomplete(&self, report: &Report, backends: &[BackendKey], missing: usize) -> NoRoom {
+        let limit = self.limits.backends;
+        NoRoom::Inactive {
+            missing,
+            wanted: backends.len(),
+            why: if missing > 0 && is_refused(report, backends) {
+                Inactive::Refused
+            } else {
+                Inactive::NoId { limit }
+            },
+        }
+    }
+
+    fn no_slice(&self, wanted: u32) -> NoRoom {
+        let limit = self.limits.maglev;
+        NoRoom::Maglev {
+            wanted,
+            free: limit - self.programmed.arena.used(),
+            limit,
+        }
     }
 
     /// How a service's clients are to be remembered; `None` too where that needs an entry which is not written.

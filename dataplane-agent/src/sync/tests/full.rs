@@ -135,7 +135,7 @@ fn a_full_table_is_reported_and_made_good() {
     assert!(!reason.refused);
     assert_eq!(
         reason.reason,
-        "no room for a table of 28 elements (40 elements in all, --max-maglev)"
+        "no room for a table of 28 elements (12 of 40 are free, --max-maglev)"
     );
     assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
     assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
@@ -149,6 +149,34 @@ fn a_full_table_is_reported_and_made_good() {
     let report = agent.syncer.run(&mut memory);
     assert!(report.failed.is_empty(), "{:?}", report.failed);
     assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+}
+
+/// Services that wait for room for their frontends have theirs of `MAGLEV` already, so it may be full where few are served.
+#[test]
+fn who_waits_for_a_frontend_keeps_its_table() {
+    let limits = Limits {
+        // One address, of clients inside and outside.
+        frontends: 2,
+        maglev: 60,
+        ..LIMITS
+    };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    for number in 1..4 {
+        agent.take(object(number, number));
+    }
+    let report = agent.syncer.run(&mut memory);
+    let texts: Vec<String> = report
+        .failed
+        .iter()
+        .map(|(what, failure)| format!("{what}: {}", failure.reason))
+        .collect();
+    let expected = [
+        "Service ns/s2: 10.96.0.2:80/TCP: table FRONTENDS_V4 is full (2 entries, --max-frontends)",
+        "Service ns/s3: 10.96.0.3:80/TCP: no room for a table of 28 elements (4 of 60 are free, --max-maglev)",
+    ];
+    assert_eq!(texts, expected);
+    assert_eq!(agent.syncer.usage().2, 56, "also of the one without a frontend");
 }
 
 /// A Service's only slice, with these endpoints.

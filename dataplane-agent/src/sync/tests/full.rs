@@ -177,6 +177,16 @@ fn who_waits_for_a_frontend_keeps_its_table() {
     ];
     assert_eq!(texts, expected);
     assert_eq!(agent.syncer.usage().2, 56, "also of the one without a frontend");
+    let mut endpoints: Vec<(String, usize)> = Vec::new();
+    for (owner, compiled) in agent.syncer.wanted() {
+        let written = agent
+            .syncer
+            .written_endpoints(&memory, &owner, &compiled.balancers[0]);
+        endpoints.push((owner.to_string(), written));
+    }
+    endpoints.sort_unstable();
+    let expected = [("Service ns/s1", 1), ("Service ns/s2", 0), ("Service ns/s3", 0)];
+    assert_eq!(endpoints, expected.map(|(name, count)| (name.to_owned(), count)));
 }
 
 /// A Service's only slice, with these endpoints.

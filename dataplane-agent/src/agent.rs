@@ -300,8 +300,11 @@ impl Agent {
         self.write(Instant::now());
     }
 
-    /// Whoever asked may have gone.
+    /// Whoever asked may have gone. What cannot be known yet is not answered.
     fn answer(&mut self, ask: Ask) {
+        if !self.complete && ask.is_about_objects() {
+            return;
+        }
         match ask {
             Ask::LookAgain(reply) => {
                 self.publish_wanted(true);
@@ -344,10 +347,15 @@ impl Agent {
             Ask::PolicyNames(policies, reply) => {
                 let _gone = reply.send(self.policy_names(policies));
             }
+            Ask::Closed(addr, direction, reply) => {
+                let _gone = reply.send(self.closed(addr, direction));
+            }
             Ask::Enforced(reply) => {
                 let _gone = reply.send(self.enforced());
             }
             Ask::Bind(pod, claim, binding) => self.take_claim(pod, claim, binding),
+            // Before any are taken they wait in the kernel's ring, where those who get no answer find them.
+            Ask::Verdicts(..) if !self.tells() => {}
             Ask::Verdicts(after, reply) => {
                 let _gone = reply.send(self.verdicts.after(after));
             }
@@ -547,11 +555,13 @@ fn has_problems_later(kind: Kind) -> bool {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tokio::sync::oneshot;
 
     use super::*;
     use crate::{
         args::Cli,
         decode::{Decoded, decode},
+        model::Name,
         store::{Limits, memory::Memory, policy::PolicyLimits},
     };
 
@@ -637,6 +647,32 @@ mod tests {
             "shop/web"
         );
         assert_eq!(wanted.node_addresses.len(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_not_read_yet_is_not_said_to_be_nothing() {
+        let (mut agent, _wanted) = agent();
+        let mut pods = |batch: Batch| {
+            agent.take_batch(batch);
+            let (reply, mut said) = oneshot::channel();
+            agent.answer(Ask::Pods(vec![Name::new("shop", "web")], reply));
+            said.try_recv().ok()
+        };
+        let batch = |revision, complete, changes| Batch {
+            revision,
+            complete,
+            changes,
+            ..Batch::default()
+        };
+        assert_eq!(pods(batch(1, false, vec![node()])), None, "perhaps there is one");
+        let known = pods(batch(2, true, vec![pod()]));
+        assert_eq!(known.as_deref(), Some(&["shop/web".to_owned()][..]));
+        let known = pods(batch(
+            3,
+            true,
+            vec![Change::Delete("Pod shop/web".parse().unwrap())],
+        ));
+        assert_eq!(known, Some(Vec::new()), "there is none");
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -55,7 +55,7 @@ pub struct OfPod {
     pub pod: String,
     pub ingress: OfDirection,
     pub egress: OfDirection,
-    /// Why it is closed, where its policies are more than a set holds.
+    /// Why it is closed, where its policies are more than a set or the tables hold.
     pub problems: Vec<Problem>,
 }
 
@@ -64,6 +64,9 @@ pub struct OfPod {
 pub struct OfDirection {
     /// A NetworkPolicy selects the Pod: what no rule allows is denied, and the baseline tier is not asked.
     pub isolated: bool,
+    /// Why nothing is allowed whatever the rules say, if something of them cannot be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
     /// Each with its rules for the direction. How often they have decided counts all Pods of the node.
     pub policies: Vec<EnforcedPolicy>,
 }

@@ -35,7 +35,7 @@ use crate::{
     logging,
     metrics::{Metrics, services::OverServices},
     model::{Name, policy::Direction},
-    served::{Condition, Served},
+    served::{Condition, ConditionKind, Served},
     source::{self, Rescan},
     told::Told,
 };
@@ -109,6 +109,12 @@ impl Progress {
     pub fn is_healthy(&self) -> bool {
         self.started && self.is_live()
     }
+
+    /// Why what the source holds is not known.
+    fn unfollowed(&self) -> Option<&str> {
+        let is_it = |one: &&Condition| one.kind == ConditionKind::SourceFollowed && !one.status;
+        self.conditions.iter().find(is_it).map(|one| one.message.as_str())
+    }
 }
 
 /// What the loop is asked.
@@ -134,6 +140,8 @@ pub enum Ask {
     Unserved(Name, oneshot::Sender<Option<String>>),
     /// The names of policies.
     PolicyNames(Policies, oneshot::Sender<Vec<String>>),
+    /// Why the Pod with an address is closed in a direction, if something of its policies cannot be written.
+    Closed(IpAddr, Direction, oneshot::Sender<Option<String>>),
     /// What policies do here.
     Enforced(oneshot::Sender<Enforced>),
     /// What policies say about a Pod of this node.
@@ -142,6 +150,26 @@ pub enum Ask {
     Bind(Name, Claim, watch::Sender<Binding>),
     /// What policies have decided after the verdict with a number.
     Verdicts(u64, oneshot::Sender<Vec<Told>>),
+}
+
+impl Ask {
+    /// Whether the answer is made of what the source holds, so that there is none before all of it has been read.
+    pub const fn is_about_objects(&self) -> bool {
+        match self {
+            Self::Served(_)
+            | Self::Load(_)
+            | Self::Explain(..)
+            | Self::Names(..)
+            | Self::Nodes(..)
+            | Self::Pods(..)
+            | Self::Unserved(..)
+            | Self::PolicyNames(..)
+            | Self::Closed(..)
+            | Self::Enforced(_)
+            | Self::EnforcedOf(..) => true,
+            Self::LookAgain(_) | Self::OverServices(_) | Self::Bind(..) | Self::Verdicts(..) => false,
+        }
+    }
 }
 
 /// Why a question has no answer.
@@ -202,6 +230,9 @@ struct Page<'a> {
     source_revision: u64,
     rejected: &'a [String],
     failed: &'a [String],
+    /// Why what the source holds is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unfollowed: Option<&'a str>,
 }
 
 /// The levels of the log, as the agent tells its command.
@@ -274,34 +305,30 @@ impl Health {
         match uri.path() {
             "/conditions" => Answer::of_health(true, to_json(&self.progress.borrow().conditions)),
             "/source" => Answer::of_health(true, to_json(&self.source.report())),
-            "/services" => match self.ask(Ask::Served).await {
-                Some(served) => Answer::of_health(true, to_json(&served)),
-                None => Answer::of_health(false, "{}\n".to_owned()),
-            },
+            "/services" => self.told(self.ask(Ask::Served).await),
             "/load" => match self.ask(Ask::Load).await {
-                Some(Ok(load)) => Answer::of_health(true, to_json(&load)),
                 Some(Err(error)) => Answer::of_health(false, to_json(&Refusal { error })),
-                None => Answer::of_health(false, "{}\n".to_owned()),
+                load => self.told(load.and_then(Result::ok)),
             },
             "/names" => self.of_addresses(uri, Ask::Names).await,
             "/nodes" => self.of_addresses(uri, Ask::Nodes).await,
             "/pods" => self.of_pods(uri).await,
             "/unserved" => self.unserved(uri).await,
             "/policy-names" => self.policy_names(uri).await,
+            "/closed" => match end(uri) {
+                Some((addr, direction)) => {
+                    self.told(self.ask(|reply| Ask::Closed(addr, direction, reply)).await)
+                }
+                None => Answer::not_found(),
+            },
             "/log" => log_levels(uri),
             "/log/lines" => Answer::of_health(true, logging::last_lines()),
             "/explain" => self.explain(uri).await,
             "/policies" if text(uri, "pod").is_some() => self.enforced_of(uri).await,
-            "/policies" => match self.enforced().await {
-                Some(enforced) => Answer::of_health(true, to_json(&enforced)),
-                None => Answer::of_health(false, "{}\n".to_owned()),
-            },
+            "/policies" => self.told(self.enforced().await),
             "/verdicts" => {
                 let after = query(uri, "after").unwrap_or(0);
-                match self.ask(|reply| Ask::Verdicts(after, reply)).await {
-                    Some(told) => Answer::of_health(true, to_json(&told)),
-                    None => Answer::of_health(false, "[]\n".to_owned()),
-                }
+                self.told(self.ask(|reply| Ask::Verdicts(after, reply)).await)
             }
             "/wait" => self.wait_for(uri).await,
             "/bind" => self.bind(uri).await,
@@ -317,10 +344,7 @@ impl Health {
                 ..Answered::default()
             }),
         };
-        match answered {
-            Some(answered) => Answer::of_health(true, to_json(&answered)),
-            None => Answer::of_health(false, "{}\n".to_owned()),
-        }
+        self.told(answered)
     }
 
     /// What is known of those addresses in a path that are Pods'.
@@ -331,20 +355,14 @@ impl Health {
     ) -> Answer {
         let list = text(uri, "of").unwrap_or_default().split(',');
         let addrs = list.filter_map(|addr| addr.parse().ok()).collect();
-        match self.ask(|reply| question(addrs, reply)).await {
-            Some(known) => Answer::of_health(true, to_json(&known)),
-            None => Answer::of_health(false, "{}\n".to_owned()),
-        }
+        self.told(self.ask(|reply| question(addrs, reply)).await)
     }
 
     /// Those of the Pods in a path that there are.
     async fn of_pods(&self, uri: &Uri) -> Answer {
         let list = text(uri, "of").unwrap_or_default().split(',');
         let pods = list.filter_map(|pod| pod.parse().ok()).collect();
-        match self.ask(|reply| Ask::Pods(pods, reply)).await {
-            Some(known) => Answer::of_health(true, to_json(&known)),
-            None => Answer::of_health(false, "[]\n".to_owned()),
-        }
+        self.told(self.ask(|reply| Ask::Pods(pods, reply)).await)
     }
 
     /// Why nothing is served for the Service in a path.
@@ -352,29 +370,18 @@ impl Health {
         let Some(Ok(service)) = text(uri, "service").map(str::parse::<Name>) else {
             return Answer::not_found();
         };
-        match self.ask(|reply| Ask::Unserved(service, reply)).await {
-            Some(why) => Answer::of_health(true, to_json(&why)),
-            None => Answer::of_health(false, "null\n".to_owned()),
-        }
+        self.told(self.ask(|reply| Ask::Unserved(service, reply)).await)
     }
 
     /// The names of the policies in a path.
     async fn policy_names(&self, uri: &Uri) -> Answer {
         let number = text(uri, "number").and_then(|number| number.parse().ok());
-        let address = text(uri, "address").and_then(|addr| addr.parse().ok());
-        let direction = text(uri, "direction");
-        let direction = Direction::ALL
-            .into_iter()
-            .find(|one| Some(one.as_str()) == direction);
-        let policies = match (number, address, direction) {
-            (Some(number), ..) => Policies::Numbered(number),
-            (None, Some(address), Some(direction)) => Policies::Isolating(address, direction),
-            _ => return Answer::not_found(),
+        let policies = match (number, end(uri)) {
+            (Some(number), _) => Policies::Numbered(number),
+            (None, Some((address, direction))) => Policies::Isolating(address, direction),
+            (None, None) => return Answer::not_found(),
         };
-        match self.ask(|reply| Ask::PolicyNames(policies, reply)).await {
-            Some(names) => Answer::of_health(true, to_json(&names)),
-            None => Answer::of_health(false, "[]\n".to_owned()),
-        }
+        self.told(self.ask(|reply| Ask::PolicyNames(policies, reply)).await)
     }
 
     /// What policies say about the Pod in a path.
@@ -383,13 +390,12 @@ impl Health {
             return Answer::not_found();
         };
         match self.ask(|reply| Ask::EnforcedOf(pod, reply)).await {
-            Some(Some(of_pod)) => Answer::of_health(true, to_json(&of_pod)),
             Some(None) => Answer::not_found(),
-            None => Answer::of_health(false, "{}\n".to_owned()),
+            of_pod => self.told(of_pod.flatten()),
         }
     }
 
-    /// What policies do here; `None`: the loop has ended.
+    /// What policies do here; `None`: the loop does not say.
     pub async fn enforced(&self) -> Option<Enforced> {
         self.ask(Ask::Enforced).await
     }
@@ -399,7 +405,32 @@ impl Health {
         self.ask(Ask::OverServices).await.flatten()
     }
 
-    /// Asks the loop; `None`: it has ended.
+    /// What the loop has said; where it said nothing, why.
+    fn told(&self, said: Option<impl Serialize>) -> Answer {
+        match said {
+            Some(said) => Answer::of_health(true, to_json(&said)),
+            None => Answer::of_health(
+                false,
+                to_json(&Refusal {
+                    error: self.silence(),
+                }),
+            ),
+        }
+    }
+
+    /// Why the loop does not answer, as the agent's commands go on after `the agent`.
+    fn silence(&self) -> String {
+        if self.asks.is_closed() {
+            return "ends".to_owned();
+        }
+        let unread = "has not read all Services, Pods and policies yet";
+        match self.progress.borrow().unfollowed() {
+            Some(why) => format!("{unread}: {why}"),
+            None => unread.to_owned(),
+        }
+    }
+
+    /// Asks the loop; `None`: it does not answer, see [`Self::silence`].
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         self.asks.send(question(reply)).ok()?;
@@ -493,6 +524,14 @@ fn text<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     Some(pairs.find(|(key, _)| *key == name)?.1)
 }
 
+/// The end of flows that a path asks about.
+fn end(uri: &Uri) -> Option<(IpAddr, Direction)> {
+    let address = text(uri, "address")?.parse().ok()?;
+    let direction = text(uri, "direction")?;
+    let mut directions = Direction::ALL.into_iter();
+    Some((address, directions.find(|one| one.as_str() == direction)?))
+}
+
 /// The flow that a path asks about. Names and addresses have no character that would have to be escaped.
 fn explain_query(uri: &Uri) -> Result<Query, String> {
     let part = |name| text(uri, name).ok_or_else(|| format!("there is no `{name}`"));
@@ -561,6 +600,7 @@ fn answer(good: bool, progress: &Progress) -> Answer {
         source_revision: progress.taken,
         rejected: &progress.rejected,
         failed: &progress.failed,
+        unfollowed: progress.unfollowed(),
     };
     Answer::of_health(good, to_json(&page))
 }
@@ -594,6 +634,47 @@ mod tests {
         ] {
             assert!(super::claim(&uri(wrong)).is_none(), "{wrong}");
         }
+    }
+
+    /// What commands are told while the loop is silent, and what of it `wait` gets.
+    #[tokio::test]
+    async fn who_is_not_answered_hears_what_of_the_source_is_not_read() {
+        let (progress, seen) = watch::channel(Progress::default());
+        let (asks, mut asked) = mpsc::unbounded_channel();
+        let (requests, _ended) = std::sync::mpsc::channel();
+        let health = Health {
+            progress: seen,
+            rescan: Rescan::Folder(requests),
+            source: source::State::Folder(std::sync::Arc::default()),
+            asks,
+        };
+        tokio::spawn(async move { while asked.recv().await.is_some() {} });
+        let ask = async |path: &'static str| {
+            let answer = health.clone().command(&Uri::from_static(path)).await;
+            (answer.status.as_u16(), answer.body)
+        };
+        let unread = "has not read all Services, Pods and policies yet";
+        let refused = |error: String| (503, to_json(&Refusal { error }));
+        assert_eq!(ask("/services").await, refused(unread.to_owned()));
+        let down = "failed to reach the API server at https://192.0.2.1:6443: refused";
+        let source = Condition {
+            kind: ConditionKind::SourceFollowed,
+            status: false,
+            message: down.to_owned(),
+        };
+        progress.send_modify(|progress| progress.conditions = vec![source]);
+        for path in [
+            "/services",
+            "/load",
+            "/policies",
+            "/policies?pod=a/b",
+            "/verdicts",
+            "/names?of=",
+        ] {
+            assert_eq!(ask(path).await, refused(format!("{unread}: {down}")), "{path}");
+        }
+        let (status, page) = ask("/wait?timeout_ms=0").await;
+        assert!(status == 504 && page.contains(down), "{page}");
     }
 
     #[test]

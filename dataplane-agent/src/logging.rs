@@ -7,8 +7,10 @@ use std::{
     sync::{Mutex, OnceLock, PoisonError},
 };
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::{
-    EnvFilter, Registry, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    EnvFilter, Layer as _, Registry, filter::filter_fn, layer::SubscriberExt as _, reload,
+    util::SubscriberInitExt as _,
 };
 
 /// Levels by module, as `tracing` writes them.
@@ -28,13 +30,19 @@ pub fn start() {
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| Kept)
-        .with_ansi(colours);
+        .with_ansi(colours)
+        .with_filter(filter_fn(is_ours_to_tell));
     tracing_subscriber::registry().with(levels).with(lines).init();
     // There is none yet: what has begun before would have panicked above.
     let _first = LEVELS.set(handle);
     if let Some(problem) = problem {
         tracing::warn!("{problem}; the level is {DEFAULT}");
     }
+}
+
+/// Not what the API client calls an error: each request that fails, without an address. Whoever asked says what failed, and where.
+fn is_ours_to_tell(line: &Metadata<'_>) -> bool {
+    *line.level() != Level::ERROR || !line.target().starts_with("kube_client")
 }
 
 /// Bytes of lines that are kept at the most.

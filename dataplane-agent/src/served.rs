@@ -172,6 +172,14 @@ pub struct Problem {
     pub file: Option<String>,
 }
 
+impl Problem {
+    /// Whether it is about a frontend, as [`at`] has it.
+    pub fn is_about(&self, at: &str) -> bool {
+        let rest = self.reason.strip_prefix(at);
+        rest.is_some_and(|rest| rest.starts_with(": "))
+    }
+}
+
 impl ServedObject {
     /// `None`: nothing leads to it. `endpoints`: how many a balancer leads to.
     pub fn of(

@@ -56,11 +56,19 @@ pub struct Told {
     /// The rule's place in the policy's list for the direction, from 0.
     pub rule: Option<u32>,
     pub action: Option<String>,
+    /// Why nothing is allowed there, if something of the pod's policies cannot be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
     /// Verdicts about the pod that were not told before this one, because there were too many.
     pub untold: u32,
 }
 
 impl Told {
+    /// Whether it is about what has come to pass, and that is a no.
+    pub fn is_denial(&self) -> bool {
+        self.verdict == ToldVerdict::Denied
+    }
+
     /// An event. `name_of`: what to call an address; whose policy has decided, the caller may know.
     pub fn of(event: &VerdictEvent, rule: Option<PolicyRule>, name_of: impl Fn(IpAddr) -> String) -> Self {
         let reason = Reason::from_number(event.reason);
@@ -88,6 +96,7 @@ impl Told {
             policy: None,
             rule: rule.map(|rule| rule.place),
             action: action.map(|action| action.label().to_owned()),
+            closed: None,
             untold: event.untold,
         }
     }

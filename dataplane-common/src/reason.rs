@@ -56,7 +56,7 @@ reasons! {
     EndpointGone = "endpoint-gone",
     /// Refused: the endpoint itself refused a connection, by RST or ICMP port unreachable: nothing listens at its port.
     BackendRefused = "backend-refused",
-    /// Dropped: the service has no endpoint here and its traffic policy is Local (at a socket hook EPERM).
+    /// Dropped: traffic policy Local and no endpoint here, or endpoints without room in the tables (at a socket hook EPERM).
     NoLocalEndpoints = "no-local-endpoints",
     /// Dropped: the client is in none of the service's source ranges.
     SourceRange = "source-range",

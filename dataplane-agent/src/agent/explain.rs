@@ -44,6 +44,7 @@ impl Agent {
             syncer: &self.policy_syncer,
             services: &self.compiler,
             problems: self.problems(),
+            failed: &self.failed,
         };
         let here = Here {
             world: World::open(&tables.pins, tables.constants)?,

@@ -12,9 +12,12 @@ use crate::{
         policy_words::one_of,
     },
     served,
-    sync::policy::{
-        BoundPod,
-        hits::{Decider, HitsByDecider},
+    sync::{
+        Subject,
+        policy::{
+            BoundPod, closed,
+            hits::{Decider, HitsByDecider},
+        },
     },
 };
 
@@ -93,7 +96,11 @@ impl Agent {
             let isolated = policies.iter().any(denies_others);
             let baseline = Tier::Baseline.to_string();
             policies.retain(|policy| !isolated || policy.tier != baseline);
-            OfDirection { isolated, policies }
+            OfDirection {
+                isolated,
+                closed: closed(&self.failed, name, direction).map(str::to_owned),
+                policies,
+            }
         };
         let object = ObjectRef {
             kind: Kind::Pod,
@@ -101,11 +108,16 @@ impl Agent {
         };
         let object = object.to_string();
         let problems = self.rejected_by_policies().filter(|one| one.object == object);
+        let problems = problems.map(|one| served::Problem::from(&one));
+        let failed = self.failed.iter().filter(|one| is_of_pod(one.0));
+        let failed = failed
+            .map(served::Problem::from)
+            .filter(|one| one.object == object);
         Some(OfPod {
             pod: name.to_string(),
             ingress: of_direction(Direction::Ingress),
             egress: of_direction(Direction::Egress),
-            problems: problems.map(|one| served::Problem::from(&one)).collect(),
+            problems: problems.chain(failed).collect(),
         })
     }
 
@@ -122,7 +134,8 @@ impl Agent {
             object.is_some_and(|object| object.kind.is_policy())
         };
         let of_pods = self.rejected_by_policies();
-        let of_pods: Vec<served::Problem> = of_pods.map(|one| served::Problem::from(&one)).collect();
+        let mut of_pods: Vec<served::Problem> = of_pods.map(|one| served::Problem::from(&one)).collect();
+        of_pods.extend(self.failed.iter().filter(|one| is_of_pod(one.0)).map(Into::into));
         let problems = self.problems().into_iter();
         Enforced {
             policies: policies.collect(),
@@ -131,6 +144,15 @@ impl Agent {
                 .collect(),
         }
     }
+}
+
+/// Whether what is not written are policies of a Pod. Services and host ports have addresses.
+fn is_of_pod(failed: &Subject) -> bool {
+    let is_pod = failed
+        .object
+        .as_ref()
+        .is_some_and(|object| object.kind == Kind::Pod);
+    is_pod && failed.entry.contains("policies")
 }
 
 /// The rules of a policy with their verdicts. What no rule decides is put down to a dry run as far as that is one.

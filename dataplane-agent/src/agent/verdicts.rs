@@ -9,6 +9,8 @@ use crate::{
     bpf::verdicts::Verdicts,
     health::Policies,
     model::policy::Direction,
+    store::enforced::policy_called,
+    sync::policy,
     told::{Told, address, direction},
 };
 
@@ -51,9 +53,14 @@ impl Agent {
                 told.from = format!("{pod} as {}", told.from);
             }
             if let Some(rule) = rule {
-                told.policy = self.policy_syncer.policy(rule.policy).map(ToString::to_string);
+                let policy = self.policy_syncer.policy(rule.policy);
+                told.policy = Some(policy.map_or_else(|| policy_called(rule.policy), ToString::to_string));
             } else if event.reason != Reason::SourceNotOwn as u32 {
-                told.policy = self.isolated_by(&event);
+                let (own, direction) = own_end(&event);
+                let audit = event.reason == Reason::DryRunDenied as u32;
+                let names = self.isolating(own, direction, audit);
+                told.policy = (!names.is_empty()).then(|| names.join(", "));
+                told.closed = self.closed(own, direction).filter(|_| told.is_denial());
             }
             tracing::debug!(
                 target: "dataplane_agent::verdicts",
@@ -87,19 +94,13 @@ impl Agent {
         }
     }
 
-    /// The policies that isolate the pod of an event that no rule has decided; where a dry run would, with these.
-    fn isolated_by(&self, event: &VerdictEvent) -> Option<String> {
-        let own = if event.outward != 0 {
-            event.src_be
-        } else {
-            event.dst_be
-        };
-        let audit = event.reason == Reason::DryRunDenied as u32;
-        let names = self.isolating(address(event, own), direction(event), audit);
-        (!names.is_empty()).then(|| names.join(", "))
+    /// Why the pod with an address is closed in a direction, if something of its policies cannot be written.
+    pub(super) fn closed(&self, addr: IpAddr, direction: Direction) -> Option<String> {
+        let pod = self.policies.pod_at(addr)?;
+        policy::closed(&self.failed, pod, direction).map(str::to_owned)
     }
 
-    /// The policies that isolate the pod with an address.
+    /// The policies that isolate the pod with an address; `audit`: where a dry run would, with these.
     fn isolating(&self, addr: IpAddr, direction: Direction, audit: bool) -> Vec<String> {
         let pod = self.policies.pod_at(addr);
         let policies = pod.map_or(&[][..], |pod| self.policies.isolating(pod, direction, audit));
@@ -115,6 +116,16 @@ impl Agent {
             Policies::Isolating(addr, direction) => self.isolating(addr, direction, false),
         }
     }
+}
+
+/// The address of the pod whose policies have decided, and in which direction.
+fn own_end(event: &VerdictEvent) -> (IpAddr, Direction) {
+    let direction = direction(event);
+    let own = match direction {
+        Direction::Egress => event.src_be,
+        Direction::Ingress => event.dst_be,
+    };
+    (address(event, own), direction)
 }
 
 #[cfg(test)]

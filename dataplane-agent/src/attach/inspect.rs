@@ -546,14 +546,19 @@ pub fn table_use(pins: &Pins) -> Vec<TableUse> {
     }
     if let Ok(store) = BpfStore::open(pins) {
         let limits = store.limits();
-        // Those that no frontend leads to are gone, or stay for their flows: others may get their places.
+        // Those that no frontend leads to are gone, or stay for their flows: others may get their places. Not what they have of
+        // MAGLEV, which they give back first: who has some and no frontend waits for room for that.
         let frontends = store.frontends().unwrap_or_default();
-        let services: BTreeSet<u32> = frontends.iter().map(|(_, value)| value.service).collect();
-        let heads = services
-            .iter()
-            .filter_map(|&index| store.read_service(index).ok());
-        let slices = heads.filter_map(|service| find_slice(&store, service.head).ok()?);
-        let elements = slices.map(|slice| slice.len as usize).sum();
+        let mut services: BTreeSet<u32> = frontends.iter().map(|(_, value)| value.service).collect();
+        let mut elements = 0;
+        for index in 1..limits.services {
+            let head = store.read_service(index).map(|service| service.head);
+            let slice = head.and_then(|head| find_slice(&store, head));
+            if let Ok(Some(slice)) = slice {
+                elements += slice.len as usize;
+                services.insert(index);
+            }
+        }
         uses.push(TableUse {
             name: names::SERVICES,
             entries: services.len(),

@@ -6,36 +6,19 @@ use bytemuck::Pod;
 use dataplane_common::flow::{Flow4, Flow6, FlowKey4, FlowKey6};
 
 use super::inspect::TableUse;
-use crate::bpf::{
-    map_names as names,
-    pins::Pins,
-    sys::{self, MapFd},
+use crate::{
+    bpf::{
+        map_names as names,
+        pins::Pins,
+        sys::{self, MapFd},
+    },
+    store::flags::flag_of,
 };
 
 /// A full table of flows that has none without a packet for so long forgets connections.
 const YOUNG: Duration = Duration::from_mins(10);
 /// Kernels keep some places of each CPU free, which are many of a table smaller than this.
 const SMALL: u32 = 4096;
-
-/// Tables that refuse what is more, and the flags that say how large they are.
-const FLAGS: [(&str, &str); 16] = [
-    (names::FRONTENDS_V4, "--max-frontends"),
-    (names::FRONTENDS_V6, "--max-frontends"),
-    (names::SERVICES, "--max-services"),
-    (names::BACKENDS, "--max-backends"),
-    (names::MAGLEV, "--max-maglev"),
-    (names::RANGES_V4, "--max-source-ranges"),
-    (names::RANGES_V6, "--max-source-ranges"),
-    (names::OWN_ADDRS_V4, "--max-addresses"),
-    (names::OWN_ADDRS_V6, "--max-addresses"),
-    (names::DEVICES, "--max-devices"),
-    (names::PEERS_V4, "--max-policy-peers"),
-    (names::PEERS_V6, "--max-policy-peers"),
-    (names::CIDRS_V4, "--max-policy-ranges"),
-    (names::CIDRS_V6, "--max-policy-ranges"),
-    (names::PEER_RULES, "--max-policy-peers"),
-    (names::PORT_RULES, "--max-policy-rules"),
-];
 
 /// What there is to know of tables in use.
 pub fn warnings(pins: &Pins, uses: &[TableUse]) -> Vec<String> {
@@ -55,7 +38,7 @@ fn is_short(used: &TableUse) -> bool {
 }
 
 fn refuses(used: &TableUse) -> Option<String> {
-    let (_, flag) = FLAGS.iter().find(|(name, _)| *name == used.name)?;
+    let flag = flag_of(used.name)?;
     let TableUse { name, entries, limit } = used;
     Some(format!(
         "{name} has {entries} of {limit} entries: what is more finds no room; {flag} makes it larger"
@@ -95,6 +78,7 @@ fn idlest_of<K: Pod, V: Pod>(pins: &Pins, table: &str, seen: impl Fn(&V) -> u32)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::flags::FLAGS;
 
     fn used(name: &'static str, entries: usize, limit: u32) -> TableUse {
         TableUse { name, entries, limit }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 
 use super::{
     alone::{self, Places},
-    ask::ask,
+    ask,
     output::{Output, print},
     pinned,
 };
@@ -78,10 +78,8 @@ fn by_tables(places: Places<'_>, query: &Query) -> anyhow::Result<Vec<Explained>
     }
     let is_plain = |character: char| character.is_ascii_alphanumeric() || "/?=&_.:-".contains(character);
     ensure!(path.chars().all(is_plain), "no object is called so: {from}, {to}");
-    let answer = ask(places.socket, &path, WITHIN)
-        .with_context(|| format!("failed to reach an agent at {}", places.socket.display()));
-    let answer = match answer {
-        Ok(answer) => answer,
+    let answered = match ask::value_within(places.socket, &path, WITHIN) {
+        Ok(answered) => answered,
         Err(error) => {
             let is_addr = |end: &End| matches!(end, End::Addr(_));
             if !is_addr(from) || !is_addr(to) {
@@ -91,7 +89,7 @@ fn by_tables(places: Places<'_>, query: &Query) -> anyhow::Result<Vec<Explained>
             return Ok(alone::instead(error, || by_tables_alone(places.bpffs, query))?.noted());
         }
     };
-    let Answered { flows, error } = answer.value()?;
+    let Answered { flows, error } = answered;
     match error {
         Some(error) => anyhow::bail!(error),
         None => Ok(flows),

@@ -277,9 +277,10 @@ impl Monitor<'_> {
                 Direction::Egress
             };
             let direction = direction.as_str();
-            let policies = self.who.policies(format!("address={own}&direction={direction}"));
+            let of = format!("address={own}&direction={direction}");
             return Some(By {
-                policies,
+                closed: self.who.closed(&of),
+                policies: self.who.policies(of),
                 ..By::default()
             });
         }
@@ -288,6 +289,7 @@ impl Monitor<'_> {
             policies: self.who.policies(format!("number={}", rule.policy)),
             rule: Some(rule.place),
             action: rule.action().map(|action| action.label().to_owned()),
+            closed: None,
         })
     }
 
@@ -333,6 +335,7 @@ struct Known<'a> {
     names: Names,
     devices: BTreeMap<u32, String>,
     policies: HashMap<String, Vec<String>>,
+    closed: HashMap<String, Option<String>>,
     asked_for: HashSet<IpAddr>,
     since: Option<Instant>,
     is_there: bool,
@@ -347,6 +350,7 @@ impl<'a> Known<'a> {
             names: Names::default(),
             devices: BTreeMap::new(),
             policies: HashMap::new(),
+            closed: HashMap::new(),
             asked_for: HashSet::new(),
             since: None,
             is_there: false,
@@ -375,6 +379,7 @@ impl<'a> Known<'a> {
     fn refresh(&mut self) -> anyhow::Result<()> {
         self.since = Some(Instant::now());
         self.policies.clear();
+        self.closed.clear();
         self.asked_for.clear();
         self.devices = device_names().unwrap_or_default();
         self.bound = inspect::bound(self.pins);
@@ -411,6 +416,17 @@ impl<'a> Known<'a> {
 
     fn device(&self, ifindex: u32) -> String {
         device_name(&self.devices, ifindex)
+    }
+
+    /// Why an end is closed. An agent that is older does not say.
+    fn closed(&mut self, of: &str) -> Option<String> {
+        if let Some(known) = self.closed.get(of) {
+            return known.clone();
+        }
+        let ask = || ask::value(self.socket, &format!("/closed?{of}")).ok();
+        let closed: Option<String> = self.is_there.then(ask).flatten().flatten();
+        self.closed.insert(of.to_owned(), closed.clone());
+        closed
     }
 
     fn policies(&mut self, of: String) -> Vec<String> {

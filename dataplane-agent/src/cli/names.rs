@@ -10,7 +10,8 @@ use std::{
 use super::{ask, output::note};
 use crate::{
     compile::FrontendAddr,
-    served::{self, Served},
+    model::Cause,
+    served::{self, Problem, Served},
     sync::encode,
 };
 
@@ -27,23 +28,34 @@ pub struct Names {
     nodes: HashMap<IpAddr, String>,
     /// By [`served::at`].
     services: HashMap<String, String>,
+    /// What of these has no room in the tables.
+    unwritten: HashMap<String, String>,
 }
 
 impl Names {
     /// Asks the agent which Services are where. `within`: how long it may be silent.
     pub fn learn_services(&mut self, socket: &Path, within: Duration) -> anyhow::Result<()> {
-        let served: Served = ask::value_within(socket, "/services", within)?;
+        self.take_services(ask::value_within(socket, "/services", within)?);
+        Ok(())
+    }
+
+    fn take_services(&mut self, served: Served) {
         self.services.clear();
+        let full = served.problems.into_iter();
+        let full: Vec<Problem> = full.filter(|one| one.cause == Cause::TableFull).collect();
+        self.unwritten.clear();
         for object in served.objects {
             let name = match object.object.split_once(' ') {
                 Some(("Service", name)) => format!("{SERVICE}{name}"),
                 _ => object.object,
             };
             for frontend in object.frontends {
+                if let Some(problem) = full.iter().find(|one| one.is_about(&frontend.at)) {
+                    self.unwritten.insert(frontend.at.clone(), problem.reason.clone());
+                }
                 self.services.insert(frontend.at, name.clone());
             }
         }
-        Ok(())
     }
 
     /// Asks the agent which Pods have these addresses, each time `within`.
@@ -83,6 +95,15 @@ impl Names {
     pub fn service(&self, proto: u8, at: SocketAddr) -> Option<&String> {
         let serving = FrontendAddr::serving(at, encode::protocol(proto)?);
         serving.iter().find_map(|at| self.services.get(&served::at(at)))
+    }
+
+    /// What has no room in the tables of who is served there, by the same order.
+    #[must_use]
+    pub fn unwritten(&self, proto: u8, at: SocketAddr) -> Option<&String> {
+        let serving = FrontendAddr::serving(at, encode::protocol(proto)?);
+        let serving = serving.map(|at| served::at(&at));
+        let holder = serving.iter().find(|at| self.services.contains_key(*at))?;
+        self.unwritten.get(holder)
     }
 
     /// Says which of these names nobody has now; they may come.
@@ -134,4 +155,61 @@ fn learn(
         known.extend(said);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use dataplane_common::addr::proto;
+
+    use super::*;
+    use crate::served::{Clients, ServedFrontend, ServedObject};
+
+    #[test]
+    fn what_of_a_service_has_no_room_is_known_by_its_address() {
+        let frontend = |at: &str| ServedFrontend {
+            at: at.to_owned(),
+            clients: Clients::All,
+            endpoints: 0,
+        };
+        let problem = |at: &str, cause| Problem {
+            object: "Service shop/two".to_owned(),
+            field: String::new(),
+            reason: format!("{at}: 1 of 1 endpoints are not written"),
+            cause,
+            file: None,
+        };
+        let mut names = Names::default();
+        names.take_services(Served {
+            objects: vec![ServedObject {
+                object: "Service shop/two".to_owned(),
+                frontends: [
+                    "10.96.0.8:8/UDP",
+                    "10.96.0.8:81/UDP",
+                    "node port 30081/UDP (IPv4)",
+                ]
+                .map(frontend)
+                .into(),
+            }],
+            problems: vec![
+                problem("10.96.0.8:81/UDP", Cause::TableFull),
+                problem("node port 30081/UDP (IPv4)", Cause::TableFull),
+                problem("10.96.0.8:8/UDP", Cause::Conflict),
+            ],
+            conditions: Vec::new(),
+        });
+        let said = |at: &str, proto| {
+            let why = names.unwritten(proto, at.parse().unwrap());
+            why.map(String::as_str)
+        };
+        let text = "10.96.0.8:81/UDP: 1 of 1 endpoints are not written";
+        assert_eq!(said("10.96.0.8:81", proto::UDP), Some(text));
+        assert!(said("192.0.2.1:30081", proto::UDP).is_some());
+        for (at, proto) in [
+            ("10.96.0.8:81", proto::TCP),
+            ("10.96.0.8:8", proto::UDP),
+            ("10.96.0.9:81", proto::UDP),
+        ] {
+            assert_eq!(said(at, proto), None, "{at}");
+        }
+    }
 }

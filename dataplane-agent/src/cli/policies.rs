@@ -106,14 +106,15 @@ fn of_name(pod: &str, socket: &Path, within: Duration) -> anyhow::Result<OfPod> 
         .filter(|name: &Name| !name.namespace().is_empty());
     let name = name.ok_or(NoPod::Misnamed)?;
     let path = format!("/policies?pod={name}");
-    let answer = ask::reach_within(socket, &path, within).map_err(|error| {
+    let unknown = |error| {
         let way_out = "give an address of the Pod; `policies` alone shows all of them";
         alone::only_an_agent(&error, "names", way_out)
-    })?;
+    };
+    let answer = ask::reach_within(socket, &path, within).map_err(unknown)?;
     if answer.status == 404 {
         bail!(NoPod::Name(name));
     }
-    answer.value()
+    answer.value().map_err(unknown)
 }
 
 fn of_addr(addr: IpAddr, places: Places<'_>, within: Duration) -> anyhow::Result<Said<OfPod>> {
@@ -204,6 +205,20 @@ fn rows_of(name: &str, direction: &OfDirection) -> Vec<Vec<String>> {
             rule.dry_run.to_string(),
         ]
     };
+    if direction.closed.is_some() {
+        let texts = [
+            name,
+            "",
+            "closed, see below",
+            "none",
+            "deny",
+            "any",
+            "any",
+            "",
+            "",
+        ];
+        return vec![texts.map(str::to_owned).into()];
+    }
     let (mut rows, mut last) = (Vec::new(), Vec::new());
     for policy in &direction.policies {
         for rule in &policy.rules {
@@ -385,6 +400,16 @@ mod tests {
                     ),
                     policy("b", "NetworkPolicy", vec![rule("ingress", Some(0), "allow")]),
                 ],
+                ..OfDirection::default()
+            },
+            egress: OfDirection {
+                isolated: true,
+                closed: Some("table RULES is full".to_owned()),
+                policies: vec![policy(
+                    "c",
+                    "NetworkPolicy",
+                    vec![rule("egress", Some(0), "allow")],
+                )],
             },
             ..OfPod::default()
         });
@@ -400,7 +425,7 @@ mod tests {
                 "ingress NetworkPolicy a 0 allow",
                 "ingress NetworkPolicy b 0 allow",
                 "ingress NetworkPolicy a none deny",
-                "egress none isolates it none",
+                "egress closed, see below none",
             ],
             "{text}"
         );

@@ -97,8 +97,8 @@ pub fn run(places: Places<'_>, interval: Duration, once: bool) -> anyhow::Result
 /// What an agent has counted, or its tables. `within`: how long the agent may be silent.
 pub fn load(places: Places<'_>, within: Duration) -> anyhow::Result<Said<Load>> {
     let Places { socket, bpffs } = places;
-    match ask::reach_within(socket, "/load", within) {
-        Ok(answer) => Ok(Said::by_agent(of_answer(socket, &answer)?)),
+    match ask::reach_within(socket, "/load", within).and_then(|answer| of_answer(socket, &answer)) {
+        Ok(load) => Ok(Said::by_agent(load)),
         Err(error) => alone::instead(error, || tables::load(bpffs)),
     }
 }

@@ -1,7 +1,7 @@
 //! `verdicts`: what policies have denied lately, what dry runs would have changed, and where the agent was told so, what
 //! was allowed.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, time::Duration};
 
 use anyhow::Context;
 use dataplane_common::{
@@ -31,7 +31,9 @@ const JITTER: Duration = Duration::from_millis(5);
 /// stop.
 pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<()> {
     if !follow {
-        let told = after(0, places, ask::WITHIN)?.noted();
+        let said = after(0, places, ask::WITHIN)?;
+        note_unnamed(&said, places.socket);
+        let told = said.noted();
         if told.is_empty() && output == Output::Table {
             note(
                 "no verdict was told lately: policies have denied nothing since the agent began, or nothing waits for one",
@@ -53,6 +55,16 @@ pub fn run(places: Places<'_>, follow: bool, output: Output) -> anyhow::Result<(
             }
         }
     })
+}
+
+/// An agent that has waited for names long enough tells without: says why.
+fn note_unnamed(said: &Said<Vec<Told>>, socket: &Path) {
+    let names = || ask::value::<BTreeMap<IpAddr, String>>(socket, "/names?of=");
+    if said.alone.is_none()
+        && let Err(error) = names()
+    {
+        alone::unnamed(&error);
+    }
 }
 
 fn show(told: &[Told], output: Output) -> anyhow::Result<()> {
@@ -202,10 +214,11 @@ fn render(told: &[Told]) -> String {
 
 /// What gave the verdict.
 fn by(told: &Told) -> String {
-    let text = match (&told.policy, told.rule) {
-        (Some(policy), Some(rule)) => format!("{policy}, rule {rule}"),
-        (Some(policies), None) => format!("no rule of {policies}"),
-        (None, _) => told.reason.clone(),
+    let text = match (&told.policy, told.rule, &told.closed) {
+        (Some(policy), Some(rule), _) => format!("{policy}, rule {rule}"),
+        (Some(policies), None, Some(closed)) => format!("{policies} cannot be honoured: {closed}"),
+        (Some(policies), None, None) => format!("no rule of {policies}"),
+        (None, ..) => told.reason.clone(),
     };
     match told.untold {
         0 => text,
@@ -263,8 +276,15 @@ mod tests {
             by(&told),
             "NetworkPolicy shop/db, rule 2 (7 more before this were not told)"
         );
-        told.policy = None;
+        told.rule = None;
         told.untold = 0;
+        told.closed =
+            Some("table RULES is full (2 entries, --max-policy-rules): nothing is allowed".to_owned());
+        assert_eq!(
+            by(&told),
+            "NetworkPolicy shop/db cannot be honoured: table RULES is full (2 entries, --max-policy-rules): nothing is allowed"
+        );
+        told.policy = None;
         assert_eq!(by(&told), "policy-denied");
     }
 }

@@ -21,13 +21,10 @@ const GRACE: Duration = Duration::from_secs(1);
 pub fn run(socket: &Path, timeout: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let path = format!("/wait?timeout_ms={}", left.as_millis());
-        match ask(socket, &path, left + GRACE) {
+        match ask_until(socket, deadline) {
             Ok(answer) => return judge(&answer, timeout),
-            // Its socket is there before it has started.
             Err(error) if error.is::<Silent>() => bail!(
-                "not programmed within {} s: the agent is silent",
+                "not programmed within {} s: the agent has not started, or is silent",
                 timeout.as_secs_f32()
             ),
             // Not there yet, or replaced while we asked; who may not ask need not wait.
@@ -46,18 +43,32 @@ fn is_forbidden(error: &anyhow::Error) -> bool {
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
 }
 
+/// The agent's socket is there before it has started, and it tells in time what it waits for only if it hears how much time is left
+/// when it takes questions.
+fn ask_until(socket: &Path, deadline: Instant) -> anyhow::Result<Answer> {
+    let left = || deadline.saturating_duration_since(Instant::now());
+    ask(socket, "/livez", left() + GRACE)?;
+    let path = format!("/wait?timeout_ms={}", left().as_millis());
+    ask(socket, &path, left() + GRACE)
+}
+
 /// How far an agent says that it is.
 #[derive(Deserialize)]
 struct Page {
     revision: u64,
     source_revision: u64,
     failed: Vec<String>,
+    /// Why what the source holds is not known. The first agents did not tell.
+    unfollowed: Option<String>,
 }
 
 fn why(body: &str) -> String {
     let Ok(page) = serde_json::from_str::<Page>(body) else {
         return body.trim().to_owned();
     };
+    if let Some(why) = page.unfollowed {
+        return why;
+    }
     match page.failed.split_first() {
         Some((first, [])) => first.clone(),
         Some((first, others)) => format!("{first}, and {} more: see `status`", others.len()),
@@ -83,7 +94,40 @@ fn judge(answer: &Answer, timeout: Duration) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead as _, BufReader, Write as _},
+        os::unix::net::UnixListener,
+    };
+
+    use serde_json::json;
+
     use super::*;
+
+    /// An agent whose socket is there a second and a half before it takes questions.
+    fn starting(socket: &Path) {
+        let listener = UnixListener::bind(socket).unwrap();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(1500));
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut question = String::new();
+                BufReader::new(&stream).read_line(&mut question).unwrap();
+                let timeout = question.split([' ', '=']).nth(2).and_then(|ms| ms.parse().ok());
+                thread::sleep(Duration::from_millis(timeout.unwrap_or(0)));
+                let page = json!({"revision": 0, "source_revision": 0, "failed": ["a is full"]});
+                write!(stream, "HTTP/1.1 504 Gateway Timeout\r\n\r\n{page}").unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn an_agent_that_is_about_to_start_tells_what_it_waits_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("agent.sock");
+        starting(&socket);
+        let error = run(&socket, Duration::from_secs(3)).unwrap_err().to_string();
+        assert_eq!(error, "not programmed within 3 s: a is full");
+    }
 
     #[test]
     fn who_may_not_ask_does_not_wait() {
@@ -96,7 +140,7 @@ mod tests {
     #[test]
     fn what_is_waited_for_is_told_in_a_line() {
         let page = |revision: u64, failed: &[&str]| {
-            let page = serde_json::json!({
+            let page = json!({
                 "ready": false, "revision": revision, "source_revision": 7, "rejected": [], "failed": failed,
             });
             why(&page.to_string())
@@ -109,5 +153,9 @@ mod tests {
         assert_eq!(page(3, &[]), "the tables are at revision 3 of 7 of the source");
         assert!(page(7, &[]).contains("still reads"));
         assert_eq!(why("{}\n"), "{}");
+        let unread = json!({
+            "revision": 0, "source_revision": 1, "failed": ["a is full"], "unfollowed": "the server is down",
+        });
+        assert_eq!(why(&unread.to_string()), "the server is down");
     }
 }

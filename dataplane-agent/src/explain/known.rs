@@ -17,9 +17,12 @@ use super::{
 use crate::{
     bpf::world::World,
     compile::{Compiler, FrontendAddr, policy::PolicyCompiler},
-    model::{Index, Name, ObjectRef, Protocol, policy::Direction},
+    model::{Cause, Index, Name, ObjectRef, Protocol, policy::Direction},
     served,
-    sync::policy::PolicySyncer,
+    sync::{
+        Failure, Subject,
+        policy::{self, PolicySyncer},
+    },
 };
 
 /// Who knows.
@@ -30,8 +33,11 @@ pub trait Known: fmt::Debug {
     /// Who is served at an address and port of the tables.
     fn holder(&self, at: SocketAddr, proto: Protocol) -> Option<ObjectRef>;
 
-    /// What keeps a Service from being served, wholly or in part.
-    fn problems(&self, service: &Name) -> Vec<String>;
+    /// What keeps a Service from being served, wholly or in part; first what is about an address and port, if that is asked for.
+    fn problems(&self, service: &Name, asked: Option<(SocketAddr, Protocol)>) -> Vec<String>;
+
+    /// What of a frontend of the tables has found no room in them.
+    fn unwritten(&self, at: SocketAddr, proto: Protocol) -> Option<String>;
 
     /// What was decided at the first of these ends, of what goes between them.
     fn decided(
@@ -94,6 +100,12 @@ pub fn unknown() -> String {
     Reason::PolicyUnknownPod.text().trim().to_owned()
 }
 
+/// Whether a problem is about the frontend that serves an address and port.
+fn is_about(problem: &served::Problem, at: SocketAddr, proto: Protocol) -> bool {
+    let serving = FrontendAddr::serving(at, proto);
+    serving.iter().any(|at| problem.is_about(&served::at(at)))
+}
+
 /// What an agent knows.
 #[derive(Debug)]
 pub struct Named<'a> {
@@ -108,6 +120,8 @@ pub struct Named<'a> {
     pub services: &'a Compiler,
     /// Of all objects.
     pub problems: Vec<served::Problem>,
+    /// What is not in the tables.
+    pub failed: &'a BTreeMap<Subject, Failure>,
 }
 
 impl Known for Named<'_> {
@@ -120,8 +134,22 @@ impl Known for Named<'_> {
         serving.find_map(|at| self.services.owner(&at)).cloned()
     }
 
-    fn problems(&self, service: &Name) -> Vec<String> {
-        self.problems_of(&ObjectRef::service(service).to_string(), |_| true)
+    fn problems(&self, service: &Name, asked: Option<(SocketAddr, Protocol)>) -> Vec<String> {
+        let object = ObjectRef::service(service).to_string();
+        let of_service = self.problems.iter().filter(|one| one.object == object);
+        let mut problems: Vec<&served::Problem> = of_service.collect();
+        if let Some((at, proto)) = asked {
+            problems.sort_by_key(|one| !is_about(one, at, proto));
+        }
+        problems.into_iter().map(said).collect()
+    }
+
+    fn unwritten(&self, at: SocketAddr, proto: Protocol) -> Option<String> {
+        let holder = self.holder(at, proto)?.to_string();
+        let is_it = |one: &&served::Problem| {
+            one.object == holder && one.cause == Cause::TableFull && is_about(one, at, proto)
+        };
+        self.problems.iter().find(is_it).map(|one| one.reason.clone())
     }
 
     fn decided(
@@ -159,7 +187,8 @@ impl Known for Named<'_> {
             let policy: &ObjectRef = self.syncer.policy(rule.policy)?;
             Decision::of(self.index, policy, direction, rule.place)
         };
-        let selection = Selection::of(self.index, self.compiler, &pod.name, direction);
+        let closed = policy::closed(self.failed, &pod.name, direction);
+        let selection = Selection::of(self.index, self.compiler, &pod.name, direction).closed(closed);
         Decided::here(match told.verdict(ifindex, direction) {
             Some(event) => {
                 let audit = told.dry_run(ifindex, direction);
@@ -186,11 +215,7 @@ impl Named<'_> {
     fn problems_of(&self, object: &str, counts: impl Fn(&str) -> bool) -> Vec<String> {
         let problems = self.problems.iter();
         let problems = problems.filter(|one| one.object == object && counts(&one.field));
-        let text = |one: &served::Problem| match &*one.field {
-            "" => one.reason.clone(),
-            field => format!("{field}: {}", one.reason),
-        };
-        problems.map(text).collect()
+        problems.map(said).collect()
     }
 
     /// What is not understood of the rule that denies, or where none does, of the policies that isolate the Pod.
@@ -204,6 +229,14 @@ impl Named<'_> {
                 .flat_map(|policy| self.problems_of(&policy.to_string(), |at| concerns(at, &list)))
                 .collect()
         }
+    }
+}
+
+/// What is wrong, and where.
+fn said(problem: &served::Problem) -> String {
+    match &*problem.field {
+        "" => problem.reason.clone(),
+        field => format!("{field}: {}", problem.reason),
     }
 }
 

@@ -86,6 +86,8 @@ pub struct Selection<'a> {
     direction: Direction,
     policies: Vec<Selecting<'a>>,
     problem: Option<&'a Problem>,
+    /// Why nothing is allowed, if something of the policies cannot be written.
+    closed: Option<&'a str>,
 }
 
 /// One of them.
@@ -123,7 +125,13 @@ impl<'a> Selection<'a> {
             direction,
             policies: policies.iter().map(selecting).collect(),
             problem: of_pod.and_then(|of_pod| of_pod.problems.first()),
+            closed: None,
         }
+    }
+
+    /// The same of tables that lack something of these policies.
+    pub fn closed(self, closed: Option<&'a str>) -> Self {
+        Self { closed, ..self }
     }
 
     /// A verdict and the rule that gave it; `dry_run`: what it would be if no policy were one, where that is something else.
@@ -160,14 +168,15 @@ impl<'a> Selection<'a> {
             (Some(rule), _) => rule.reason(),
             (None, true) if in_force().next().is_none() => NOT_SELECTED.to_owned(),
             (None, true) => NO_RULE.to_owned(),
-            (None, false) => match self.problem {
-                Some(problem) => problem.reason.clone(),
-                None if isolated => {
+            (None, false) => match (self.problem, self.closed) {
+                (Some(problem), _) => problem.reason.clone(),
+                (None, Some(closed)) if !all => format!("{CLOSED}: {closed}"),
+                (None, _) if isolated => {
                     let portless = in_force().filter_map(|one| one.portless.as_deref());
                     let parts: Vec<&str> = [ISOLATED].into_iter().chain(portless).collect();
                     parts.join("; ")
                 }
-                None => CLOSED.to_owned(),
+                (None, _) => CLOSED.to_owned(),
             },
         }
     }

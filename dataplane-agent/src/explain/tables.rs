@@ -38,6 +38,9 @@ pub struct Query {
 /// In place of a source port where none is asked for: one that applications get.
 const SOURCE_PORT: u16 = 32768;
 
+/// The direction of a step that no policy decides: there is no target.
+const OF_SERVICE: &str = "service";
+
 /// The index of `lo` (`LOOPBACK_IFINDEX` of the kernel).
 pub const LOOPBACK: u32 = 1;
 
@@ -185,7 +188,7 @@ impl<'a> Here<'a> {
 
     /// An error about a Service, with what is known to be wrong with it.
     fn failed(&self, error: Error, service: &Name) -> Failed {
-        let problems = self.known.problems(service);
+        let problems = self.known.problems(service, None);
         if problems.is_empty() {
             Failed::Ends(error)
         } else {
@@ -236,9 +239,13 @@ impl<'a> Here<'a> {
         if explained.is_empty() {
             explained.push(self.refused(flow)?);
         }
+        let unwritten = self.unwritten(&flow);
         for one in &mut explained {
             one.service = Some(name.clone());
             one.asked = Some(at);
+            // Where nothing is led anywhere, that is said as the reason.
+            let is_refused = one.steps.iter().any(|step| step.direction == OF_SERVICE);
+            one.notes.extend(unwritten.clone().filter(|_| !is_refused));
             one.notes.extend(asked.conflict(holder.as_ref(), flow.port));
             one.notes
                 .extend(asked.kind.iter().map(|kind| format!("asked at {at}, {kind}")));
@@ -272,7 +279,8 @@ impl<'a> Here<'a> {
             explained.notes.push(unserved.reason(flow.port, &[]));
             return Ok(explained);
         };
-        let reason = unserved.reason(flow.port, &self.known.problems(&service.name));
+        let at = flow.port.proto.map(|proto| (asked.at, proto));
+        let reason = unserved.reason(flow.port, &self.known.problems(&service.name, at));
         explained.push(Step::of_service(&flow, reason));
         Ok(explained)
     }
@@ -321,9 +329,20 @@ impl<'a> Here<'a> {
         Ok(explained)
     }
 
+    /// What of the frontend that a flow asks for has found no room in the tables.
+    fn unwritten(&self, flow: &Flow<'_>) -> Option<String> {
+        self.known.unwritten(flow.asked, flow.port.proto?)
+    }
+
     /// A step that ends a flow before policies are asked, and why, as far as the objects tell.
     fn refusal(&self, flow: &Flow<'a>, reason: Reason) -> Step {
         let mut step = refusal(flow, reason);
+        // Who has endpoints and no room for them drops, as who has them elsewhere does.
+        let unwritten = self.unwritten(flow);
+        if let Some(unwritten) = unwritten.filter(|_| reason == Reason::NoLocalEndpoints) {
+            step.reason = format!("{}: {unwritten}", reason.label());
+            return step;
+        }
         let holder = flow
             .port
             .proto
@@ -502,7 +521,7 @@ impl Step {
     /// There is no target.
     fn of_service(flow: &Flow<'_>, reason: String) -> Self {
         Self {
-            direction: "service".into(),
+            direction: OF_SERVICE.into(),
             at: Place {
                 ip: flow.asked.ip(),
                 pod: None,

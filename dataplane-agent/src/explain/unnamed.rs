@@ -33,8 +33,12 @@ impl Known for Unnamed {
         None
     }
 
-    fn problems(&self, _service: &Name) -> Vec<String> {
+    fn problems(&self, _service: &Name, _asked: Option<(SocketAddr, Protocol)>) -> Vec<String> {
         Vec::new()
+    }
+
+    fn unwritten(&self, _at: SocketAddr, _proto: Protocol) -> Option<String> {
+        None
     }
 
     fn decided(

@@ -248,6 +248,8 @@ impl<'a> EnforcedTables<'a> {
         }
         Ok(OfDirection {
             isolated: self.is_isolated(set),
+            // The set says it where all is denied, and not why.
+            closed: None,
             policies,
         })
     }

@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod enforced;
 #[cfg(test)]
 pub mod faulty;
+pub mod flags;
 pub mod flows;
 pub mod left;
 pub mod memory;
@@ -52,7 +53,7 @@ pub struct Limits {
 /// A write or read that the kernel refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("table {table} is full ({limit} entries)")]
+    #[error("table {table} is full ({})", flags::Size { table, limit: *limit })]
     Full { table: &'static str, limit: u32 },
     #[error("failed to open table {table}")]
     Open {

@@ -176,16 +176,29 @@ enum NoRoom {
     Backends { limit: u32 },
     #[error("no service index is free ({limit} services, --max-services)")]
     Services { limit: u32 },
-    #[error("no room for a table of {wanted} elements ({limit} elements in all, --max-maglev)")]
-    Maglev { wanted: u32, limit: u32 },
+    #[error("no room for a table of {wanted} elements ({free} of {limit} are free, --max-maglev)")]
+    Maglev { wanted: u32, free: u32, limit: u32 },
     #[error("{backends} endpoints are more than a table can number")]
     TooMany { backends: usize },
-    #[error("{missing} of {wanted} endpoints are not written")]
-    Inactive { missing: usize, wanted: usize },
+    #[error("{missing} of {wanted} endpoints are not written: {why}")]
+    Inactive {
+        missing: usize,
+        wanted: usize,
+        why: Inactive,
+    },
     #[error("its service entry is not written")]
     NoService,
     #[error("its port is not written")]
     NoPort,
+}
+
+/// Why an endpoint is not in the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Inactive {
+    #[error("no backend id is free ({limit} backends, --max-backends)")]
+    NoId { limit: u32 },
+    #[error("the kernel refused it")]
+    Refused,
 }
 
 /// The desired and the programmed state, and the way from one to the other.

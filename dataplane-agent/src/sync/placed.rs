@@ -46,7 +46,10 @@ impl Syncer {
             frontend: balancer.frontend,
             outside: !balancer.internal,
         };
-        if self.programmed.service_ids.get(&ServiceId::Known(key)).is_none() {
+        let id = ServiceId::Known(key);
+        let index = self.programmed.service_ids.get(&id);
+        // Nothing gets there where the frontend has found no room.
+        if !index.is_some_and(|index| self.programmed.leads_to(store, index, &id)) {
             return 0;
         }
         let owner = encode::owner(owner);

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use dataplane_common::service::{Service, ServiceHead, service_flags, size_class};
 
 use super::{
-    NoRoom, Report, Subject, Syncer,
+    Inactive, NoRoom, Report, Subject, Syncer,
     arena::Slice,
     backends,
     desired::Desired,
@@ -107,11 +107,8 @@ impl Syncer {
         let missing = backends.len() - ids.len();
         let mut listed = ids.clone();
         listed.sort_unstable();
-        let incomplete = NoRoom::Inactive {
-            missing,
-            wanted: backends.len(),
-        };
-        if missing > 0 && !self.serves_in_part(store, report, key, backends, &ids) {
+        let incomplete = self.incomplete(report, backends, missing);
+        if missing > 0 && !self.serves_in_part(store, &incomplete, key, &ids) {
             return Err(incomplete.into());
         }
         let backends = if missing > 0 { &active.into() } else { backends };
@@ -137,8 +134,7 @@ impl Syncer {
             let len = encode::slice_len(ids.len(), class);
             let Some(slice) = self.programmed.arena.allocate(len) else {
                 undo(self, None);
-                let limit = self.limits.maglev;
-                return Err(NoRoom::Maglev { wanted: len, limit }.into());
+                return Err(self.no_slice(len).into());
             };
             let words = last.words(backends, class, &ids);
             if let Err(error) = store.write_maglev(slice.start, words) {
@@ -188,6 +184,29 @@ impl Syncer {
         Ok(())
     }
 
+    /// That so many endpoints are missing, and why.
+    fn incomplete(&self, report: &Report, backends: &[BackendKey], missing: usize) -> NoRoom {
+        let limit = self.limits.backends;
+        NoRoom::Inactive {
+            missing,
+            wanted: backends.len(),
+            why: if missing > 0 && is_refused(report, backends) {
+                Inactive::Refused
+            } else {
+                Inactive::NoId { limit }
+            },
+        }
+    }
+
+    fn no_slice(&self, wanted: u32) -> NoRoom {
+        let limit = self.limits.maglev;
+        NoRoom::Maglev {
+            wanted,
+            free: limit - self.programmed.arena.used(),
+            limit,
+        }
+    }
+
     /// How a service's clients are to be remembered; `None` too where that needs an entry which is not written.
     fn affinity(&self, store: &dyn Store, key: &BalancerKey, wanted: &Balancer) -> Option<Affinity> {
         let seconds = wanted.affinity_s?;
@@ -210,15 +229,17 @@ impl Syncer {
     fn serves_in_part(
         &mut self,
         store: &dyn Store,
-        report: &Report,
+        incomplete: &NoRoom,
         key: &BalancerKey,
-        backends: &[BackendKey],
         ids: &[u32],
     ) -> bool {
-        if backends
-            .iter()
-            .any(|backend| report.is_refused(backends::describe(backend)))
-        {
+        if matches!(
+            incomplete,
+            NoRoom::Inactive {
+                why: Inactive::Refused,
+                ..
+            }
+        ) {
             return false;
         }
         self.programmed.adopt(key, &self.desired);
@@ -370,6 +391,12 @@ impl Syncer {
         self.programmed.discard(id.clone());
         true
     }
+}
+
+/// Whether the kernel refused to write one of these.
+fn is_refused(report: &Report, backends: &[BackendKey]) -> bool {
+    let mut described = backends.iter().map(backends::describe);
+    described.any(|backend| report.is_refused(backend))
 }
 
 /// Whether a slice has this content.

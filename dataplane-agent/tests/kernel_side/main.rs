@@ -339,7 +339,10 @@ fn tables_hold_what_is_written() -> Result<()> {
         store.put_frontend(key(port), value(port))?;
     }
     let full = store.put_frontend(key(2000), value(1)).unwrap_err();
-    assert_eq!(full.to_string(), "table FRONTENDS_V4 is full (1024 entries)");
+    assert_eq!(
+        full.to_string(),
+        "table FRONTENDS_V4 is full (1024 entries, --max-frontends)"
+    );
     let all = store.frontends()?;
     assert_eq!(all.len(), 1024);
     assert!((0..1024).all(|port| all.contains(&(key(port), value(port)))));
@@ -367,7 +370,10 @@ fn tables_hold_what_is_written() -> Result<()> {
         store.put_range(100 + service, "10.0.0.0/8".parse()?)?;
     }
     let full = store.put_range(5000, "10.0.0.0/8".parse()?).unwrap_err();
-    assert_eq!(full.to_string(), "table RANGES_V4 is full (1024 entries)");
+    assert_eq!(
+        full.to_string(),
+        "table RANGES_V4 is full (1024 entries, --max-source-ranges)"
+    );
 
     let service = Service {
         head: ServiceHead {

@@ -173,6 +173,7 @@ fn of_db() -> OfPod {
                     ],
                 ),
             ],
+            ..OfDirection::default()
         },
         ..OfPod::default()
     }

@@ -1,6 +1,7 @@
 //! Without an agent: after `kill -9` every command that reads answers from the pinned tables, and says of a flow what it said before;
-//! what was not told yet waits for the next agent.
+//! what was not told yet waits for the next agent. An agent whose API server is gone when it starts is none yet.
 
+use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,15 @@ use crate::policies;
 use crate::stage::{PORT, SERVICE, Stage, address};
 
 const NODE: &str = "node1";
+/// At an address where nobody listens.
+const NO_SERVER: &str = "apiVersion: v1
+kind: Config
+clusters: [{name: test, cluster: {server: \"http://127.0.0.1:9\"}}]
+users: [{name: agent, user: {token: none}}]
+contexts: [{name: test, context: {cluster: test, user: agent}}]
+current-context: test
+";
+const SERVER_GONE: &str = "failed to reach the API server at http://127.0.0.1:9: ";
 /// How long an agent that has started may take to tell what waited.
 const TELLS: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(100);
@@ -58,6 +68,41 @@ fn after_a_kill_every_command_that_reads_answers_from_the_tables() -> Result<()>
     pods(&stage)?;
     names(&stage)?;
     verdicts(&mut stage)
+}
+
+#[test]
+fn an_agent_whose_server_is_gone_takes_nothing_unread_for_nothing() -> Result<()> {
+    let Some(agent) = built() else {
+        return Ok(());
+    };
+    let mut stage = Stage::set("unread", &agent, &[], &policies())?;
+    ensure!(stage.open("front", SERVICE.parse()?, 4)? == 4, "no connections");
+    let before = verdicts_of_flows(&stage, true)?;
+    stage.agents.kill_all();
+    let kubeconfig = stage.cluster.places().work.join("kubeconfig");
+    fs::write(&kubeconfig, NO_SERVER)?;
+    let kubeconfig = kubeconfig.to_str().context("no path")?;
+    let source = ["--source", "kube", "--kubeconfig", kubeconfig];
+    stage.agents.set_source(NODE, &source)?;
+    stage.agents.start_all()?;
+
+    let after = verdicts_of_flows(&stage, false)?;
+    ensure!(before == after, "{before:#?}\nunread: {after:#?}");
+    for command in ["services", "endpoints", "flows", "policies"] {
+        let said = stage.agents.asking(NODE, &with_tables(&stage, &[command])?)?;
+        let why = String::from_utf8_lossy(&said.stderr);
+        let unread = format!("the agent has not read all Services, Pods and policies yet: {SERVER_GONE}");
+        ensure!(said.status.success() && why.contains(&unread), "{command}: {why}");
+        let lines = String::from_utf8_lossy(&said.stdout).lines().count();
+        ensure!(lines > 1, "{command}: nothing");
+    }
+    pods(&stage)?;
+    names(&stage)?;
+    refused(&stage, &["wait", "--timeout", "3"], SERVER_GONE)?;
+    let (_, log) = stage.agents.logs().next().context("no log")?;
+    let log = fs::read_to_string(log)?;
+    ensure!(!log.contains("ERROR") && log.contains(SERVER_GONE), "{log}");
+    Ok(())
 }
 
 /// Of each flow what does not depend on names.
@@ -218,7 +263,10 @@ fn with_tables<'a>(stage: &'a Stage, arguments: &[&'a str]) -> Result<Vec<&'a st
 }
 
 fn refused(stage: &Stage, arguments: &[&str], because: &str) -> Result<()> {
-    let output = stage.agents.asking(NODE, &with_tables(stage, arguments)?)?;
+    let output = match arguments {
+        ["wait", ..] => stage.agents.asking(NODE, arguments)?,
+        _ => stage.agents.asking(NODE, &with_tables(stage, arguments)?)?,
+    };
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(
         !output.status.success() && text.contains(because),

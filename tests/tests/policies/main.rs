@@ -3,6 +3,7 @@
 mod alone;
 mod explained;
 mod followed;
+mod full;
 mod incomplete;
 mod sources;
 mod stage;

@@ -47,6 +47,13 @@ pub fn address(name: &str, port: u16) -> Result<SocketAddr> {
 
 impl Stage {
     pub fn set(name: &str, agent: &Path, flags: &[&str], policies: &[Value]) -> Result<Self> {
+        let mut stage = Self::set_unsettled(name, agent, flags, policies)?;
+        stage.settle()?;
+        Ok(stage)
+    }
+
+    /// The same, and the agents may not be done yet.
+    pub fn set_unsettled(name: &str, agent: &Path, flags: &[&str], policies: &[Value]) -> Result<Self> {
         let addresses = |text: String| -> Result<Vec<IpAddr>> { Ok(vec![text.parse()?]) };
         let node = |number: u8| -> Result<NodeShape> {
             Ok(NodeShape {
@@ -122,13 +129,11 @@ impl Stage {
                 .collect(),
         };
         let agents = Agents::start(&cluster, folder.dir(), options)?;
-        let mut stage = Self {
+        Ok(Self {
             agents,
             cluster,
             folder,
-        };
-        stage.settle()?;
-        Ok(stage)
+        })
     }
 
     /// Waits until the agents have programmed what the folder says.

@@ -63,6 +63,9 @@ pub struct By {
     pub policies: Vec<String>,
     pub rule: Option<u32>,
     pub action: Option<String>,
+    /// Why nothing is allowed there, if something of the policies cannot be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
 }
 
 /// What is shown of an event.
@@ -99,6 +102,9 @@ pub struct Seen {
     pub length: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub by: Option<By>,
+    /// What has no room in the tables, where that is why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unwritten: Option<String>,
     /// The words of a verdict that the agent told.
     #[serde(skip)]
     told: Option<String>,
@@ -250,6 +256,10 @@ impl Seen {
             Some(EventKind::Begun) => Word::Translate,
             Some(EventKind::Dropped) | None => Word::Drop,
         };
+        // Also counted where traffic policies are the reason.
+        let may_lack_room = event.reason == Reason::NoLocalEndpoints as u32;
+        let asked = ends.asked();
+        let unwritten = asked.filter(|_| may_lack_room);
         Self {
             time: wall_clock(event.at_ns),
             verdict,
@@ -266,10 +276,7 @@ impl Seen {
             to,
             to_port: ports.map(|(_, to)| to),
             to_pod: pod(to),
-            service: ends
-                .asked()
-                .and_then(|asked| names.service(proto, asked))
-                .cloned(),
+            service: asked.and_then(|asked| names.service(proto, asked)).cloned(),
             endpoint: behind.map(|(_, to)| to),
             endpoint_pod: pod(behind.map(|(_, to)| to.ip())),
             client_as: behind
@@ -278,6 +285,7 @@ impl Seen {
             mtu: (verdict == Word::TooBig).then_some(event.mtu),
             length: event.length,
             by: None,
+            unwritten: unwritten.and_then(|asked| names.unwritten(proto, asked)).cloned(),
             told: None,
         }
     }
@@ -339,7 +347,9 @@ impl Seen {
                 policies: told.policy.into_iter().collect(),
                 rule: told.rule,
                 action: told.action,
+                closed: told.closed,
             }),
+            unwritten: None,
             told: None,
         }
     }
@@ -358,6 +368,9 @@ impl Seen {
         if let (Word::Refuse, Some(endpoint)) = (self.verdict, self.endpoint) {
             let _infallible = write!(text, ": nothing listens at port {}", endpoint.port());
         }
+        if let Some(unwritten) = &self.unwritten {
+            let _infallible = write!(text, ": {unwritten}");
+        }
         match &self.by {
             Some(By {
                 policies,
@@ -372,6 +385,15 @@ impl Seen {
                 ..
             }) => {
                 let _infallible = write!(text, ": {}, rule {rule}", policies.join(", "));
+            }
+            Some(By {
+                policies,
+                rule: None,
+                closed: Some(closed),
+                ..
+            }) => {
+                let policies = policies.join(", ");
+                let _infallible = write!(text, ": {policies} cannot be honoured: {closed}");
             }
             Some(By {
                 policies, rule: None, ..

@@ -55,6 +55,27 @@ pub struct BoundPod {
 /// By ifindex, the sets that a pod is to have, in the order of [`sets_of`], as the compiler numbers them.
 type Wanted = BTreeMap<u32, [SetId; 4]>;
 
+/// What a pod's policies of a direction are called in [`Report::failed`], where they close it.
+fn closed_entry(direction: Direction) -> String {
+    format!("{} policies", direction.as_str())
+}
+
+/// Why a pod is closed in a direction, if something of its policies cannot be written.
+pub fn closed<'a>(
+    failed: &'a BTreeMap<Subject, Failure>,
+    pod: &Name,
+    direction: Direction,
+) -> Option<&'a str> {
+    let subject = Subject {
+        object: Some(ObjectRef {
+            kind: Kind::Pod,
+            name: pod.clone(),
+        }),
+        entry: closed_entry(direction),
+    };
+    Some(&failed.get(&subject)?.reason)
+}
+
 /// The programmed state, and what is known of the desired one.
 #[derive(Debug)]
 pub struct PolicySyncer {
@@ -293,15 +314,16 @@ impl PolicySyncer {
             });
             for (at, set) in sets.iter().enumerate() {
                 if let Some(failure) = broken.get(set) {
-                    let direction = Direction::ALL[at % 2].as_str();
-                    let (what, means) = if at < 2 {
-                        ("policies", "nothing is allowed")
+                    let direction = Direction::ALL[at % 2];
+                    let (entry, means) = if at < 2 {
+                        (closed_entry(direction), "nothing is allowed")
                     } else {
-                        ("policies of the dry run", "not reported")
+                        let entry = format!("{} policies of the dry run", direction.as_str());
+                        (entry, "not reported")
                     };
                     let subject = Subject {
                         object: object.clone(),
-                        entry: format!("{direction} {what}"),
+                        entry,
                     };
                     let reason = format!("{}: {means}", failure.reason);
                     report.failed.insert(subject, Failure { reason, ..*failure });

@@ -135,7 +135,7 @@ fn a_full_table_is_reported_and_made_good() {
     assert!(!reason.refused);
     assert_eq!(
         reason.reason,
-        "no room for a table of 28 elements (40 elements in all, --max-maglev)"
+        "no room for a table of 28 elements (12 of 40 are free, --max-maglev)"
     );
     assert!(memory.dump().contains("frontend 10.96.0.1 80/TCP"));
     assert!(!memory.dump().contains("frontend 10.96.0.2 80/TCP"));
@@ -149,6 +149,44 @@ fn a_full_table_is_reported_and_made_good() {
     let report = agent.syncer.run(&mut memory);
     assert!(report.failed.is_empty(), "{:?}", report.failed);
     assert!(memory.dump().contains("frontend 10.96.0.2 80/TCP"));
+}
+
+/// Services that wait for room for their frontends have theirs of `MAGLEV` already, so it may be full where few are served.
+#[test]
+fn who_waits_for_a_frontend_keeps_its_table() {
+    let limits = Limits {
+        // One address, of clients inside and outside.
+        frontends: 2,
+        maglev: 60,
+        ..LIMITS
+    };
+    let mut memory = Memory::new(limits);
+    let mut agent = Agent::new(&memory);
+    for number in 1..4 {
+        agent.take(object(number, number));
+    }
+    let report = agent.syncer.run(&mut memory);
+    let texts: Vec<String> = report
+        .failed
+        .iter()
+        .map(|(what, failure)| format!("{what}: {}", failure.reason))
+        .collect();
+    let expected = [
+        "Service ns/s2: 10.96.0.2:80/TCP: table FRONTENDS_V4 is full (2 entries, --max-frontends)",
+        "Service ns/s3: 10.96.0.3:80/TCP: no room for a table of 28 elements (4 of 60 are free, --max-maglev)",
+    ];
+    assert_eq!(texts, expected);
+    assert_eq!(agent.syncer.usage().2, 56, "also of the one without a frontend");
+    let mut endpoints: Vec<(String, usize)> = Vec::new();
+    for (owner, compiled) in agent.syncer.wanted() {
+        let written = agent
+            .syncer
+            .written_endpoints(&memory, &owner, &compiled.balancers[0]);
+        endpoints.push((owner.to_string(), written));
+    }
+    endpoints.sort_unstable();
+    let expected = [("Service ns/s1", 1), ("Service ns/s2", 0), ("Service ns/s3", 0)];
+    assert_eq!(endpoints, expected.map(|(name, count)| (name.to_owned(), count)));
 }
 
 /// A Service's only slice, with these endpoints.
@@ -200,7 +238,7 @@ fn a_service_goes_on_with_the_endpoints_that_fit() {
         .collect();
     let expected = [
         "backend 10.244.0.3:80/TCP: no backend id is free (3 backends, --max-backends)",
-        "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written",
+        "Service ns/s1: 10.96.0.1:80/TCP: 1 of 3 endpoints are not written: no backend id is free (3 backends, --max-backends)",
     ];
     assert_eq!(texts, expected);
     let dump = memory.dump();
@@ -250,7 +288,7 @@ fn ranges_that_do_not_fit_let_nobody_in() {
         .collect();
     assert_eq!(
         texts,
-        ["Service ns/s2: 198.18.0.2:80/TCP: table RANGES_V4 is full (3 entries)"]
+        ["Service ns/s2: 198.18.0.2:80/TCP: table RANGES_V4 is full (3 entries, --max-source-ranges)"]
     );
     assert!(!agent.syncer.is_settled());
     shows(&memory, 1, "from 203.0.113.0/24 203.0.113.0/25: ");

@@ -3,6 +3,7 @@
 use std::{
     error::Error,
     fs,
+    net::SocketAddr,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -191,6 +192,11 @@ impl Api {
 
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// The servers' addresses, of those that are told by their addresses.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.servers.iter().filter_map(address).collect()
     }
 
     /// Reads a path to the end.
@@ -487,6 +493,18 @@ fn parse_server(text: &str, of: &str) -> anyhow::Result<Uri> {
     Ok(uri)
 }
 
+/// A server's address and port, if it is told by its address.
+fn address(server: &Uri) -> Option<SocketAddr> {
+    let host = server.host()?;
+    let ip = host.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
+    let port = if server.scheme_str() == Some("http") {
+        80
+    } else {
+        443
+    };
+    Some(SocketAddr::new(ip, server.port_u16().unwrap_or(port)))
+}
+
 /// What every pod is given, but for the address: it leads to the API server through a Service, which we may have to
 /// serve first.
 fn of_service_account(server: Uri) -> Config {
@@ -563,6 +581,19 @@ mod tests {
         for wrong in wrongs {
             let error = parse_server(wrong, "--apiserver").unwrap_err().to_string();
             assert!(error.contains("--apiserver"), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn servers_have_addresses_and_ports() {
+        for (server, expected) in [
+            ("https://192.0.2.1:6443", Some("192.0.2.1:6443")),
+            ("https://192.0.2.1", Some("192.0.2.1:443")),
+            ("http://[2001:db8::1]", Some("[2001:db8::1]:80")),
+            ("https://api.example.org:6443", None),
+        ] {
+            let found = address(&server.parse().unwrap());
+            assert_eq!(found, expected.map(|addr| addr.parse().unwrap()), "{server}");
         }
     }
 

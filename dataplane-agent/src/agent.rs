@@ -17,6 +17,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt, io,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,7 +26,7 @@ use anyhow::Context;
 use dataplane_common::device::own_flags;
 use jiff::Timestamp;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     task::{self, JoinHandle},
 };
 
@@ -38,7 +39,7 @@ use crate::{
         policy::{PolicyCompiler, Subjects},
     },
     config::{Config, NodePortAddresses, PolicyMode},
-    events::Recorder,
+    events::{Event, Recorder},
     explain::why_unserved,
     health::{Ask, Progress, node_ports},
     host::{HostState, WantedPods},
@@ -126,6 +127,14 @@ impl fmt::Debug for Agent {
 }
 
 impl Agent {
+    /// Tells it what it follows: the servers, and who takes Kubernetes Events, if anybody does.
+    fn follows(&mut self, servers: &[SocketAddr], events: Option<mpsc::Sender<Event>>) {
+        self.compiler.reserve(servers);
+        if let Some(events) = events {
+            self.events.send_to(events);
+        }
+    }
+
     pub fn new(
         config: &Config,
         store: Box<dyn Store + Send>,

@@ -91,9 +91,7 @@ async fn start(config: Config) -> anyhow::Result<()> {
         metrics,
     };
     let mut agent = Agent::new(&config, store, syncer, policy_syncer, bound_syncer, outward);
-    if let Some(events) = source.events {
-        agent.events.send_to(events);
-    }
+    agent.follows(&source.servers, source.events);
     agent.claims = claims;
     agent.sockets = given_sockets.and_then(sockets::open);
     agent.takeover = Some(Takeover::new(left_flows).context("failed to read the tables of flows")?);

@@ -64,6 +64,8 @@ pub struct Claims {
     by_frontend: BTreeSet<(FrontendAddr, Rank, ObjectRef)>,
     /// Comes before every object.
     nobody: ObjectRef,
+    /// No Service may claim them for clients outside.
+    pub reserved: Vec<FrontendAddr>,
 }
 
 impl Default for Claims {
@@ -74,6 +76,7 @@ impl Default for Claims {
                 kind: Kind::ALL[0],
                 name: Name::FIRST,
             },
+            reserved: Vec::new(),
         }
     }
 }

@@ -264,6 +264,17 @@ impl Compiler {
         }
     }
 
+    /// Keeps `externalIPs` from addresses by which the agent reaches the API server: whoever took them would end what it hears, also of
+    /// the end of that Service.
+    pub fn reserve(&mut self, servers: &[SocketAddr]) {
+        let frontends = servers.iter().map(|server| FrontendAddr {
+            addr: server.ip(),
+            port: server.port(),
+            proto: Protocol::Tcp,
+        });
+        self.claims.reserved = frontends.collect();
+    }
+
     /// Compiles what has changed. A Service that gives up or gains an address because of another's change is among
     /// the updates too.
     pub fn update(&mut self, index: &Index, dirty: &Dirty) -> Vec<Update> {

@@ -132,6 +132,14 @@ pub fn compile(
             problems.push(Problem::new(field.to_string(), reason).because(Cause::Conflict));
             continue;
         }
+        if field == Field::ExternalIp && claims.reserved.contains(&frontend) {
+            let reason = format!(
+                "{} is where the agent reaches the API server",
+                describe(&frontend)
+            );
+            problems.push(Problem::new(field.to_string(), reason).because(Cause::Conflict));
+            continue;
+        }
         let ipv4 = frontend.addr.is_ipv4();
         let chosen = chosen
             .entry((port.place, ipv4))
@@ -293,6 +301,43 @@ mod tests {
         assert_eq!(
             compiled(false),
             (both[..1].to_vec(), vec!["spec.externalIPs".to_owned()])
+        );
+    }
+
+    #[test]
+    fn no_external_ip_takes_the_way_to_the_api_server() {
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "ns", "name": "s"},
+            "spec": {"clusterIP": "10.96.0.1", "externalIPs": ["192.0.2.1"], "ports": [
+                {"name": "a", "port": 6443}, {"name": "b", "port": 80},
+            ]},
+        });
+        let Decoded::Object { key, object, .. } = decode(&service) else {
+            panic!("refused");
+        };
+        let mut index = Index::new("n1");
+        let dirty = index.apply(object);
+        let mut compiler = crate::compile::Compiler::default();
+        compiler.reserve(&["192.0.2.1:6443".parse().unwrap()]);
+        let updates = compiler.update(&index, &dirty);
+        let of_service = updates.into_iter().find(|(owner, _)| *owner == key);
+        let update = of_service.unwrap().1.unwrap();
+        let mut served: Vec<String> = update
+            .balancers
+            .iter()
+            .map(|one| describe(&one.frontend))
+            .collect();
+        served.sort_unstable();
+        assert_eq!(
+            served,
+            ["10.96.0.1:6443/TCP", "10.96.0.1:80/TCP", "192.0.2.1:80/TCP"]
+        );
+        let service = index.service(&key.name).unwrap();
+        let (_, problems) = compile(&index, &service, Options::default(), &compiler.claims);
+        let reasons: Vec<&str> = problems.iter().map(|problem| &*problem.reason).collect();
+        assert_eq!(
+            reasons,
+            ["192.0.2.1:6443/TCP is where the agent reaches the API server"]
         );
     }
 

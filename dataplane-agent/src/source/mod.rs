@@ -5,6 +5,7 @@ pub mod manifests;
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -49,6 +50,8 @@ pub struct Source {
     pub rescan: Rescan,
     /// What it has read and when.
     pub state: State,
+    /// Where it reads from, by TCP.
+    pub servers: Vec<SocketAddr>,
     /// Takes Kubernetes Events; `None` where there is nobody to send them to.
     pub events: Option<mpsc::Sender<Event>>,
     /// Takes what this node's Node object should say; `None` where there is nobody to say it to.

@@ -2,6 +2,8 @@
 
 use std::{
     error::Error,
+    fs,
+    net::SocketAddr,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -14,7 +16,11 @@ use ::kube::{
 };
 use anyhow::Context;
 use http_body_util::BodyExt;
-use hyper::{Method, Request, Uri, body::Bytes, header};
+use hyper::{
+    Method, Request, Uri,
+    body::Bytes,
+    header::{self, HeaderValue},
+};
 use serde::Deserialize;
 use tokio::time;
 
@@ -104,6 +110,8 @@ impl ApiError {
 #[derive(Debug)]
 pub struct Api {
     config: Config,
+    /// Holds a token that others may replace.
+    token_file: Option<PathBuf>,
     servers: Vec<Uri>,
     current: Mutex<Current>,
     state: State,
@@ -127,7 +135,10 @@ impl std::fmt::Debug for Current {
 impl Api {
     /// Reads what says where the server is. It may be down.
     pub async fn new(address: &Address, state: State) -> anyhow::Result<Self> {
-        let servers = address.servers.iter().map(|server| parse_server(server));
+        let servers = address
+            .servers
+            .iter()
+            .map(|server| parse_server(server, "--apiserver"));
         let mut servers = servers.collect::<anyhow::Result<Vec<Uri>>>()?;
         let mut config = match &address.kubeconfig {
             Some(path) => {
@@ -144,7 +155,20 @@ impl Api {
             None => of_service_account(servers.first().cloned().unwrap_or_default()),
         };
         if servers.is_empty() {
-            servers.push(config.cluster_url.clone());
+            let of = address.kubeconfig.as_ref();
+            let of = of.map_or_else(
+                || "KUBERNETES_SERVICE_HOST".to_owned(),
+                |path| path.display().to_string(),
+            );
+            servers.push(parse_server(
+                config.cluster_url.to_string().trim_end_matches('/'),
+                &of,
+            )?);
+        }
+        // It is read for each request, and goes before a token beside it, as with kubectl.
+        let token_file = config.auth_info.token_file.take().map(PathBuf::from);
+        if token_file.is_some() {
+            config.auth_info.token = None;
         }
         if config.accept_invalid_certs {
             // Nobody is asked, so the system's store need not be there.
@@ -155,6 +179,7 @@ impl Api {
         config.default_retry = false;
         Ok(Self {
             config,
+            token_file,
             servers,
             current: Mutex::new(Current {
                 place: 0,
@@ -167,6 +192,11 @@ impl Api {
 
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// The servers' addresses, of those that are told by their addresses.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.servers.iter().filter_map(address).collect()
     }
 
     /// Reads a path to the end.
@@ -209,6 +239,9 @@ impl Api {
             .uri(path)
             .header(header::ACCEPT, accept)
             .header(header::USER_AGENT, USER_AGENT);
+        if let Some(token) = self.token()? {
+            request = request.header(header::AUTHORIZATION, token);
+        }
         let mut content = Body::empty();
         if let Some((content_type, document)) = body {
             request = request.header(header::CONTENT_TYPE, content_type);
@@ -272,6 +305,25 @@ impl Api {
         })?;
         current.client = Some(client.clone());
         Ok((client, current.generation, shown))
+    }
+
+    /// What the token's file says now.
+    fn token(&self) -> Result<Option<HeaderValue>, ApiError> {
+        let Some(path) = &self.token_file else {
+            return Ok(None);
+        };
+        let refused = |reason: &str| ApiError::Credentials {
+            reason: format!("the token's file {}: {reason}", path.display()),
+        };
+        let text = fs::read_to_string(path).map_err(|error| refused(&error.to_string()))?;
+        let token = text.trim();
+        if token.is_empty() {
+            return Err(refused("it is empty"));
+        }
+        let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+            .map_err(|_| refused("it holds more than a token"))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
     }
 
     /// Makes the next request use a new connection, of the next server when this one is to blame.
@@ -423,15 +475,34 @@ fn refusal(code: u16, text: &[u8], retry_after: Option<Duration>) -> ApiError {
     refusal.error(retry_after)
 }
 
-fn parse_server(text: &str) -> anyhow::Result<Uri> {
-    let uri: Uri = text
-        .parse()
-        .with_context(|| format!("--apiserver: `{text}` is no address such as https://192.0.2.1:6443"))?;
+/// `of`: what says so.
+fn parse_server(text: &str, of: &str) -> anyhow::Result<Uri> {
+    let no_address = || format!("{of}: `{text}` is no address such as https://192.0.2.1:6443");
+    let uri: Uri = text.parse().with_context(no_address)?;
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    let ends_with_host = uri
+        .authority()
+        .zip(uri.host())
+        .is_some_and(|(authority, host)| authority.as_str().ends_with(host));
     anyhow::ensure!(
-        matches!(uri.scheme_str(), Some("https" | "http")) && uri.host().is_some(),
-        "--apiserver: `{text}` is no address such as https://192.0.2.1:6443"
+        matches!(uri.scheme_str(), Some("https" | "http"))
+            && has_host
+            && (ends_with_host || uri.port_u16().is_some()),
+        no_address()
     );
     Ok(uri)
+}
+
+/// A server's address and port, if it is told by its address.
+fn address(server: &Uri) -> Option<SocketAddr> {
+    let host = server.host()?;
+    let ip = host.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
+    let port = if server.scheme_str() == Some("http") {
+        80
+    } else {
+        443
+    };
+    Some(SocketAddr::new(ip, server.port_u16().unwrap_or(port)))
 }
 
 /// What every pod is given, but for the address: it leads to the API server through a Service, which we may have to
@@ -456,7 +527,14 @@ fn deepest(error: &(dyn Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use prometheus::Registry;
+
     use super::*;
+    use crate::metrics::source::SourceMetrics;
+
+    fn state() -> State {
+        State::new(SourceMetrics::new(&Registry::new()).unwrap())
+    }
 
     #[test]
     fn refusals_are_told_apart() {
@@ -483,10 +561,95 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_refused() {
-        assert!(parse_server("https://[2001:db8::1]:6443").is_ok());
-        for wrong in ["192.0.2.1:6443", "ftp://a", "https://", "a b"] {
-            let error = parse_server(wrong).unwrap_err().to_string();
+        for right in [
+            "https://[2001:db8::1]:6443",
+            "https://[2001:db8::1]",
+            "http://a",
+            "https://a:1/path",
+        ] {
+            assert!(parse_server(right, "--apiserver").is_ok(), "{right}");
+        }
+        let wrongs = [
+            "192.0.2.1:6443",
+            "192.0.2.1",
+            "ftp://a",
+            "https://",
+            "a b",
+            "https://a:99999",
+            "https://a:",
+        ];
+        for wrong in wrongs {
+            let error = parse_server(wrong, "--apiserver").unwrap_err().to_string();
             assert!(error.contains("--apiserver"), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn servers_have_addresses_and_ports() {
+        for (server, expected) in [
+            ("https://192.0.2.1:6443", Some("192.0.2.1:6443")),
+            ("https://192.0.2.1", Some("192.0.2.1:443")),
+            ("http://[2001:db8::1]", Some("[2001:db8::1]:80")),
+            ("https://api.example.org:6443", None),
+        ] {
+            let found = address(&server.parse().unwrap());
+            assert_eq!(found, expected.map(|addr| addr.parse().unwrap()), "{server}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_kubeconfigs_server_without_a_scheme_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config");
+        let config = "{clusters: [{name: c, cluster: {server: '192.0.2.1:6443'}}], \
+            users: [{name: u, user: {}}], \
+            contexts: [{name: x, context: {cluster: c, user: u}}], current-context: x}";
+        fs::write(&path, config).unwrap();
+        let address = Address {
+            kubeconfig: Some(path.clone()),
+            servers: Vec::new(),
+        };
+        let error = Api::new(&address, state()).await.unwrap_err().to_string();
+        assert!(
+            error.contains("192.0.2.1:6443") && error.contains(&*path.to_string_lossy()),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_token_may_end_its_line_and_must_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let mut config = Config::new("https://192.0.2.1".parse().unwrap());
+        config.auth_info.token_file = None;
+        let api = Api {
+            config,
+            token_file: Some(path.clone()),
+            servers: Vec::new(),
+            current: Mutex::new(Current {
+                place: 0,
+                generation: 0,
+                client: None,
+            }),
+            state: state(),
+        };
+        for (text, expected) in [
+            (None, Err("No such file")),
+            (Some("abc.def\n"), Ok("Bearer abc.def")),
+            (Some(" \n"), Err("empty")),
+            (Some("two\nlines"), Err("more than a token")),
+        ] {
+            if let Some(text) = text {
+                fs::write(&path, text).unwrap();
+            }
+            match (api.token(), expected) {
+                (Ok(token), Ok(expected)) => assert_eq!(token.unwrap(), expected),
+                (Err(error), Err(expected)) => {
+                    let error = error.to_string();
+                    assert!(error.contains(expected) && error.contains("token"), "{error}");
+                }
+                (token, _) => panic!("{text:?}: {token:?}"),
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ mod resources;
 pub mod state;
 mod tell;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use tokio::{
@@ -90,11 +90,12 @@ pub async fn start(settings: Settings, state: State) -> anyhow::Result<Source> {
             runtime.block_on(run(settings, of_thread, outside));
         })
         .context("failed to start a thread")?;
-    outcome.await.context("the source has ended")??;
+    let servers = outcome.await.context("the source has ended")??;
     Ok(Source {
         batches: outbox,
         rescan: Rescan::Api(asks),
         state: super::State::Api(state),
+        servers,
         events: Some(events),
         node_status: Some(status),
     })
@@ -106,7 +107,7 @@ struct Outside {
     asked: mpsc::UnboundedReceiver<oneshot::Sender<u64>>,
     to_tell: mpsc::Receiver<Event>,
     status: watch::Receiver<Option<String>>,
-    started: oneshot::Sender<anyhow::Result<()>>,
+    started: oneshot::Sender<anyhow::Result<Vec<SocketAddr>>>,
 }
 
 /// Runs until batches are not received any more.
@@ -126,7 +127,7 @@ async fn run(settings: Settings, state: State, outside: Outside) {
             return;
         }
     };
-    let _gone = started.send(Ok(()));
+    let _gone = started.send(Ok(api.addresses()));
     let node: Arc<str> = node_name.into();
     let (news, mut inbox) = mpsc::unbounded_channel();
     let (all_nodes, all_nodes_seen) = watch::channel(false);

@@ -91,6 +91,7 @@ pub fn start(root: &Path) -> notify::Result<Source> {
         batches: outbox,
         rescan: Rescan::Folder(requests),
         state: State::Folder(report),
+        servers: Vec::new(),
         events: None,
         node_status: None,
     })

@@ -224,9 +224,65 @@ mod tests {
                 "metrics.networkPolicy needs metrics that can be reached",
             ),
             ("serviceAccount.create=false", "serviceAccount.name must be given"),
+            ("serviceAccount.name=A_b", "/serviceAccount/name"),
+            (
+                "config.snat-ports=32000-33000",
+                "32000-33000 and config.node-ports 30000-32767 overlap",
+            ),
+            (
+                "config.node-ports=61000-62000",
+                "61000-65535 and config.node-ports 61000-62000 overlap",
+            ),
+            ("config.snat-ports=80-1000", "begins below 1024"),
+            (
+                "config.node-port-addresses={primary,10.0.0.0/8}",
+                "/config/node-port-addresses",
+            ),
+            ("config.device={a-name-of-17-chars}", "/config/device/0"),
+            ("config=null", "missing property 'config'"),
+            ("apiServer.addresses={https://a b}", "/apiServer/addresses/0"),
+            ("apiServer.addresses={https://user@a}", "/apiServer/addresses/0"),
+            ("host.run=null", "missing property 'run'"),
+            ("host.run=/run/../etc", "/host/run"),
+            (
+                "host.run=/sys/fs/bpf",
+                "host.run and host.bpffs are both /sys/fs/bpf",
+            ),
+            ("host.cgroup2=", "needs config.socket-lb: off"),
+            ("health.port=null", "missing property 'port'"),
+            ("podLabels.app\\.kubernetes\\.io/name=x", "/podLabels"),
+            ("podLabels.a=b c", "/podLabels/a"),
+            (
+                "metrics.dashboard.labels.helm\\.sh/chart=x",
+                "/metrics/dashboard/labels",
+            ),
+            (
+                "extraEnv[0].name=DATAPLANE_SOURCE",
+                "extraEnv: DATAPLANE_SOURCE is given already",
+            ),
+            (
+                "extraEnv[0].name=A,extraEnv[1].name=A",
+                "extraEnv: A is given already",
+            ),
+            ("extraEnv[0].name=A=B", "/extraEnv/0/name"),
         ] {
             let error = render(&helm, &["--set", set]).unwrap_err().to_string();
             assert!(error.contains(expected), "{set}: {error}");
+        }
+    }
+
+    /// Names of digits alone are names, as those of letters.
+    #[test]
+    fn names_that_look_like_numbers_stay_names() {
+        let Some(helm) = helm_or_skip() else { return };
+        let names = "fullnameOverride=123,serviceAccount.name=456,priorityClassName=789";
+        let text = render(&helm, &["--set-string", names]).unwrap();
+        for line in [
+            "name: \"123\"",
+            "serviceAccountName: \"456\"",
+            "priorityClassName: \"789\"",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
         }
     }
 

@@ -12,7 +12,7 @@
 
 {{- define "dataplane.selector" -}}
 app.kubernetes.io/name: dataplane
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "dataplane.labels" -}}
@@ -118,12 +118,34 @@ seccompProfile:
 {{- if and .Values.metrics.enabled (eq (int .Values.metrics.port) (int .Values.health.port)) -}}
 {{- fail (printf "metrics.port and health.port are both %d" (int .Values.health.port)) -}}
 {{- end -}}
-{{- range $name := list "snat-ports" "node-ports" -}}
-{{- with index $.Values.config $name -}}
-{{- $ends := splitList "-" . -}}
+{{- $snat := include "dataplane.ports" (dict "name" "snat-ports" "range" (default "61000-65535" (index .Values.config "snat-ports"))) | fromJson -}}
+{{- $node := include "dataplane.ports" (dict "name" "node-ports" "range" (default "30000-32767" (index .Values.config "node-ports"))) | fromJson -}}
+{{- if and (le $snat.min $node.max) (le $node.min $snat.max) -}}
+{{- fail (printf "config.snat-ports %s and config.node-ports %s overlap" $snat.range $node.range) -}}
+{{- end -}}
+{{- if lt $snat.min 1024.0 -}}
+{{- fail (printf "config.snat-ports %s begins below 1024, among the ports of the node's own services" $snat.range) -}}
+{{- end -}}
+{{- if eq .Values.host.run .Values.host.bpffs -}}
+{{- fail (printf "host.run and host.bpffs are both %s" .Values.host.run) -}}
+{{- end -}}
+{{- if and (not .Values.host.cgroup2) (ne (index .Values.config "socket-lb") "off") -}}
+{{- fail "host.cgroup2 is empty: the agent sees no cgroups, and needs config.socket-lb: off" -}}
+{{- end -}}
+{{- $given := list "DATAPLANE_NODE_NAME" "DATAPLANE_SOURCE" "DATAPLANE_CONFIG" "DATAPLANE_APISERVER" "DATAPLANE_BPFFS" "DATAPLANE_CGROUP" "DATAPLANE_SOCKET" "DATAPLANE_HEALTH_ADDR" "DATAPLANE_METRICS_BIND_ADDRESS" -}}
+{{- range .Values.extraEnv -}}
+{{- if has .name $given -}}
+{{- fail (printf "extraEnv: %s is given already, by the chart's own values or another entry" .name) -}}
+{{- end -}}
+{{- $given = append $given .name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A range of ports, its first and its last. */}}
+{{- define "dataplane.ports" -}}
+{{- $ends := splitList "-" .range -}}
 {{- if gt (int (first $ends)) (int (last $ends)) -}}
-{{- fail (printf "config.%s: %s ends before it begins" $name .) -}}
+{{- fail (printf "config.%s: %s ends before it begins" .name .range) -}}
 {{- end -}}
-{{- end -}}
-{{- end -}}
+{{- dict "range" .range "min" (int (first $ends)) "max" (int (last $ends)) | toJson -}}
 {{- end -}}

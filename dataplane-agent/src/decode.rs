@@ -124,10 +124,7 @@ fn key(kind: Kind, value: &Value) -> Result<ObjectRef, Problem> {
     let metadata = |field| value.get("metadata").and_then(|metadata| metadata.get(field));
     let name = match metadata("name") {
         Some(Value::String(name)) if !name.is_empty() => name,
-        None | Some(Value::Null | Value::String(_)) => {
-            let reason = format!("a {} without a name", kind.as_str());
-            return Err(Problem::new("metadata.name", reason));
-        }
+        None | Some(Value::Null | Value::String(_)) => return Err(Problem::new("metadata.name", "missing")),
         Some(_) => return Err(Problem::new("metadata.name", "not a string")),
     };
     let namespace = match metadata("namespace") {

@@ -93,7 +93,7 @@ fn a_document_that_says_too_little_is_named_by_its_place() {
         ("kind: Service\n", "document 1: Service: apiVersion: missing"),
         (
             "apiVersion: v1\nkind: Service\n",
-            "document 1: Service: metadata.name: a Service without a name",
+            "document 1: Service: metadata.name: missing",
         ),
         (
             "apiVersion: v1\nkind: Service\nmetadata: {name: 12}\n",

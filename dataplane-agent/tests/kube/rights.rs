@@ -139,3 +139,23 @@ fn the_kinds_that_a_cluster_may_lack_are_followed_once_they_are_there() {
     });
     assert!(seen.has("NetworkPolicy ns/p"));
 }
+
+#[test]
+fn a_kind_that_is_there_in_another_version_is_said_to_be() {
+    let Some(bed) = Bed::start() else { return };
+    let mut definition = served::definition("AdminNetworkPolicy");
+    definition["spec"]["versions"][0]["name"] = "v1beta7".into();
+    bed.apply(&definition);
+    let served = "/apis/policy.networking.k8s.io/v1beta7/adminnetworkpolicies";
+    while bed.client.get(served).unwrap().is(404) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut seen = bed.follow();
+    seen.until("a cluster without the version is complete", |seen| {
+        seen.is_complete
+    });
+    let kinds = seen.report().kinds;
+    let said = kinds["AdminNetworkPolicy"].failing.clone().unwrap_or_default();
+    assert!(said.contains("policy.networking.k8s.io/v1beta7 alone"), "{said}");
+    assert_eq!(kinds["BaselineAdminNetworkPolicy"].failing, None);
+}

@@ -144,8 +144,8 @@ impl Follower {
                     }
                 }
                 Ok(End::Failed(error)) | Err(error) => {
-                    if self.is_absent(&error).await {
-                        self.absent().await;
+                    if let Some(others) = self.absence(&error).await {
+                        self.absent(&others).await;
                         version = None;
                         continue;
                     }
@@ -285,31 +285,52 @@ impl Follower {
         version(&metadata.resource_version)
     }
 
-    /// Whether an error means that the cluster has no such kind. A server that is about to start does not know its
-    /// custom resources yet, so it is believed only when it says that it is ready.
-    async fn is_absent(&self, error: &ApiError) -> bool {
+    /// `Some` when an error means that the cluster has no such kind: the versions of its group in which it has it. A server
+    /// that is about to start does not know its custom resources yet, so it is believed only when it says that it is ready.
+    async fn absence(&self, error: &ApiError) -> Option<Vec<String>> {
         let may_be = matches!(error, ApiError::NotFound { .. } | ApiError::Forbidden { .. });
         if !may_be || !resources::is_optional(self.kind) {
-            return false;
+            return None;
         }
         match self.api.get("/readyz", "*/*").await {
             // Servers that do not say are always taken for ready.
             Ok(_)
             | Err(ApiError::NotFound { .. } | ApiError::Forbidden { .. } | ApiError::Unauthorized { .. }) => {
             }
-            Err(_) => return false,
+            Err(_) => return None,
         }
-        match self.api.get(&resources::version_path(self.kind), JSON).await {
-            Err(ApiError::NotFound { .. }) => true,
-            Ok(text) => has_resource(&text, resources::plural(self.kind)) == Some(false),
-            Err(_) => false,
+        let group = match self.api.get(resources::TIER_GROUP, JSON).await {
+            Ok(text) => versions(&text)?,
+            Err(ApiError::NotFound { .. }) => return Some(Vec::new()),
+            Err(_) => return None,
+        };
+        let mut others = Vec::new();
+        for version in group {
+            let resources = match self.api.get(&format!("/apis/{version}"), JSON).await {
+                Ok(text) => has_resource(&text, resources::plural(self.kind))?,
+                Err(ApiError::NotFound { .. }) => false,
+                Err(_) => return None,
+            };
+            match resources {
+                true if version == self.kind.api_version() => return None,
+                true => others.push(version),
+                false => {}
+            }
         }
+        Some(others)
     }
 
-    /// Waits until the kind may have come.
-    async fn absent(&mut self) {
+    /// Waits until the kind may have come. `others`: versions in which it is there, and which are not read.
+    async fn absent(&mut self, others: &[String]) {
         self.kinds_came.mark_unchanged();
-        self.api.state().absent(self.kind);
+        let elsewhere = (!others.is_empty()).then(|| {
+            format!(
+                "the cluster has it in {} alone, and {} is what is read: these policies are not enforced",
+                others.join(", "),
+                self.kind.api_version()
+            )
+        });
+        self.api.state().absent(self.kind, elsewhere);
         self.tell(News::Absent(self.kind));
         // Without anybody to tell of new kinds the source has ended.
         let _ended = self.kinds_came.changed().await;
@@ -328,6 +349,22 @@ fn has_resource(text: &[u8], plural: &str) -> Option<bool> {
     }
     let found: Resources = serde_json::from_slice(text).ok()?;
     Some(found.resources.iter().any(|resource| resource.name == plural))
+}
+
+/// The versions that the discovery of a group names, each with the group; `None`: it is no such document.
+fn versions(text: &[u8]) -> Option<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Group {
+        versions: Vec<Version>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Version {
+        group_version: String,
+    }
+    let group: Group = serde_json::from_slice(text).ok()?;
+    let versions = group.versions.into_iter();
+    Some(versions.map(|version| version.group_version).collect())
 }
 
 /// Lines of a text that comes in parts.
@@ -432,6 +469,13 @@ mod tests {
         assert_eq!(has_resource(text, "adminnetworkpolicies"), Some(true));
         assert_eq!(has_resource(text, "clusternetworkpolicies"), Some(false));
         assert_eq!(has_resource(b"<html>", "clusternetworkpolicies"), None);
+    }
+
+    #[test]
+    fn the_versions_of_a_group_are_read() {
+        let group = br#"{"kind":"APIGroup","name":"g","versions":[{"groupVersion":"g/v1alpha1","version":"v1alpha1"},{"groupVersion":"g/v1beta1","version":"v1beta1"}]}"#;
+        assert_eq!(versions(group).unwrap(), ["g/v1alpha1", "g/v1beta1"]);
+        assert_eq!(versions(b"<html>"), None);
     }
 
     #[test]

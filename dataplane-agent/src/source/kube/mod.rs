@@ -215,7 +215,9 @@ async fn look(
 
 /// Tells those who follow kinds that the cluster does not have when they may have come.
 async fn look_for_kinds(api: Arc<Api>, kinds_came: Arc<watch::Sender<u64>>) {
-    let mut known: [Option<Vec<u8>>; 2] = [None, None];
+    let [first, second] = resources::TIER_VERSIONS;
+    let places = [resources::TIER_GROUP, first, second];
+    let mut known: [Option<Vec<u8>>; 3] = [const { None }; 3];
     loop {
         time::sleep(follow::jittered(LOOK_FOR_KINDS)).await;
         let kinds = api.state().report().kinds;
@@ -223,15 +225,20 @@ async fn look_for_kinds(api: Arc<Api>, kinds_came: Arc<watch::Sender<u64>>) {
             continue;
         }
         let mut is_news = false;
-        for (path, known) in resources::TIER_VERSIONS.iter().zip(&mut known) {
+        for (path, known) in places.into_iter().zip(&mut known) {
             let found = match api.get(path, JSON).await {
                 Ok(text) => Some(text),
                 Err(ApiError::NotFound { .. }) => None,
                 Err(_) => continue,
             };
+            let is_there = found.is_some();
             if *known != found {
                 *known = found;
                 is_news = true;
+            }
+            // Without the group there are no versions of it.
+            if path == resources::TIER_GROUP && !is_there {
+                break;
             }
         }
         if is_news {

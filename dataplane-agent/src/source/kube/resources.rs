@@ -9,9 +9,9 @@ const PROXIED: &str = "!service.kubernetes.io/service-proxy-name,!service.kubern
 /// Pods that have finished own no address and are nobody's peers.
 const NOT_FINISHED: &str = "status.phase!=Succeeded,status.phase!=Failed";
 
-/// The group of the policies that are no part of Kubernetes itself.
-const TIERS: &str = "/apis/policy.networking.k8s.io/";
-/// Where its discovery says which kinds are there, by version.
+/// Where the discovery says in which versions the group is there whose policies are no part of Kubernetes itself.
+pub const TIER_GROUP: &str = "/apis/policy.networking.k8s.io";
+/// Where it says which kinds are there, by version.
 pub const TIER_VERSIONS: [&str; 2] = [
     "/apis/policy.networking.k8s.io/v1alpha1",
     "/apis/policy.networking.k8s.io/v1alpha2",
@@ -42,7 +42,7 @@ pub fn version_path(kind: Kind) -> String {
 
 /// Whether clusters may lack the kind: it is a custom resource.
 pub fn is_optional(kind: Kind) -> bool {
-    version_path(kind).starts_with(TIERS)
+    version_path(kind).starts_with(TIER_GROUP)
 }
 
 /// All objects of a kind that are wanted: path and query. `node`: of Nodes only this one.

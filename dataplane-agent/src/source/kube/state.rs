@@ -120,11 +120,11 @@ impl State {
         self.metrics.phase(kind, Phase::Listed);
     }
 
-    /// The cluster has no such kind.
-    pub fn absent(&self, kind: Kind) {
+    /// The cluster has no such kind. `elsewhere`: what it has in its place, if that is somebody's mistake.
+    pub fn absent(&self, kind: Kind, elsewhere: Option<String>) {
         self.of(kind, |state| {
             state.phase = Phase::Absent;
-            state.failing = None;
+            state.failing = elsewhere;
         });
         self.metrics.phase(kind, Phase::Absent);
     }

@@ -6,16 +6,16 @@ use super::Rows;
 use crate::{
     config::{Config, SourceConfig},
     metrics::Metrics,
-    source::kube::{self, Address, state::State},
+    source::kube::{self, Address, Lack, state::State},
 };
 
 /// How long a server may take.
-const WITHIN: Duration = Duration::from_secs(5);
+const WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) fn look(rows: &mut Rows<'_>, config: &Config) {
     match &config.source {
         SourceConfig::Folder(folder) => of_folder(rows, folder),
-        SourceConfig::Kube(address) => of_server(rows, address),
+        SourceConfig::Kube(address) => of_server(rows, address, &config.node_name),
     }
 }
 
@@ -28,14 +28,33 @@ fn of_folder(rows: &mut Rows<'_>, folder: &Path) {
 }
 
 /// What says where the server is must be there; the server itself may be down.
-fn of_server(rows: &mut Rows<'_>, address: &Address) {
+fn of_server(rows: &mut Rows<'_>, address: &Address, node: &str) {
     const SUBJECT: &str = "API server";
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let asked = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-        runtime.block_on(kube::ask_once(address, State::new(Metrics::new().source), WITHIN))
+        let state = State::new(Metrics::new().source);
+        runtime.block_on(kube::ask_once(address, node, state, WITHIN))
     });
     match asked {
-        Ok(Ok(())) => rows.ok(SUBJECT, "answers"),
+        Ok(Ok(lacks)) if lacks.is_empty() => {
+            rows.ok(SUBJECT, format!("answers; knows the Node {node}, and all may be read"));
+        }
+        Ok(Ok(lacks)) => {
+            for lack in lacks {
+                match lack {
+                    Lack::Right(kind, message) => rows.note(
+                        kind.as_str(),
+                        message,
+                        "a rule of deploy/rbac.yaml is missing; until it is there tables stay as they are, and a new node serves nothing",
+                    ),
+                    Lack::Node => rows.note(
+                        format!("Node {node}"),
+                        "there is no such Node in the cluster",
+                        "is --node-name right? until it is there tables stay as they are, and a new node serves nothing",
+                    ),
+                }
+            }
+        }
         Ok(Err(why)) => rows.note(
             SUBJECT,
             why,

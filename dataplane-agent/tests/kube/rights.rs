@@ -2,6 +2,11 @@
 
 use std::{fs, time::Duration};
 
+use dataplane_agent::{
+    metrics::Metrics,
+    model::Kind,
+    source::kube::{self, Address, Lack, state::State},
+};
 use dataplane_tests::api::{account, served};
 use serde_json::{Value, json};
 
@@ -70,13 +75,27 @@ fn a_node_that_does_not_exist(bed: &Bed) {
     seen.until("all else is read", |seen| seen.has("Service ns/a"));
     seen.for_a_time(Duration::from_millis(500));
     assert!(!seen.is_complete, "nothing may be deleted");
+    assert_eq!(lacks(bed, "node9"), [Lack::Node]);
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node9"}});
     bed.apply(&node);
     seen.until("the node is found", |seen| {
         seen.is_complete && seen.rejected.is_empty()
     });
+    assert_eq!(lacks(bed, "node9"), []);
     assert!(!seen.has("Node node1"), "of Nodes only the own one is asked for");
     bed.delete(&node);
+}
+
+/// What `preflight` asks for.
+fn lacks(bed: &Bed, node: &str) -> Vec<Lack> {
+    let address = Address {
+        kubeconfig: Some(bed.kubeconfig()),
+        servers: Vec::new(),
+    };
+    let state = State::new(Metrics::new().source);
+    let asked = kube::ask_once(&address, node, state, Duration::from_mins(1));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(asked).unwrap().unwrap()
 }
 
 fn a_kind_that_may_not_be_read(bed: &Bed) {
@@ -96,6 +115,11 @@ fn a_kind_that_may_not_be_read(bed: &Bed) {
     });
     seen.until("all else is read", |seen| seen.has("Service ns/a"));
     assert!(!seen.is_complete, "nothing may be deleted");
+    let found = lacks(bed, NODE);
+    assert!(
+        matches!(&found[..], [Lack::Right(Kind::NetworkPolicy, message)] if message.contains("is forbidden")),
+        "{found:?}"
+    );
     bed.client
         .patch(path, &json!({"rules": rules}))
         .unwrap()

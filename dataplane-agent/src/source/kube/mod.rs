@@ -49,20 +49,49 @@ pub struct Settings {
     pub node_name: String,
 }
 
-/// Whether a server answers `within` this time, and else why. It may be down; what says where it is must be there.
+/// What an agent will lack at a server that has answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lack {
+    /// Objects of a kind may not be read, as the server says.
+    Right(Kind, String),
+    /// There is no Node of the name.
+    Node,
+}
+
+/// Asks a server for an object of each kind: what is lacking, or why it has not answered `within` this time. It may be down;
+/// what says where it is must be there.
 pub async fn ask_once(
     address: &Address,
+    node: &str,
     state: State,
     within: Duration,
-) -> anyhow::Result<Result<(), String>> {
+) -> anyhow::Result<Result<Vec<Lack>, String>> {
     let api = Api::new(address, state).await?;
-    Ok(
-        match tokio::time::timeout(within, api.get("/version", api::JSON)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("it is silent for {} s", within.as_secs())),
-        },
-    )
+    Ok(match time::timeout(within, lacks(&api, node)).await {
+        Ok(Ok(lacks)) => Ok(lacks),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("it is silent for {} s", within.as_secs())),
+    })
+}
+
+async fn lacks(api: &Api, node: &str) -> Result<Vec<Lack>, ApiError> {
+    let mut lacks = Vec::new();
+    for kind in Kind::ALL {
+        let path = format!("{}limit=1", resources::collection(kind, Some(node)));
+        let mut found = 0;
+        let count = |_: &_| {
+            found += 1;
+            Ok(())
+        };
+        match pages::page(api, &path, api::NAMES, count).await {
+            Ok(_) if kind == Kind::Node && found == 0 => lacks.push(Lack::Node),
+            Ok(_) => {}
+            Err(ApiError::NotFound { .. }) if resources::is_optional(kind) => {}
+            Err(ApiError::Forbidden { message }) => lacks.push(Lack::Right(kind, message)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(lacks)
 }
 
 /// Starts following the API server. It may be down; what says where it is must be there.

@@ -33,6 +33,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// Of an answer that says no, this much is read.
 const REFUSAL_AT_MOST: usize = 64 << 10;
 
+/// Begins a certificate in a file (RFC 7468).
+const CERTIFICATE: &[u8] = b"-----BEGIN CERTIFICATE-----";
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const USER_AGENT: &str = concat!("dataplane-agent/", env!("CARGO_PKG_VERSION"));
 
@@ -145,9 +147,16 @@ impl Api {
                 let failed = || format!("failed to read the kubeconfig {}", path.display());
                 let kubeconfig = Kubeconfig::read_from(path).with_context(failed)?;
                 let options = KubeConfigOptions::default();
-                Config::from_custom_kubeconfig(kubeconfig, &options)
+                let config = Config::from_custom_kubeconfig(kubeconfig, &options)
                     .await
-                    .with_context(failed)?
+                    .with_context(failed)?;
+                let believes_nobody = config.root_cert.as_ref().is_some_and(Vec::is_empty);
+                anyhow::ensure!(
+                    !believes_nobody,
+                    "the certificate authority of {} holds no certificate",
+                    path.display()
+                );
+                config
             }
             None if servers.is_empty() => Config::incluster_env().context(
                 "there is no API server: give --kubeconfig, or --apiserver, or run in a pod with a service account",
@@ -297,6 +306,15 @@ impl Api {
         let shown = server.to_string().trim_end_matches('/').to_owned();
         if let Some(client) = &current.client {
             return Ok((client.clone(), current.generation, shown));
+        }
+        if let Some(path) = &self.config.root_cert_file {
+            let refused = |reason: &str| ApiError::Credentials {
+                reason: format!("the certificates' file {}: {reason}", path.display()),
+            };
+            let text = fs::read(path).map_err(|error| refused(&error.to_string()))?;
+            if !text.windows(CERTIFICATE.len()).any(|part| part == CERTIFICATE) {
+                return Err(refused("it holds no certificate"));
+            }
         }
         let mut config = self.config.clone();
         config.cluster_url = server;
@@ -522,7 +540,12 @@ fn deepest(error: &(dyn Error + 'static)) -> String {
     while let Some(source) = error.source() {
         error = source;
     }
-    error.to_string()
+    let text = error.to_string();
+    // What tokio says of the time that a connection may take, which holds the question for a name too.
+    if text == "deadline has elapsed" {
+        return format!("no connection within {} s", CONNECT.as_secs());
+    }
+    text
 }
 
 #[cfg(test)]
@@ -614,6 +637,27 @@ mod tests {
             error.contains("192.0.2.1:6443") && error.contains(&*path.to_string_lossy()),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn an_authority_without_a_certificate_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = folder.path().join("ca.crt");
+        fs::write(&authority, "hello").unwrap();
+        let path = folder.path().join("config");
+        let config = format!(
+            "{{clusters: [{{name: c, cluster: {{server: 'https://192.0.2.1', certificate-authority: '{}'}}}}], \
+            users: [{{name: u, user: {{}}}}], \
+            contexts: [{{name: x, context: {{cluster: c, user: u}}}}], current-context: x}}",
+            authority.display()
+        );
+        fs::write(&path, config).unwrap();
+        let address = Address {
+            kubeconfig: Some(path),
+            servers: Vec::new(),
+        };
+        let error = Api::new(&address, state()).await.unwrap_err().to_string();
+        assert!(error.contains("holds no certificate"), "{error}");
     }
 
     #[tokio::test]

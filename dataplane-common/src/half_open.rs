@@ -24,7 +24,9 @@ use crate::{
     monitor::EventKind,
     packet::Packet,
     parse::{TcpHeader, tcp},
-    pipeline::{Context, Liveness, Work, World, liveness, may_be_first_answer, timeout_ticks, xdp_finishes},
+    pipeline::{
+        Context, Liveness, Work, World, liveness, may_be_first_answer, state_after, timeout_ticks, xdp_finishes,
+    },
     reason::Reason,
     tables::{Entry, Env, InsertError},
     verdict::{Hook, Verdict},
@@ -53,7 +55,7 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
     let now = world.now_ticks();
     work.key = F::flow_key(&work.headers.tuple, work.headers.proto, at.side());
     let Some(entry) = world.half_open(&work.key) else {
-        return Verdict::NEXT;
+        return moved::<F, W>(world, at, work);
     };
     work.forward = *entry.flow();
     let meta = F::meta_mut(&mut work.forward);
@@ -107,6 +109,32 @@ pub(crate) fn find<F: Family, P: Packet, W: World<F>>(
         }
         decided => decided,
     }
+}
+
+/// A packet whose flow another CPU has taken from `HALF_OPEN` into `FLOWS` since it was not found there: a client's first
+/// acknowledgement and its first data leave it at the same time.
+#[inline(always)]
+fn moved<F: Family, W: World<F>>(world: &W, at: &Context, work: &mut Work<F>) -> Verdict {
+    if work.headers.proto != proto::TCP {
+        return Verdict::NEXT;
+    }
+    let Some(entry) = world.flow(&work.key) else {
+        return Verdict::NEXT;
+    };
+    work.forward = *entry.flow();
+    let now = world.now_ticks();
+    let meta = F::meta(&work.forward);
+    if liveness(world, meta, &work.headers, now) != Liveness::Live {
+        return Verdict::NEXT;
+    }
+    if at.hook == Hook::Xdp && !xdp_finishes(meta) {
+        return Verdict::PASS;
+    }
+    let state = state_after(&work.headers, meta.state);
+    if state != meta.state || now != meta.seen_ticks {
+        entry.touch(now, state);
+    }
+    Verdict::TRANSLATE
 }
 
 /// Counts an answer that refuses what an entry of `HALF_OPEN` is about, once for each flow that begins. False: it is not the
@@ -236,7 +264,7 @@ fn confirmation<F: Family, P: Packet, W: World<F>>(packet: &P, world: &W, work: 
         }
     }
     let verdict = enter_both::<F, W>(world, work);
-    if verdict == Verdict::TRANSLATE {
+    if is_tcp && verdict == Verdict::TRANSLATE {
         // Nothing is left for the next connection from this port.
         world.remove_half_open(&work.key);
         work.key = other_key::<F>(work);

@@ -1,6 +1,8 @@
-//! Two backends that have got a SYN each of one client, and answer it on two CPUs at the same time.
+//! Two packets of one connection that is about to begin, on two CPUs at the same time: answers of two backends that have got a
+//! SYN each, and a client's first acknowledgement with its first data.
 
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
@@ -20,6 +22,8 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 /// Clients, by their ports from [`FIRST_PORT`] on.
 const CLIENTS: u16 = 4000;
 const FIRST_PORT: u16 = 2000;
+/// Where a frame has its acknowledgement number.
+const ACKNOWLEDGED: Range<usize> = 42..46;
 const BACKENDS: [Ipv4Addr; 2] = [test_run::BACKEND, Ipv4Addr::new(10, 9, 0, 3)];
 /// Where the table of each backend's own is in `MAGLEV`; the list of its ids is before it.
 const TABLES: [u32; 2] = [64, 256];
@@ -32,8 +36,14 @@ fn frame(from: SocketAddrV4, to: SocketAddrV4, flags: u8) -> [u8; FRAME] {
     frame
 }
 
-/// What a program at TC returns for a packet.
-fn run(object: &Ebpf, name: &str, ifindex: u32, frame: &[u8]) -> Result<u32> {
+/// What a program at TC has made of a packet.
+#[derive(Debug, PartialEq, Eq)]
+struct Ran {
+    returned: u32,
+    to: Ipv4Addr,
+}
+
+fn run(object: &Ebpf, name: &str, ifindex: u32, frame: &[u8]) -> Result<Ran> {
     let Some(Program::SchedClassifier(program)) = object.program(name) else {
         anyhow::bail!("the object has no program {name}");
     };
@@ -44,10 +54,15 @@ fn run(object: &Ebpf, name: &str, ifindex: u32, frame: &[u8]) -> Result<u32> {
     options.data_in = Some(frame);
     options.data_out = Some(&mut out);
     options.ctx_in = Some(bytemuck::cast_slice(&context));
-    Ok(program
+    let returned = program
         .test_run(options)
         .context("BPF_PROG_TEST_RUN failed")?
-        .return_value)
+        .return_value;
+    let [a, b, c, d] = [out[30], out[31], out[32], out[33]];
+    Ok(Ran {
+        returned,
+        to: Ipv4Addr::new(a, b, c, d),
+    })
 }
 
 /// One service, whose table is the backend's at `place`.
@@ -97,41 +112,55 @@ fn fill(filling: &Filling<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Has an answer of each backend to each client meet the other's; for each client, how many were dropped.
-fn answers_at_once(object: &Ebpf, ifindex: u32) -> Result<Vec<usize>> {
+/// Runs a program for two packets of each client, by its address and the place of the packet, at the same time.
+fn at_once(
+    object: &Ebpf,
+    name: &str,
+    ifindex: u32,
+    packet: impl Fn(SocketAddrV4, usize) -> [u8; FRAME] + Sync,
+) -> Result<Vec<[Ran; 2]>> {
     let arrived = AtomicU32::new(0);
-    let answer = |place: usize| {
-        let own = place;
-        let arrived = &arrived;
-        move || -> Result<Vec<bool>> {
-            on_other(own);
-            let mut dropped = Vec::new();
-            for client in 0..CLIENTS {
-                let to = SocketAddrV4::new(CLIENT.into(), FIRST_PORT + client);
-                let from = SocketAddrV4::new(BACKENDS[place], BACKEND_PORT);
-                let frame = frame(from, to, SYN | ACK);
+    let one = |place: usize| {
+        let (arrived, packet) = (&arrived, &packet);
+        move || -> Result<Vec<Ran>> {
+            on_other(place);
+            let mut ran = Vec::new();
+            for number in 0..CLIENTS {
+                let frame = packet(client(number), place);
                 arrived.fetch_add(1, Ordering::AcqRel);
-                while arrived.load(Ordering::Acquire) < 2 * (u32::from(client) + 1) {
+                while arrived.load(Ordering::Acquire) < 2 * (u32::from(number) + 1) {
                     spin_loop();
                 }
-                dropped.push(run(object, "to_pod", ifindex, &frame)? == SHOT);
+                ran.push(run(object, name, ifindex, &frame)?);
             }
-            Ok(dropped)
+            Ok(ran)
         }
     };
     let [first, second] = thread::scope(|scope| {
         [0, 1]
-            .map(|place| scope.spawn(answer(place)))
-            .map(|thread| thread.join().expect("a thread that answers has panicked"))
+            .map(|place| scope.spawn(one(place)))
+            .map(|thread| thread.join().expect("a thread that sends has panicked"))
     });
-    let both = first?.into_iter().zip(second?);
-    Ok(both
-        .map(|(one, other)| usize::from(one) + usize::from(other))
+    Ok(first?
+        .into_iter()
+        .zip(second?)
+        .map(|(one, other)| [one, other])
         .collect())
 }
 
-#[test]
-fn of_two_backends_that_answer_at_once_the_client_hears_one() -> Result<()> {
+fn client(number: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(CLIENT.into(), FIRST_PORT + number)
+}
+
+/// The address of a backend and its port.
+fn server(place: usize) -> SocketAddrV4 {
+    SocketAddrV4::new(BACKENDS[place], BACKEND_PORT)
+}
+
+const FRONTEND: SocketAddrV4 = SocketAddrV4::new(SERVICE, PORT);
+
+/// Works with the object, a device, and the tables; or not at all, in words.
+fn with_tables(work: impl FnOnce(&Ebpf, u32, &Filling<'_>) -> Result<()>) -> Result<()> {
     let path = crate::object();
     if !nix::unistd::Uid::effective().is_root() || !path.exists() {
         println!("skipped: not root, or no {}", path.display());
@@ -151,24 +180,60 @@ fn of_two_backends_that_answer_at_once_the_client_hears_one() -> Result<()> {
         older: false,
     };
     fill(&filling)?;
-    for place in 0..2 {
-        serve(&filling, place)?;
-        for client in 0..CLIENTS {
-            let from = SocketAddrV4::new(CLIENT.into(), FIRST_PORT + client);
-            let frame = frame(from, SocketAddrV4::new(SERVICE, PORT), SYN);
-            let answer = run(&object, "from_pod", device.ifindex, &frame)?;
-            ensure!(answer != SHOT, "the SYN of client {client} was dropped");
+    work(&object, device.ifindex, &filling)
+}
+
+#[test]
+fn of_two_backends_that_answer_at_once_the_client_hears_one() -> Result<()> {
+    with_tables(|object, ifindex, filling| {
+        for place in 0..2 {
+            serve(filling, place)?;
+            for number in 0..CLIENTS {
+                let ran = run(object, "from_pod", ifindex, &frame(client(number), FRONTEND, SYN))?;
+                ensure!(ran.returned != SHOT, "the SYN of client {number} was dropped");
+            }
         }
-    }
-    let dropped = answers_at_once(&object, device.ifindex)?;
-    let heard = |count| dropped.iter().filter(|dropped| **dropped == count).count();
-    ensure!(
-        heard(1) == usize::from(CLIENTS),
-        "of {CLIENTS} clients {} heard both backends, and {} neither",
-        heard(0),
-        heard(2)
-    );
-    let superseded = counted(&object, "COUNTERS", Reason::FlowSuperseded as u32)?;
-    ensure!(superseded == u64::from(CLIENTS), "{superseded} were counted");
-    Ok(())
+        let answer = |client, place| frame(server(place), client, SYN | ACK);
+        let answered = at_once(object, "to_pod", ifindex, answer)?;
+        let heard = |count| {
+            let heard = |of: &[Ran; 2]| of.iter().filter(|ran| ran.returned != SHOT).count();
+            answered.iter().filter(|of| heard(of) == count).count()
+        };
+        ensure!(
+            heard(1) == usize::from(CLIENTS),
+            "of {CLIENTS} clients {} heard both backends, and {} neither",
+            heard(2),
+            heard(0)
+        );
+        let superseded = counted(object, "COUNTERS", Reason::FlowSuperseded as u32)?;
+        ensure!(superseded == u64::from(CLIENTS), "{superseded} were counted");
+        Ok(())
+    })
+}
+
+/// The table has changed since the SYN, so a packet without its flow would go elsewhere.
+#[test]
+fn a_clients_first_acknowledgement_and_data_go_to_one_backend() -> Result<()> {
+    with_tables(|object, ifindex, filling| {
+        serve(filling, 0)?;
+        for number in 0..CLIENTS {
+            run(object, "from_pod", ifindex, &frame(client(number), FRONTEND, SYN))?;
+            let answer = frame(server(0), client(number), SYN | ACK);
+            let ran = run(object, "to_pod", ifindex, &answer)?;
+            ensure!(ran.returned != SHOT, "the answer to client {number} was dropped");
+        }
+        serve(filling, 1)?;
+        let acknowledgement = |client, _| {
+            let mut frame = frame(client, FRONTEND, ACK);
+            frame[ACKNOWLEDGED].copy_from_slice(&1u32.to_be_bytes());
+            frame
+        };
+        let sent = at_once(object, "from_pod", ifindex, acknowledgement)?;
+        let astray = sent.iter().flatten().filter(|ran| ran.to != BACKENDS[0]).count();
+        ensure!(
+            astray == 0,
+            "{astray} packets of {CLIENTS} clients went to another backend"
+        );
+        Ok(())
+    })
 }

@@ -25,7 +25,8 @@ use crate::{
     packet::Packet,
     parse::{TcpHeader, tcp},
     pipeline::{
-        Context, Liveness, Work, World, liveness, may_be_first_answer, state_after, timeout_ticks, xdp_finishes,
+        Context, Liveness, Work, World, liveness, may_be_first_answer, state_after, timeout_ticks,
+        xdp_finishes,
     },
     reason::Reason,
     tables::{Entry, Env, InsertError},
